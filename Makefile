@@ -1,0 +1,46 @@
+# The README's two commands are `make train` and `make test`; each sets up .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := test
+ARGS ?=
+
+.PHONY: setup train test lint format test-oracle bench clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "torsion needs Python 3.11 to 3.13 and $(PYTHON) is %d.%d; use make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+train: setup
+	$(BIN)/torsion train configs/quickstart.gin $(ARGS)
+
+test: lint
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Compares live with torch and transformers, in an environment of their own.
+test-oracle: .venv-oracle/.ready
+	.venv-oracle/bin/pytest -m oracle tests/oracle $(ARGS)
+
+.venv-oracle/.ready: pyproject.toml constraints.txt constraints-oracle.txt
+	$(PYTHON) -m venv .venv-oracle
+	.venv-oracle/bin/pip install --quiet --disable-pip-version-check -c constraints-oracle.txt torch
+	.venv-oracle/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-oracle.txt -e '.[test,oracle]'
+	@touch $@
+
+bench: setup
+	$(BIN)/python tests/bench/step.py
+	$(BIN)/python tests/bench/trainer.py
+
+clean:
+	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,346 @@
+"""The parts that every model is made of: norms, projections, attention, feed-forward, the stack.
+
+Parameters of a stack of layers are created stacked, [layers, ...], and stay so in state and
+checkpoints; `run_layers` scans over them or takes them apart, with the same numbers either way.
+
+Letters in names: B batch, T tokens, D model width, H heads, K key-value heads, F feed-forward.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pjit_train.attention import attention
+from pjit_train.errors import UserError
+from pjit_train.sharding import Axes, Rules, has_mesh, out_sharding, reshard
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Shape of a block and of the stack of them; every model's configuration adds to it.
+
+    Attributes:
+      num_kv_heads: None for as many as there are query heads.
+      head_dim: None for d_model / num_heads.
+      norm: scale only by the root mean square, or subtract the mean and add a bias as well.
+      activation: "swiglu" gates silu(x W_gate) with x W_up; "gelu" is exact, "gelu_tanh" GPT-2's.
+      init_std: standard deviation of kernels and embeddings.
+      scale_residual_init: divide the std of kernels that write to the residual stream by
+        sqrt(2 num_layers) (GPT-2 and Megatron).
+      layers: "scan" compiles one block and loops; "unroll" compiles each, faster on CPU. The
+        parameters are the same.
+      remat: what the backward pass makes again: nothing but gathered parameters, all but the
+        outputs of matmuls with parameters ("dots"), or the whole block ("full").
+      dtype: of activations and matmuls; param_dtype: of parameters and so of optimizer state.
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    d_ff: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    use_bias: bool = False
+    init_std: float = 0.02
+    scale_residual_init: bool = False
+    layers: Literal["scan", "unroll"] = "scan"
+    remat: Literal["none", "dots", "full"] = "none"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    def __post_init__(self):
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise UserError(
+                f"model: num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}; "
+                f"use a divisor of {self.num_heads}"
+            )
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise UserError(
+                f"model: num_heads={self.num_heads} does not divide d_model={self.d_model}; "
+                "use a divisor, or say head_dim"
+            )
+        object.__setattr__(self, "num_kv_heads", kv_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.d_model // self.num_heads)
+        choices = {
+            "norm": ("rmsnorm", "layernorm"),
+            "activation": ("swiglu", "gelu", "gelu_tanh", "relu"),
+            "layers": ("scan", "unroll"),
+            "remat": ("none", "dots", "full"),
+            "dtype": ("float32", "bfloat16", "float16"),
+            "param_dtype": ("float32", "bfloat16", "float16"),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise UserError(
+                    f"model: {name}={getattr(self, name)!r} is unknown; use {', '.join(values)}"
+                )
+
+    @property
+    def residual_std(self) -> float:
+        return self.init_std / (math.sqrt(2 * self.num_layers) if self.scale_residual_init else 1)
+
+
+class Initializer:
+    """Makes parameters sharded by the rules, each from its own stream of random bits."""
+
+    def __init__(self, key: jax.Array, rules: Rules, param_dtype: Dtype, stack: int | None = None):
+        self.rules, self.dtype, self.stack = rules, param_dtype, stack
+        self._keys = iter(jax.random.split(key, 64))
+
+    def stacked(self, layers: int) -> "Initializer":
+        """An initializer of parameters with a leading axis of layers."""
+        return Initializer(next(self._keys), self.rules, self.dtype, layers)
+
+    def _param(self, make, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+        if self.stack:
+            shape, axes = (self.stack, *shape), (None, *axes)
+        spec = out_sharding(self.rules.spec(axes))
+        return nnx.Param(make(shape, self.dtype, out_sharding=spec), axes=axes)
+
+    def normal(self, shape: tuple[int, ...], axes: Axes, std: float) -> nnx.Param:
+        draw = functools.partial(jax.random.normal, next(self._keys))
+        return self._param(
+            lambda *a, **k: draw(*a, **k) * jnp.asarray(std, self.dtype), shape, axes
+        )
+
+    def constant(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
+        return self._param(lambda s, d, **k: jnp.full(s, value, d, **k), shape, axes)
+
+
+def gathered(param: nnx.Param, rules: Rules, dtype: Dtype | None = None) -> jax.Array:
+    """A parameter as the forward pass uses it: cast, then gathered from its `fsdp` shards."""
+    value, axes = param.get_value(), param.get_metadata("axes")
+    value = value if dtype is None else value.astype(dtype)
+    return reshard(value, rules.spec(axes[-value.ndim :], gathered=True))
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016), computed in float32."""
+
+    def __init__(self, config: BlockConfig, init: Initializer):
+        self.config, self.rules = config, init.rules
+        self.scale = init.constant((config.d_model,), (None,), 1.0)
+        self.bias = (
+            init.constant((config.d_model,), (None,), 0.0) if config.norm == "layernorm" else None
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        if self.bias is not None:
+            x -= jnp.mean(x, axis=-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_epsilon)
+        x *= gathered(self.scale, self.rules)
+        if self.bias is not None:
+            x += gathered(self.bias, self.rules)
+        return x.astype(x_BTD.dtype)
+
+
+class Dense(nnx.Module):
+    """An einsum with a kernel: every matmul of the models that has a parameter."""
+
+    def __init__(
+        self,
+        equation: str,
+        kernel: tuple[tuple[int, ...], Axes],
+        bias: tuple[tuple[int, ...], Axes] | None,
+        out_axes: Axes,
+        std: float,
+        config: BlockConfig,
+        init: Initializer,
+    ):
+        self.equation, self.out_axes, self.config, self.rules = (
+            equation,
+            out_axes,
+            config,
+            init.rules,
+        )
+        self.kernel = init.normal(*kernel, std)
+        self.bias = init.constant(*bias, 0.0) if bias and config.use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(
+            self.equation,
+            x,
+            gathered(self.kernel, self.rules, self.config.dtype),
+            out_sharding=out_sharding(self.rules.spec(self.out_axes)),
+        )
+        return y if self.bias is None else y + gathered(self.bias, self.rules, self.config.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head or grouped-query self-attention, with rotary positions where angles are given."""
+
+    def __init__(self, config: BlockConfig, init: Initializer):
+        c = self.config = config
+        D, H, K, d = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+        q, kv = ((D, H, d), ("embed", "heads", None)), ((D, K, d), ("embed", "kv_heads", None))
+        out = ("batch", "length", "heads", None)
+        kv_out = ("batch", "length", "kv_heads", None)
+        q_bias, kv_bias = ((H, d), ("heads", None)), ((K, d), ("kv_heads", None))
+        self.query = Dense("btd,dhk->bthk", q, q_bias, out, c.init_std, c, init)
+        self.key = Dense("btd,dhk->bthk", kv, kv_bias, kv_out, c.init_std, c, init)
+        self.value = Dense("btd,dhk->bthk", kv, kv_bias, kv_out, c.init_std, c, init)
+        self.out = Dense(
+            "bthk,hkd->btd",
+            ((H, d, D), ("heads", None, "embed")),
+            ((D,), (None,)),
+            ("batch", "length", None),
+            c.residual_std,
+            c,
+            init,
+        )
+
+    def __call__(self, x_BTD, *, causal, angles=None, segments=None, cache=None):
+        """Attention of every token over the others it may see.
+
+        Args:
+          x_BTD: [batch, tokens, d_model].
+          causal: whether a token sees only those before it.
+          angles: (cosines, sines) [tokens, head_dim / 2] of the rotary embedding, or None.
+          segments: int [batch, tokens]; tokens see only their own segment.
+          cache: (keys, values, position): keys and values of earlier tokens [batch, max_tokens,
+            kv_heads, head_dim], and how many there are; the tokens are appended to them.
+
+        Returns:
+          [batch, tokens, d_model], and the (keys, values) used, the whole cache where there is one.
+        """
+        q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        position = 0
+        if cache is not None:
+            keys, values, position = cache
+            update = jax.lax.dynamic_update_slice_in_dim
+            k, v = update(keys, k, position, axis=1), update(values, v, position, axis=1)
+        segments = None if segments is None else (segments, segments)
+        out = attention(q, k, v, causal=causal, segments=segments, row_offset=position)
+        return self.out(out), (k, v)
+
+
+def rotary_angles(
+    positions_T: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [tokens, head_dim / 2] of the rotary embedding (Su et al., 2021)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_T[:, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHd: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + head_dim / 2) of each head: Llama's layout of the two halves."""
+    cos, sin = (a[None, :, None, :] for a in angles)
+    first, second = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTHd.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Two matmuls with an activation between them, or three with a gate."""
+
+    def __init__(self, config: BlockConfig, init: Initializer):
+        c = self.config = config
+        wide = (
+            ((c.d_model, c.d_ff), ("embed", "mlp")),
+            ((c.d_ff,), ("mlp",)),
+            ("batch", "length", "mlp"),
+        )
+        self.up = Dense("btd,df->btf", *wide, c.init_std, c, init)
+        self.gate = (
+            Dense("btd,df->btf", *wide, c.init_std, c, init) if c.activation == "swiglu" else None
+        )
+        self.down = Dense(
+            "btf,fd->btd",
+            ((c.d_ff, c.d_model), ("mlp", "embed")),
+            ((c.d_model,), (None,)),
+            ("batch", "length", None),
+            c.residual_std,
+            c,
+            init,
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        hidden = self.up(x_BTD)
+        match self.config.activation:
+            case "swiglu":
+                hidden = jax.nn.silu(self.gate(x_BTD)) * hidden
+            case "relu":
+                hidden = jax.nn.relu(hidden)
+            case kind:
+                hidden = jax.nn.gelu(hidden, approximate=kind == "gelu_tanh")
+        return self.down(hidden)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: BlockConfig, init: Initializer):
+        self.attention_norm = Norm(config, init)
+        self.attention = Attention(config, init)
+        self.feed_forward_norm = Norm(config, init)
+        self.feed_forward = FeedForward(config, init)
+
+    def __call__(self, x_BTD, **attention_inputs):
+        attended, keys_values = self.attention(self.attention_norm(x_BTD), **attention_inputs)
+        x_BTD = x_BTD + attended
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), keys_values
+
+
+def run_layers(blocks: Block, x_BTD, config: BlockConfig, *, cache=None, position=0, **inputs):
+    """Applies a stack of blocks.
+
+    Args:
+      blocks: a block whose parameters have a leading axis of layers.
+      cache: (keys, values), each [layers, batch, max_tokens, kv_heads, head_dim], or None.
+      position: tokens that the cache holds already.
+      inputs: what `Attention` takes besides, alike for every layer.
+
+    Returns:
+      [batch, tokens, d_model], and the updated cache (None where there was none).
+    """
+    graph, stacked = nnx.split(blocks)
+
+    def layer(x_BTD, params, cache):
+        cached = None if cache is None else (*cache, position)
+        x_BTD, keys_values = nnx.merge(graph, params)(x_BTD, cache=cached, **inputs)
+        return x_BTD, None if cache is None else keys_values
+
+    layer = _remat(layer, config.remat)
+    if config.layers == "scan":
+        return jax.lax.scan(lambda x, p: layer(x, *p), x_BTD, (stacked, cache))
+    caches = []
+    for params, cached in _unstack((stacked, cache), config.num_layers):
+        x_BTD, new = layer(x_BTD, params, cached)
+        caches.append(new)
+    return x_BTD, None if cache is None else jax.tree.map(lambda *xs: jnp.stack(xs), *caches)
+
+
+def _unstack(tree, layers: int):
+    """The layers of stacked arrays; the transpose is a concatenation, not a sum of padded ones."""
+    parts = jax.tree.map(lambda x: [p[0] for p in jax.lax.split(x, [1] * layers)], tree)
+    is_parts = lambda x: isinstance(x, list)  # noqa: E731
+    return [jax.tree.map(lambda p, i=i: p[i], parts, is_leaf=is_parts) for i in range(layers)]
+
+
+def _remat(layer, policy: str):
+    """Every policy makes gathered parameters again in the backward pass instead of keeping them."""
+    if policy == "full":
+        return jax.checkpoint(layer)
+    if policy == "dots":
+        return jax.checkpoint(
+            layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        )
+    mesh = jax.sharding.get_abstract_mesh() if has_mesh() else None
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return layer
+    return jax.checkpoint(layer, policy=lambda prim, *_, **__: prim.name != "reshard")

@@ -1,0 +1,208 @@
+"""The token cache: a corpus is tokenized once, and then memory-mapped.
+
+A cache is one directory named by a digest of what it was made from (source and tokenizer):
+
+  train.tokens, validation.tokens   the ids, uint8, uint16 or uint32 by the size of the vocabulary:
+                                    documents end to end, each beginning with the separator
+  train.starts, validation.starts   int64, where each document begins
+  cache.json                        the key, the type of the ids, and of each split the sizes of its
+                                    two files, the UTF-8 bytes of its text and the tokens' sha256
+
+It is built in a sibling directory and renamed, so it is there whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pjit_train.errors import UserError
+
+SPLITS = ("train", "validation")
+FORMAT = 1  # part of every key: a cache of another layout is never read
+BATCH_CHARACTERS = 1 << 20  # what is tokenized at a time: enough to keep every core busy
+BATCH_DOCUMENTS = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSplit:
+    """One split of a tokenized corpus.
+
+    Attributes:
+      tokens: [tokens] uint8, uint16 or uint32, memory-mapped.
+      starts: [documents] int64, memory-mapped; where in `tokens` each document's separator is.
+      text_bytes: UTF-8 bytes of the documents' text.
+      sha256: of the ids as little-endian uint8, uint16 or uint32.
+      largest: the greatest id.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    text_bytes: int
+    sha256: str
+    largest: int
+
+
+def default_cache_dir() -> Path:
+    """Returns $TORSION_CACHE, or ~/.cache/torsion."""
+    return Path(os.environ.get("TORSION_CACHE") or "~/.cache/torsion").expanduser()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Makes `path` a directory to be built by one process of this machine at a time.
+
+    Raises UserError where the directory above it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process, so a kill leaves nothing locked
+    except OSError as error:
+        raise UserError(
+            f"cache directory {str(path.parent)!r} cannot be written ({error.strerror}): "
+            "set cache_dir or $TORSION_CACHE to one that can"
+        ) from error
+    with lock:
+        yield
+
+
+def open_cache(source, tokenizer, cache_dir: Path) -> dict[str, TokenSplit]:
+    """Opens the cache of a source under a tokenizer, and builds it first where there is none.
+
+    Args:
+      source: one of `sources`.
+      tokenizer: one of `tokenizers`.
+      cache_dir: where caches are kept; made if missing.
+
+    Returns:
+      The splits "train" and "validation".
+
+    Raises:
+      UserError: an unusable source, a split with no text, a directory that cannot be written.
+    """
+    key = {"format": FORMAT, "source": source.key(cache_dir), "tokenizer": tokenizer.digest()}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = cache_dir / f"tokens-{digest[:16]}"
+    if (splits := _load(path)) is not None:
+        return splits
+    with locked(path):
+        if (splits := _load(path)) is None:  # else another process built it while this one waited
+            _build(path, key, source, tokenizer, cache_dir)
+            splits = _load(path)
+    return splits
+
+
+def _load(path: Path) -> dict[str, TokenSplit] | None:
+    """Maps the cache at `path`; None if it is missing, cut short or unreadable."""
+    try:
+        meta = json.loads((path / "cache.json").read_text())
+        splits = {}
+        for split in SPLITS:
+            entry = meta["splits"][split]
+            files = [path / f"{split}.tokens", path / f"{split}.starts"]
+            if [f.stat().st_size for f in files] != [entry["tokens_bytes"], entry["starts_bytes"]]:
+                return None
+            # A plain array, still mapped: slicing a memmap object is several times slower.
+            splits[split] = TokenSplit(
+                tokens=np.memmap(files[0], meta["dtype"], "r").view(np.ndarray),
+                starts=np.memmap(files[1], np.int64, "r").view(np.ndarray),
+                text_bytes=entry["text_bytes"],
+                sha256=entry["sha256"],
+                largest=entry["largest"],
+            )
+        return splits
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path) -> None:
+    """Builds the cache at `path`, in place of an unreadable one."""
+    prefix = f"{path.name}.{socket.gethostname()}."  # hosts may share the directory, not the lock
+    for abandoned in path.parent.glob(f"{prefix}*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    dtype = _id_type(tokenizer.vocab_size)
+    try:
+        temporary.mkdir()
+        splits = {
+            split: _write_split(
+                temporary / split, source.documents(split, cache_dir), tokenizer, dtype
+            )
+            for split in SPLITS
+        }
+        for split, entry in splits.items():
+            if not entry["tokens_bytes"]:
+                raise UserError(
+                    f"the {split} split of {source} has no text: give it at least one document"
+                )
+        meta = {"key": key, "dtype": np.dtype(dtype).name, "splits": splits}
+        (temporary / "cache.json").write_text(json.dumps(meta, indent=1, default=str))
+        if _load(path) is None:  # else a host that shares the directory was faster
+            if path.exists():
+                path.rename(unreadable := path.with_name(f"{prefix}unreadable.tmp"))
+                shutil.rmtree(unreadable, ignore_errors=True)
+            temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"the token cache {str(path)!r} cannot be built: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _id_type(vocab_size: int) -> type[np.unsignedinteger]:
+    if vocab_size <= 1 << 8:
+        return np.uint8
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def _write_split(stem: Path, documents: Iterable[str], tokenizer, dtype) -> dict[str, Any]:
+    """Writes stem.tokens and stem.starts; returns their entry in cache.json."""
+    digest = hashlib.sha256()
+    written = text_bytes = largest = documents_written = 0
+    with open(f"{stem}.tokens", "wb") as tokens_file, open(f"{stem}.starts", "wb") as starts_file:
+        for texts in _batches(documents):
+            encoded = tokenizer.encode_batch(texts)
+            separator = np.asarray([tokenizer.separator])
+            parts = [part for ids in encoded for part in (separator, ids)]
+            tokens = np.concatenate(parts)
+            lengths = np.asarray([1 + len(ids) for ids in encoded])
+            starts = written + np.cumsum(lengths) - lengths
+            largest = max(largest, int(tokens.max()))
+            data = tokens.astype(dtype).tobytes()
+            tokens_file.write(data)
+            starts_file.write(starts.astype(np.int64).tobytes())
+            digest.update(data)
+            written += len(tokens)
+            documents_written += len(starts)
+            text_bytes += sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return {
+        "tokens_bytes": written * np.dtype(dtype).itemsize,
+        "starts_bytes": documents_written * np.dtype(np.int64).itemsize,
+        "text_bytes": text_bytes,
+        "sha256": digest.hexdigest(),
+        "largest": largest,
+    }
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Groups the documents that are not empty into lists small enough to hold."""
+    batch, characters = [], 0
+    for text in documents:
+        if not text:
+            continue
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,281 @@
+"""Where documents come from: local files, a TFDS dataset, or the Python standard library.
+
+A source has `documents(split, cache_dir)`, an iterator over the texts of "train" or "validation",
+and `key(cache_dir)`, JSON that changes when those texts may have. `cache_dir` is where a source
+that has to prepare something keeps it, `cache.default_cache_dir()` if None.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import glob
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pjit_train.data import stdlib_files
+from pjit_train.data.cache import default_cache_dir, locked
+from pjit_train.errors import UserError
+
+DOCUMENT_CHARACTERS = 1 << 20  # a .txt file longer than this is read in documents of this length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """Local files: .txt, a document each; .jsonl, a document a line.
+
+    A .txt file longer than 1 Mi characters is cut into documents of that length, so that no corpus
+    need fit in memory. Files are read in the order of their sorted paths.
+
+    Attributes:
+      train: a path or a glob ("corpus/**/*.txt"), or several.
+      validation: likewise; if None, a part of `train` is kept for it.
+      validation_fraction: how large a part. A document goes by the hash of its text, so equal
+        documents go together. A corpus of fewer than 20 / validation_fraction documents, which
+        that might leave with none, gives the end of each document instead.
+      text_field: the key of a .jsonl line under which its text is.
+    """
+
+    train: str | Sequence[str]
+    validation: str | Sequence[str] | None = None
+    validation_fraction: float = 0.05
+    text_field: str = "text"
+
+    def documents(self, split: str, cache_dir: Path | None = None) -> Iterator[str]:
+        """Yields the texts of a split; raises UserError for a file or line it cannot read."""
+        if self.validation is not None:
+            yield from self._read(self.train if split == "train" else self.validation)
+            return
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(
+                f"TextFiles.validation_fraction={self.validation_fraction} must be between 0 and 1"
+            )
+        enough = int(20 / self.validation_fraction)  # one in e^20 such corpora has no validation
+        few = sum(1 for _ in itertools.islice(self._read(self.train), enough)) < enough
+        for text in self._read(self.train):
+            if few:
+                cut = len(text) - max(1, int(len(text) * self.validation_fraction))
+                yield text[:cut] if split == "train" else text[cut:]
+            elif _falls_below(self.validation_fraction, text) == (split == "validation"):
+                yield text
+
+    def key(self, cache_dir: Path | None = None) -> Any:
+        """Returns the path, size and time of every file, and the options."""
+        key = dataclasses.asdict(self)
+        for split in ("train", "validation"):
+            if (patterns := getattr(self, split)) is not None:
+                stats = [(path, os.stat(path)) for path in self._paths(patterns)]
+                key[split] = [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
+        return ["TextFiles", key]
+
+    def _paths(self, patterns: str | Sequence[str]) -> list[str]:
+        """Returns the sorted absolute paths that the patterns name."""
+        found = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            path = os.path.abspath(os.path.expanduser(pattern))
+            # A path that exists is taken as it is, though it may hold a "[" or a "*".
+            matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+            if not matches:
+                raise UserError(f"TextFiles: {pattern!r} matches no file")
+            found.update(matches)
+        for path in sorted(found):
+            if os.path.isdir(path):
+                raise UserError(
+                    f"TextFiles: {path!r} is a folder: give a glob such as {path + '/**/*.txt'!r}"
+                )
+            if not os.path.isfile(path):
+                raise UserError(f"TextFiles: {path!r} is not a file that can be read")
+            if not path.endswith((".txt", ".jsonl")):
+                raise UserError(f"TextFiles: {path!r} is neither .txt nor .jsonl")
+        return sorted(found)
+
+    def _read(self, patterns: str | Sequence[str]) -> Iterator[str]:
+        for path in self._paths(patterns):
+            try:
+                yield from self._jsonl(path) if path.endswith(".jsonl") else _text_pieces(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+    def _jsonl(self, path: str) -> Iterator[str]:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{path}:{number}: is not a line of JSON: {_first_line(error)}"
+                    ) from error
+                if not isinstance(row, dict) or not isinstance(row.get(self.text_field), str):
+                    fields = (
+                        f"its fields are {sorted(row)}" if isinstance(row, dict) else "no object"
+                    )
+                    raise UserError(
+                        f"{path}:{number}: has no text under {self.text_field!r} ({fields}): "
+                        "set text_field to the key of the text"
+                    )
+                yield row[self.text_field]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tfds:
+    """A TensorFlow Datasets dataset that has a feature of text.
+
+    A dataset that is prepared as ArrayRecord is read without TensorFlow, with or without the code
+    that made it. Preparing one that TFDS ships takes TensorFlow (pip install
+    'torsion[tfds-prepare]') and a network.
+
+    Attributes:
+      name: as `tfds.data_source` takes it: "name", "name/config" or "name/config:version".
+      data_dir: where datasets are; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      text_field: the feature with the text.
+      train_split, validation_split: names of splits, or slices of them such as "train[95%:]".
+    """
+
+    name: str
+    data_dir: str | None = None
+    text_field: str = "text"
+    train_split: str = "train"
+    validation_split: str = "validation"
+
+    def documents(self, split: str, cache_dir: Path | None = None) -> Iterator[str]:
+        """Yields the texts of a split; raises UserError where TFDS cannot give them."""
+        import grain
+
+        part = self.train_split if split == "train" else self.validation_split
+        rows = self._data_source(part)
+        features = rows[0] if len(rows) and isinstance(rows[0], dict) else {}
+        if len(rows) and not isinstance(features.get(self.text_field), bytes):
+            texts = sorted(name for name, value in features.items() if isinstance(value, bytes))
+            raise UserError(
+                f"Tfds {self.name!r} has no text under {self.text_field!r}: set text_field to a "
+                f"feature of text (it has {', '.join(texts) or 'none'})"
+            )
+        for row in grain.MapDataset.source(rows):
+            yield row[self.text_field].decode("utf-8", "replace")
+
+    def key(self, cache_dir: Path | None = None) -> Any:
+        """Returns the options and the metadata of the prepared files, without importing TFDS."""
+        infos = self._metadata_files()
+        if not infos:
+            self._data_source(self.train_split)  # prepares it, or says why it cannot
+            infos = self._metadata_files()
+        key = dataclasses.asdict(self) | {"data_dir": str(self._directory())}
+        return ["Tfds", key, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in infos]]
+
+    def _directory(self) -> Path:
+        default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        return Path(self.data_dir or default).expanduser().absolute()
+
+    def _metadata_files(self) -> list[Path]:
+        dataset = self.name.split("/")[0].split(":")[0]
+        return sorted((self._directory() / dataset).glob("**/dataset_info.json"))
+
+    def _data_source(self, split: str) -> Sequence[dict[str, Any]]:
+        import tensorflow_datasets as tfds
+
+        directory = self._directory()
+        options = {"data_dir": str(directory)}
+        file_format = {"file_format": "array_record"}  # the one that is read without TensorFlow
+        try:
+            builder = tfds.builder(self.name, **options, **file_format)
+        except tfds.core.DatasetNotFoundError as error:
+            known = set(tfds.list_builders(with_community_datasets=False))
+            if directory.is_dir():
+                known |= {path.name for path in directory.iterdir() if path.is_dir()}
+            near = difflib.get_close_matches(self.name, known, n=1, cutoff=0)
+            raise UserError(
+                f"Tfds.name={self.name!r} is no dataset of TFDS nor one in {str(directory)!r}: "
+                f"the nearest name is {near[0]!r}"
+            ) from error
+        except Exception as error:
+            hint = ""
+            if "file format" in str(error):
+                hint = " Prepare it with file_format='array_record', read without TensorFlow"
+            raise UserError(f"Tfds.name={self.name!r}: {_first_line(error)}{hint}") from error
+
+        stock = type(builder).__module__.startswith("tensorflow_datasets.")
+        if not builder.is_prepared() and stock and importlib.util.find_spec("tensorflow") is None:
+            raise UserError(
+                f"Tfds.name={self.name!r} is not prepared in {str(directory)!r}, and preparing it "
+                "needs TensorFlow: pip install 'torsion[tfds-prepare]'"
+            )
+        try:
+            with _quiet_tfds():
+                return tfds.data_source(
+                    self.name, split=split, **options, builder_kwargs=file_format
+                )
+        except Exception as error:  # TFDS raises a dozen kinds, for a split, a format, a download
+            raise UserError(
+                f"Tfds.name={self.name!r}, split {split!r}: {_first_line(error)}"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PythonStdlib:
+    """The text of the standard library of the Python that runs: a corpus every machine has.
+
+    Some 700 files and 11 MB: see `stdlib_files` for which. Prepared once, through TFDS, under the
+    cache directory, in python-stdlib-VERSION-DIGEST; files.json there lists the files with their
+    digests and splits, since another Python has other ones.
+    """
+
+    def documents(self, split: str, cache_dir: Path | None = None) -> Iterator[str]:
+        """Yields the text of each file of a split, in the order of the paths."""
+        import grain
+
+        from pjit_train.data.stdlib_builder import StdlibText
+
+        digest = hashlib.sha256(json.dumps(self.key()).encode()).hexdigest()[:8]
+        name = f"python-stdlib-{platform.python_version()}-{digest}"
+        directory = (cache_dir or default_cache_dir()) / name
+        with locked(directory), _quiet_tfds():
+            builder = StdlibText(data_dir=str(directory), file_format="array_record")
+            builder.download_and_prepare()
+        for row in grain.MapDataset.source(builder.as_data_source(split)):
+            yield row["text"].decode("utf-8")
+
+    def key(self, cache_dir: Path | None = None) -> Any:
+        """Returns which Python this is and which version of the choice of files."""
+        python = [platform.python_implementation(), platform.python_version()]
+        return ["PythonStdlib", stdlib_files.VERSION, *python, str(stdlib_files.stdlib_dir())]
+
+
+def _text_pieces(path: str) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            while piece := file.read(DOCUMENT_CHARACTERS):
+                yield piece
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: is not UTF-8 text ({error.reason}, byte 0x{error.object[error.start]:02x}): "
+            "convert it to UTF-8"
+        ) from error
+
+
+def _falls_below(fraction: float, text: str) -> bool:
+    """Whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS's progress bars away, and what it prints off stdout, which belongs to results."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

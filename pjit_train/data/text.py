@@ -1,0 +1,188 @@
+"""Batches of text that are a pure function of (seed, step)."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pjit_train.data.cache import default_cache_dir, open_cache
+from pjit_train.data.packing import PackedRows
+from pjit_train.data.sources import PythonStdlib, TextFiles, Tfds
+from pjit_train.data.tokenizers import Bytes, TokenizerJson
+from pjit_train.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Which text, how it becomes tokens, and how large the batches are.
+
+    Attributes:
+      sources: where documents come from; several are mixed.
+      weights: of a mixture, how often a row comes from each source, in any unit (kept to 1 %); by
+        default equally often.
+      tokenizer: text to ids.
+      seq_len: positions of a row.
+      batch_size: rows of a step, over all hosts.
+      mask_documents: whether batches carry `segments`, so that no position sees another document.
+      cache_dir: where tokens are kept; by default $TORSION_CACHE or ~/.cache/torsion.
+    """
+
+    sources: Sequence[TextFiles | Tfds | PythonStdlib] = (PythonStdlib(),)
+    weights: Sequence[float] | None = None
+    tokenizer: Bytes | TokenizerJson = dataclasses.field(default_factory=Bytes)
+    seq_len: int = 256
+    batch_size: int = 16
+    mask_documents: bool = False
+    cache_dir: str | None = None
+
+    def prepare(self, seed: int) -> "Batches":
+        """Opens the corpus, tokenized into the cache first if it is not there.
+
+        Several processes may call it at once, on one machine or on hosts that share the directory.
+
+        Raises UserError for an option that makes no sense and for a corpus that cannot be read or
+        is shorter than one row.
+        """
+        for name in ("seq_len", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"TextData.{name}={value!r} must be a whole number, at least 1")
+        if not isinstance(self.sources, Sequence) or not self.sources:
+            raise UserError(f"TextData.sources={self.sources!r} must be a list of sources")
+        weights = [1.0] * len(self.sources) if self.weights is None else list(self.weights)
+        if len(weights) != len(self.sources):
+            raise UserError(
+                f"TextData.weights={weights} must be as many as the {len(self.sources)} sources"
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise UserError(f"TextData.weights={weights} must be finite and greater than 0")
+
+        cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
+        caches = [open_cache(source, self.tokenizer, cache_dir) for source in self.sources]
+        rows = {
+            split: [
+                PackedRows(
+                    split=cache[split], seq_len=self.seq_len, mask_documents=self.mask_documents
+                )
+                for cache in caches
+            ]
+            for split in ("train", "validation")
+        }
+        for source, packed in zip(self.sources, rows["train"], strict=True):
+            if not len(packed):
+                raise UserError(
+                    f"{source} has {len(packed.split.tokens)} training tokens, fewer than the "
+                    f"{self.seq_len + 1} of one row: give more text, or a seq_len below them"
+                )
+        return Batches(self, rows, weights, seed)
+
+
+class Batches:
+    """The batches of a `TextData`, made by `TextData.prepare`.
+
+    A batch is a dict of arrays [rows, seq_len], `rows` being those asked for of `batch_size`:
+      inputs: int32. Documents lie end to end, each beginning with the separator token.
+      targets: int32, the token after each input.
+      segments: int32, if `mask_documents`: 1, 2, ... by document from the row's start.
+      weights: float32, in evaluation batches only: 1 where a target counts, 0 past the end.
+    """
+
+    def __init__(
+        self,
+        data: TextData,
+        rows: dict[str, list[PackedRows]],
+        weights: Sequence[float],
+        seed: int,
+    ):
+        import grain
+
+        self.vocab_size: int = data.tokenizer.vocab_size
+        self.batch_size = data.batch_size
+        self.seq_len = data.seq_len
+        self._rows = rows
+        datasets = [
+            # Grain shuffles epoch e with seed + e, so neighbouring seeds must be made strangers.
+            grain.MapDataset.source(packed).shuffle(seed=_derived(seed, i)).repeat()
+            for i, packed in enumerate(rows["train"])
+        ]
+        mixed = len(datasets) > 1
+        self._train = grain.MapDataset.mix(datasets, weights) if mixed else datasets[0]
+        # Where each source's rows begin among the rows of an evaluation.
+        sizes = [packed.num_padded for packed in rows["validation"]]
+        self._eval_begins = np.concatenate([[0], np.cumsum(sizes)])
+
+    @property
+    def num_train_sequences(self) -> int:
+        """Full rows of the training split, over all sources."""
+        return sum(len(packed) for packed in self._rows["train"])
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Training targets, over all sources."""
+        return self.num_train_sequences * self.seq_len
+
+    @property
+    def num_eval_batches(self) -> int:
+        """Batches in which every token of the validation split is a target once."""
+        return -(-int(self._eval_begins[-1]) // self.batch_size)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the tokens of all splits: hosts that read the same corpus agree on it."""
+        splits = [packed.split.sha256 for rows in self._rows.values() for packed in rows]
+        return hashlib.sha256("".join(splits).encode()).hexdigest()
+
+    def bytes_per_token(self, split: str = "validation") -> float:
+        """UTF-8 bytes of the text of a split over its tokens, separators among the tokens.
+
+        So `loss / ln 2 / bytes_per_token` is bits per byte where `loss`, in nats, is the mean over
+        all targets: a separator is a token to predict that adds no byte.
+        """
+        splits = [packed.split for packed in self._rows[split]]
+        return sum(s.text_bytes for s in splits) / sum(len(s.tokens) for s in splits)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UserError if a model of `vocab_size` tokens lacks one that the text has."""
+        largest = max(packed.split.largest for rows in self._rows.values() for packed in rows)
+        if largest >= vocab_size:
+            raise UserError(
+                f"the model's vocab_size={vocab_size} is too small: the text has token id {largest}"
+                f", so it must be at least {largest + 1} (the tokenizer's is {self.vocab_size})"
+            )
+
+    def train_batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Returns the given rows of the batch of a step; reads no other row.
+
+        Row r of step s is element s * batch_size + r of the shuffled rows, endlessly repeated and
+        shuffled anew each time: an index permutation, so nothing is held in memory.
+        """
+        first = step * self.batch_size
+        return _stack([self._train[first + r] for r in range(self.batch_size)[rows]])
+
+    def eval_batch(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Returns the given rows of batch `index` of the validation split, in its own order.
+
+        Over batches 0 .. num_eval_batches - 1 every token of the split but the first of each source
+        is a target of weight 1 exactly once.
+        """
+        first = index * self.batch_size
+        return _stack([self._eval_row(first + r) for r in range(self.batch_size)[rows]])
+
+    def _eval_row(self, index: int) -> dict[str, np.ndarray]:
+        sources = self._rows["validation"]
+        source = min(
+            int(np.searchsorted(self._eval_begins, index, "right")) - 1, len(sources) - 1
+        )  # rows past the last source are its rows past the end, all padding
+        return sources[source].padded(index - int(self._eval_begins[source]))
+
+
+def _derived(seed: int, source: int) -> int:
+    """Returns the seed of 32 bits with which a source is shuffled."""
+    return int.from_bytes(hashlib.sha256(f"shuffle {seed} {source}".encode()).digest()[:4], "big")
+
+
+def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,200 @@
+"""Tokenizers: bytes, or any Hugging Face `tokenizers` JSON file; and how to train such a file.
+
+Each has a separator, the token that begins every document of the packed corpus and that no text
+can produce.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pjit_train.errors import UserError
+
+# What the common tokenizer files call the token between two documents, most likely first.
+KNOWN_SEPARATORS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|begin_of_text|>",
+    "<s>",
+    "<bos>",
+    "[SEP]",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """The UTF-8 bytes of a text are its tokens: 256 of them, 0xFF the separator.
+
+    No UTF-8 text has a byte 0xFF (RFC 3629, section 1).
+    """
+
+    vocab_size = 256
+    separator = 255
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, uint8 [tokens]; a lone surrogate becomes "?"."""
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, separators dropped; broken UTF-8 becomes U+FFFD.
+
+        Raises ValueError for an id outside 0..255.
+        """
+        return bytes(int(i) for i in ids if i != self.separator).decode("utf-8", "replace")
+
+    def digest(self) -> str:
+        """Returns what identifies this tokenizer in the key of a cache."""
+        return "bytes"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerJson:
+    """A Hugging Face `tokenizers` JSON file (a `tokenizer.json`).
+
+    Attributes:
+      path: the file.
+      separator_token: the token between documents, such as "<|endoftext|>"; by default the first of
+        `KNOWN_SEPARATORS` that the vocabulary has.
+
+    Every method raises UserError where the file is missing or unreadable, or has no such separator.
+    The file is read at the first use, not in the constructor.
+    """
+
+    path: str
+    separator_token: str | None = None
+
+    @functools.cached_property
+    def _tokenizer(self):
+        # Imported here because the bytes tokenizer needs no library.
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_str(self._text)
+        except Exception as error:  # the library raises bare Exception for any malformed file
+            raise UserError(
+                f"tokenizer {self.path!r} is not a Hugging Face tokenizers JSON file: "
+                f"{_first_line(error)}"
+            ) from error
+        # Whole documents are encoded, without cutting or filling ...
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # ... and a document that spells "<|endoftext|>" gets those characters, not a separator.
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @functools.cached_property
+    def _text(self) -> str:
+        try:
+            return Path(self.path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"tokenizer {self.path!r} cannot be read ({_first_line(error)}): "
+                "give the path of a tokenizer.json"
+            ) from error
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the greatest id (ids of some files have gaps)."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def separator(self) -> int:
+        """The id of the separator token."""
+        asked = KNOWN_SEPARATORS if self.separator_token is None else (self.separator_token,)
+        for token in asked:
+            if (index := self._tokenizer.token_to_id(token)) is not None:
+                return index
+        raise UserError(
+            f"tokenizer {self.path!r} has no token {' or '.join(asked)}: "
+            "set separator_token to a token of its vocabulary"
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, uint32 [tokens], with no token added at either end."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text; the library uses every core for it."""
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, separators dropped."""
+        kept = [int(i) for i in ids if i != self.separator]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def digest(self) -> str:
+        """Returns what identifies this tokenizer in the key of a cache: file and separator."""
+        return hashlib.sha256(f"{self.separator}\n{self._text}".encode()).hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> TokenizerJson:
+    """Trains a byte-level BPE tokenizer and writes its JSON file, whole or not at all.
+
+    Args:
+      texts: the documents; read once, never held together.
+      vocab_size: ids wanted, at least 257: the 256 bytes and the separator "<|endoftext|>". A small
+        text may have fewer pairs to merge; then the vocabulary is smaller.
+      path: where the file goes; an existing one is replaced.
+
+    Returns:
+      The tokenizer, whose `vocab_size` says how many ids there are.
+
+    Raises:
+      UserError: a vocabulary too small, no text, or a path that cannot be written.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and a separator need at least 257"
+        )
+    target = Path(path).expanduser()
+    if not target.parent.is_dir():
+        raise UserError(f"tokenizer path {path!r}: the folder {str(target.parent)!r} is missing")
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen = 0
+
+    def counted():
+        nonlocal seen
+        for text in texts:
+            seen += bool(text)
+            yield text.encode("utf-8", "replace").decode("utf-8")
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise UserError("the corpus of the tokenizer is empty: give at least one document of text")
+
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"tokenizer path {path!r} cannot be written: {error.strerror}") from error
+    return TokenizerJson(path=str(target))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

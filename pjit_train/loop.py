@@ -1,0 +1,237 @@
+"""The training loop: batch, step, metrics, validation, checkpoint."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pjit_train.checkpoint import Checkpoints
+from pjit_train.data.prefetch import Prefetcher
+from pjit_train.errors import TrainingError, UserError
+from pjit_train.evaluate import validate
+from pjit_train.metrics import Display, Metrics, utilisation
+from pjit_train.program import Program
+from pjit_train.run import Run
+from pjit_train.sample import Sampler
+from pjit_train.sharding import make_mesh
+from pjit_train.signals import StopRequest
+from pjit_train.transformer import count_params
+
+log = logging.getLogger("torsion")
+
+
+def train(run: Run, directory: Path, *, config_text: str, began: float | None = None) -> None:
+    """Trains to `run.steps`, from the newest good checkpoint in `directory` if there is one.
+
+    Args:
+      run: what to train.
+      directory: gets `config.gin`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      config_text: the operative configuration that `run` was built from.
+      began: `time.monotonic()` when the command began, for the time to the first step.
+
+    Returns when the run is done, or was asked to stop (SIGTERM, SIGINT) and is saved.
+
+    Raises:
+      UserError: the parts of the run do not fit each other or the machine.
+      TrainingError: a loss or gradient was not finite, and the run stops at that.
+    """
+    began = time.monotonic() if began is None else began
+    program = Program(run, make_mesh(run.mesh))
+    run.samples.check(run.model.max_len)
+    batches = run.data.prepare(run.seed)
+    batches.check_vocabulary(run.model.vocab_size)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_owned(directory))
+        checkpoints = Checkpoints(directory / "checkpoints", run.checkpoints)
+        stack.enter_context(checkpoints)
+        restored = checkpoints.restore(program.abstract_state)
+        if jax.process_index() == 0:
+            _write(directory / "config.gin", config_text)
+        start, state = (0, program.new_state()) if restored is None else restored
+        metrics = stack.enter_context(contextlib.closing(Metrics(directory, start)))
+        display = stack.enter_context(contextlib.closing(Display(start, run.steps)))
+        display.say(
+            f"{count_params(state['params']):,} parameters, "
+            f"{batches.tokens_per_epoch:,} training tokens, {program.describe_mesh()}; "
+            f"run directory {directory}"
+        )
+        if start:
+            display.say(f"resuming after step {start}")
+        if start >= run.steps:
+            display.say(f"trained to step {run.steps} already; a larger --steps goes on")
+            return
+        stop = stack.enter_context(StopRequest())
+        loop = _Loop(program, batches, directory, checkpoints, metrics, display, start, began)
+        loop.steps(state, stop)
+
+
+class _Loop:
+    """The steps of a run from one start to its end, and what they report to."""
+
+    def __init__(self, program, batches, directory, checkpoints, metrics, display, start, began):
+        self.program, self.run, self.batches = program, program.run, batches
+        self.directory, self.checkpoints = directory, checkpoints
+        self.metrics, self.display = metrics, display
+        self.start, self.began = start, began
+        self.sampler = Sampler(self.run.model, self.run.rules, self.run.data.tokenizer)
+        self.profiling = False
+        self.step_ended = began
+        self.step_seconds: list[float] = []  # of the steps since the last row
+        self.extra: dict[str, float] = {}  # other figures for the next row
+
+    def steps(self, state, stop: StopRequest) -> None:
+        """Trains to the end, or until asked to stop."""
+        last, eval_every = self.run.steps, self.run.eval_every
+        unread = None  # (step, figures) of the step that is being computed
+        with Prefetcher(self._batch, self.start) as self.prefetcher:
+            for step, batch in enumerate(self.prefetcher, self.start + 1):
+                if step == self.start + 1:
+                    compiling = time.monotonic()
+                    train_step = self.program.compile_step(batch)
+                    self.extra["compile_seconds"] = time.monotonic() - compiling
+                self._profile(step)
+                state, figures = train_step(state, batch)
+                if unread:
+                    self._report(*unread)
+                unread = step, figures
+                stopping = step < last and stop.at(step)
+                saving = self.checkpoints.due(step) or stopping or step == last
+                validating = eval_every > 0 and (step % eval_every == 0 or step == last)
+                if saving or validating:
+                    self._pause(*unread, state, validating, saving)
+                    unread = None
+                if stopping or step == last:
+                    break
+        self._profile(None)
+        self.checkpoints.wait()
+        if stopping:
+            self.display.say(f"stopped after step {step}; the same command resumes from there")
+        else:
+            self._sample(state["params"], step)
+            self.display.say(f"done: {step} steps, in {self.directory}")
+
+    def _batch(self, index: int):
+        return self.program.global_batch(lambda rows: self.batches.train_batch(index, rows))
+
+    def _report(self, step: int, figures) -> None:
+        row = self._read(step, figures)
+        if step % self.run.log_every == 0 or not row["finite"]:
+            self._write_row(row)
+
+    def _pause(self, step: int, figures, state, validating: bool, saving: bool) -> None:
+        """Waits for a step, then validates and saves after it; its row always stands before."""
+        row, validation = self._read(step, figures), {}
+        if validating:
+            validation = validate(self.program, state["params"], self.batches)
+        if validating or step % self.run.log_every == 0 or step == self.run.steps:
+            self._write_row(row | validation)
+        if saving:
+            began = time.monotonic()
+            metrics = {"loss": validation["val_loss"]} if validation else None
+            self.checkpoints.save(step, state, metrics=metrics)
+            self.extra["save_seconds"] = time.monotonic() - began
+        if validating and step < self.run.steps:
+            self._sample(state["params"], step)
+        self.step_ended = time.monotonic()
+
+    def _read(self, step: int, figures) -> dict:
+        """The figures of a step, once it is computed."""
+        row = {"step": step, **{name: np.asarray(x).item() for name, x in figures.items()}}
+        now = time.monotonic()
+        if step == self.start + 1:
+            self.extra["first_step_seconds"] = now - self.began
+            self.display.say(f"first step {now - self.began:.1f} s after the start")
+        else:
+            self.step_seconds.append(now - self.step_ended)
+        self.step_ended = now
+        self.display.advance(step)
+        if not row["finite"]:
+            what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+            if self.run.on_nonfinite == "stop":
+                self._write_row(row)
+                saved = self.checkpoints.steps()
+                raise TrainingError(
+                    f"{what}; stopped, the update was not applied; "
+                    + (f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint yet")
+                    + "; lower the learning rate, or on_nonfinite = 'skip'"
+                )
+            log.warning("%s; the update was not applied, going on", what)
+        return row
+
+    def _write_row(self, row: dict) -> None:
+        finite = row.pop("finite")
+        if not finite:
+            row["skipped"] = 1
+        if self.step_seconds:
+            data, seconds = self.run.data, float(np.mean(self.step_seconds))
+            tokens_per_second = data.batch_size * data.seq_len / seconds
+            row |= {"step_seconds": seconds, "tokens_per_second": tokens_per_second}
+            share = utilisation(tokens_per_second * self.run.model.flops_per_token(data.seq_len))
+            if share is not None:
+                row["model_flops_utilisation"] = share
+        row |= {"data_wait_seconds": self.prefetcher.wait_seconds, **self.extra}
+        self.step_seconds, self.extra = [], {}
+        self.metrics.write(row)
+        self.display.row(row)
+
+    def _sample(self, params, step: int) -> None:
+        samples = self.run.samples
+        if not samples.tokens:
+            return
+        with jax.set_mesh(self.program.mesh):
+            texts = self.sampler(
+                params,
+                samples.prompts,
+                tokens=samples.tokens,
+                temperature=samples.temperature,
+                seed=self.run.seed,
+            )
+        for text in texts:
+            self.display.say(f"sample after step {step}:\n{text}\n")
+
+    def _profile(self, step: int | None) -> None:
+        """Begins and ends the trace that `run.profile` asks for; None ends it in any case."""
+        first, last = self.run.profile or (0, -1)
+        if self.profiling and (step is None or step > last):
+            jax.profiler.stop_trace()
+            self.profiling = False
+            self.display.say(f"profile of steps {first} to {last} in {self.directory / 'profile'}")
+        elif not self.profiling and step is not None and first <= step <= last:
+            jax.profiler.start_trace(str(self.directory / "profile"))
+            self.profiling = True
+
+
+@contextlib.contextmanager
+def _owned(directory: Path):
+    """Holds a run directory for this process alone (process 0 of several)."""
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"run directory {directory}: {error.strerror}; give one that can be written with --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run directory {directory} is being trained in by another process; "
+                "wait for it, or use another --out"
+            ) from error
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)

@@ -1,0 +1,144 @@
+"""Cross-entropy that never holds all logits.
+
+Letters in names: N tokens, D model width, V vocabulary, C tokens of a chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+CHUNK_LOGITS = 1 << 22  # logits held at a time on a device: 16 MiB in float32
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None = None,
+) -> jax.Array:
+    """Sum over tokens of weights * -log softmax(hidden @ head)[target].
+
+    The logits are made a chunk of tokens at a time, and, where a gradient is wanted, the gradients
+    of the sum with respect to `hidden` and `head` in the same pass: nothing is made twice, and
+    memory holds one chunk of logits.
+
+    Args:
+      hidden: [batch, length, d_model].
+      head: [d_model, vocab]; may be split over the vocabulary, not over d_model.
+      targets: int [batch, length].
+      weights: float [batch, length]; ones where None.
+
+    Returns:
+      A float32 scalar, in nats.
+    """
+    if weights is None:
+        weights = jnp.ones_like(targets, jnp.float32)
+    batch, rows, _ = jax.typeof(hidden).sharding.spec
+    _, vocab = jax.typeof(head).sharding.spec
+    if batch is rows is vocab is None:
+        return _summed(hidden, head, targets, weights, None)
+    tokens = P(batch, rows)
+    weights = jax.sharding.reshard(weights, tokens)
+
+    def shard(hidden, head, targets, weights):
+        loss = _summed(hidden, head, targets, weights, vocab)
+        axes = tuple(
+            a for part in tokens for a in ((part,) if isinstance(part, str) else part or ())
+        )
+        return jax.lax.psum(loss, axes) if axes else loss
+
+    return jax.shard_map(
+        shard,
+        in_specs=(P(batch, rows, None), P(None, vocab), tokens, tokens),
+        out_specs=P(),
+        check_vma=False,
+    )(hidden, jax.sharding.reshard(head, P(None, vocab)), targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(hidden, head, targets, weights, vocab_axis):
+    return _chunks(hidden, head, targets, weights, vocab_axis, with_gradients=False)
+
+
+def _summed_fwd(hidden, head, targets, weights, vocab_axis):
+    return _chunks(hidden, head, targets, weights, vocab_axis, with_gradients=True)
+
+
+def _summed_bwd(vocab_axis, gradients, d_loss):
+    d_hidden, d_head = gradients
+    if vocab_axis is not None:
+        # shard_map splits the cotangent evenly over the devices that hold the same output, and adds
+        # up the cotangents of an input that they share: d_hidden stays a part of the sum here.
+        d_loss = jax.lax.psum(d_loss, vocab_axis)
+    return (
+        (d_hidden * d_loss).astype(d_hidden.dtype),
+        (d_head * d_loss).astype(d_head.dtype),
+        None,
+        None,
+    )
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)
+
+
+def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
+    D, V = head.shape
+    hidden_ND, targets_N, weights_N = (
+        hidden.reshape(-1, D),
+        targets.reshape(-1),
+        weights.reshape(-1),
+    )
+    N = targets_N.size
+    first = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * V
+
+    def chunk(hidden_CD, targets_C, weights_C):
+        logits_CV = jnp.einsum("cd,dv->cv", hidden_CD, head, preferred_element_type=jnp.float32)
+        top_C = jnp.max(logits_CV, axis=-1)
+        if vocab_axis is not None:
+            top_C = jax.lax.pmax(top_C, vocab_axis)
+        hit_CV = (targets_C - first)[:, None] == jax.lax.broadcasted_iota(jnp.int32, (1, V), 1)
+        exp_CV = jnp.exp(logits_CV - top_C[:, None])
+        total_C = jnp.sum(exp_CV, axis=-1)
+        target_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=-1)
+        if vocab_axis is not None:
+            total_C, target_C = jax.lax.psum((total_C, target_C), vocab_axis)
+        loss = jnp.sum(weights_C * (top_C + jnp.log(total_C) - target_C))
+        if not with_gradients:
+            return loss
+        d_logits_CV = (exp_CV / total_C[:, None] - hit_CV) * weights_C[:, None]
+        d_logits_CV = d_logits_CV.astype(hidden.dtype)
+        d_hidden_CD = jnp.einsum("cv,dv->cd", d_logits_CV, head)
+        d_head_DV = jnp.einsum(
+            "cd,cv->dv", hidden_CD, d_logits_CV, preferred_element_type=jnp.float32
+        )
+        return loss, d_hidden_CD, d_head_DV
+
+    C = _chunk_tokens(N, V)
+    if C == N:
+        results = chunk(hidden_ND, targets_N, weights_N)
+        if not with_gradients:
+            return results
+        loss, d_hidden, d_head = results
+    else:
+        split = lambda x: x.reshape(N // C, C, *x.shape[1:])  # noqa: E731
+        xs = (split(hidden_ND), split(targets_N), split(weights_N))
+        if not with_gradients:
+            return jax.lax.scan(lambda s, x: (s + chunk(*x), None), jnp.zeros(()), xs)[0]
+
+        def body(sums, x):
+            loss, d_hidden, d_head = chunk(*x)
+            return (sums[0] + loss, sums[1] + d_head), d_hidden
+
+        zeros = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+        (loss, d_head), d_hidden = jax.lax.scan(body, zeros, xs)
+    return loss, (d_hidden.reshape(hidden.shape), d_head.astype(head.dtype))
+
+
+def _chunk_tokens(N: int, V: int) -> int:
+    """The largest divisor of N whose chunk of logits fits `CHUNK_LOGITS`."""
+    chunks = -(-N * V // CHUNK_LOGITS)
+    while N % chunks:
+        chunks += 1
+    return N // chunks

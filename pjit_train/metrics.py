@@ -1,0 +1,154 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and the terminal."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+Row = dict[str, Any]
+
+# Peak dense bfloat16 FLOP/s of a device as jax names it, from the makers' data sheets. Kinds that
+# are not here, CPUs among them, get no utilisation.
+PEAK_FLOPS = {
+    "TPU v3": 123e12 / 2,  # a device is one of a chip's two cores
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def utilisation(flops_per_second: float) -> float | None:
+    """Share of the devices' peak, or None where the peak of their kind is not known."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else flops_per_second / (peak * jax.device_count())
+
+
+class Metrics:
+    """Writes rows of figures, one a step, to `metrics.jsonl` and TensorBoard events.
+
+    Rows of steps after `start` are dropped when a run resumes from that step, so that a step stands
+    once however often the run was resumed. Only process 0 writes.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            _keep_until(path, start)
+        self._file = path.open("a", buffering=1)
+        events = str(directory / "tensorboard")
+        self._events = SummaryWriter(events, purge_step=start + 1 if start else None)
+
+    def write(self, row: Row) -> None:
+        """Writes the figures of `row["step"]`; those that are not finite as null."""
+        if self._file is None:
+            return
+        finite = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        for name, value in finite.items():
+            if name != "step" and value is not None:
+                self._events.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+    new = path.with_suffix(".jsonl.new")
+    new.write_text("".join(kept))
+    os.replace(new, path)
+
+
+class Display:
+    """The progress of a run, as a bar on a terminal and as a line a row elsewhere."""
+
+    def __init__(self, start: int, steps: int):
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.shown = jax.process_index() == 0
+        self._bar = None
+        self._steps = steps
+        if self.shown and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task(
+                "training", total=steps, completed=start, loss="-", speed="-"
+            )
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """Prints text above the bar."""
+        if self.shown:
+            self.console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def row(self, row: Row) -> None:
+        """Shows the figures of a row."""
+        step, loss = row["step"], f"{row['loss']:.4f}"
+        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "-"
+        if self._bar:
+            self._bar.update(self._task, completed=step, loss=loss, speed=speed)
+        else:
+            left = (self._steps - step) * row.get("step_seconds", 0.0)
+            self.say(
+                f"step {step}/{self._steps}  loss {loss}  grad norm {row['grad_norm']:.3f}  "
+                f"lr {row['learning_rate']:.2e}  {speed} tokens/s  {_duration(left)} left"
+            )
+        if "val_loss" in row:
+            self.say(
+                f"validation after step {step}: loss {row['val_loss']:.4f}  perplexity "
+                f"{row['val_perplexity']:.3f}  bits per byte {row['val_bits_per_byte']:.4f}"
+            )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

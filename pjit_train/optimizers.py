@@ -1,0 +1,204 @@
+"""Optimizers and learning-rate schedules, from optax.
+
+Each class here is the configuration of one optimizer; `build(steps)` gives optax's transformation
+for a run of that many steps, with gradient clipping before it and the schedule inside. Where a
+recipe of `sparsity` wraps the optimizer, it wraps what `build` returns.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import optax
+
+from pjit_train.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up from zero, then one of four shapes.
+
+    Attributes:
+      shape: "cosine" or "linear" falls to the end of the run; "constant" stays; "wsd" stays and
+        falls linearly over the last `decay_fraction` of the run (warm-up, stable, decay; Hu et al.,
+        2024).
+      warmup_steps: steps until the peak, at most the run.
+      final_fraction: of the peak, at the end of the run.
+    """
+
+    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+
+    def __post_init__(self):
+        if self.shape not in ("cosine", "linear", "constant", "wsd"):
+            raise UserError(
+                f"schedule: shape={self.shape!r} is unknown; use cosine, linear, constant or wsd"
+            )
+        if not 0 <= self.decay_fraction <= 1:
+            raise UserError(
+                f"schedule: decay_fraction={self.decay_fraction} is no fraction; use 0 to 1"
+            )
+
+    def build(
+        self, peak: float, steps: int
+    ) -> Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]:
+        """Learning rate as a function of the number of updates done before."""
+        warmup = min(self.warmup_steps, steps)
+        rest = max(steps - warmup, 1)
+        match self.shape:
+            case "cosine":
+                after = optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction)
+            case "linear":
+                after = optax.linear_schedule(peak, peak * self.final_fraction, rest)
+            case "constant":
+                after = optax.constant_schedule(peak)
+            case _:
+                decay = min(round(self.decay_fraction * steps), rest)
+                after = optax.linear_schedule(
+                    peak, peak * self.final_fraction, max(decay, 1), transition_begin=rest - decay
+                )
+        if not warmup:
+            return after
+        # The first update already moves: step s of the warm-up has (s + 1) / (warmup + 1).
+        rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+        return optax.join_schedules([rising, after], [warmup])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What all optimizers share.
+
+    Attributes:
+      learning_rate: at the peak of the schedule.
+      clip_norm: largest global norm of a gradient; None does not clip.
+      weight_decay: decoupled, times the learning rate; for kernels and embeddings only, not for
+        norm scales and biases.
+    """
+
+    learning_rate: float
+    schedule: Schedule = Schedule()
+    clip_norm: float | None = 1.0
+    weight_decay: float = 0.1
+
+    def build(self, steps: int) -> tuple[optax.GradientTransformation, Callable]:
+        """The transformation for a run of `steps` updates, and its schedule."""
+        schedule = self.schedule.build(self.learning_rate, steps)
+        transformation = self._transformation(schedule)
+        if self.clip_norm is not None:
+            transformation = optax.chain(optax.clip_by_global_norm(self.clip_norm), transformation)
+        return transformation, schedule
+
+    def _transformation(self, schedule) -> optax.GradientTransformation:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+
+    def _transformation(self, schedule):
+        return optax.adamw(
+            schedule, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay, mask=decayed
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer and Stern, 2018): second moments factored over the two largest axes.
+
+    Its own relative clipping takes the place of `clip_norm`. Statistics over a whole parameter (the
+    update's root mean square) are over all layers of a stack.
+    """
+
+    clip_norm: float | None = None
+    weight_decay: float = 0.0
+    min_dim_size_to_factor: int = 128
+
+    def _transformation(self, schedule):
+        return optax.adafactor(
+            schedule,
+            min_dim_size_to_factor=self.min_dim_size_to_factor,
+            weight_decay_rate=(lambda step: self.weight_decay * schedule(step))
+            if self.weight_decay
+            else None,
+            weight_decay_mask=decayed,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """Lion (Chen et al., 2023); wants a third to a tenth of AdamW's learning rate."""
+
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def _transformation(self, schedule):
+        return optax.lion(schedule, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def _transformation(self, schedule):
+        return optax.chain(
+            optax.trace(self.momentum, self.nesterov),
+            optax.add_decayed_weights(self.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Muon (Jordan et al., 2024) for the kernels of the blocks, each layer by itself; AdamW for the
+    rest (embeddings, head, norms, biases) at `adam_learning_rate`, with the same schedule.
+    """
+
+    beta: float = 0.95
+    adam_learning_rate: float = 3e-4
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+
+    def _transformation(self, schedule):
+        scale = self.adam_learning_rate / self.learning_rate
+        return optax.contrib.muon(
+            schedule,
+            beta=self.beta,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=self.adam_b1,
+            adam_b2=self.adam_b2,
+            adam_learning_rate=lambda step: scale * schedule(step),
+            muon_weight_dimension_numbers=matrix_axes,
+        )
+
+
+def decayed(params):
+    """True for parameters with weight decay: all but norm scales and biases."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+
+def matrix_axes(params):
+    """Muon's reduction and output axes of stacked block kernels; None for all other parameters."""
+
+    def axes(path, param):
+        names = [entry.key for entry in path]
+        if names[0] != "blocks" or names[-1] != "kernel":
+            return None
+        split = param.ndim - 1 if names[-2] in ("out", "down") else 2
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, split)), tuple(range(split, param.ndim))
+        )
+
+    return jax.tree.map_with_path(axes, params)

@@ -1,0 +1,95 @@
+"""What a run is: its parts, put together and checked before anything starts."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from pjit_train.checkpoint import CheckpointConfig
+from pjit_train.data.text import TextData
+from pjit_train.errors import UserError
+from pjit_train.optimizers import Optimizer
+from pjit_train.sharding import MeshShape, Rules
+from pjit_train.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Text that a run prints: after every validation, and at its end.
+
+    Attributes:
+      prompts: a sample continues each; "" begins a document.
+      tokens: how many are sampled; 0 for no samples at all.
+      temperature: of the softmax that is sampled from; 0 takes the likeliest token.
+    """
+
+    prompts: tuple[str, ...] = ("",)
+    tokens: int = 200
+    temperature: float = 0.8
+
+    def check(self, max_len: int) -> None:
+        """Raises a UserError where samples would be longer than the model's longest sequence."""
+        if self.tokens and self.tokens >= max_len:
+            raise UserError(
+                f"samples: tokens={self.tokens} exceeds the model's max_len={max_len}; "
+                f"use at most {max_len - 1}, or 0 for no samples"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run.
+
+    Attributes:
+      steps: updates of the whole run; the learning-rate schedule spans them.
+      seed: of parameters, order of the data, and samples.
+      accumulate: parts that a batch goes through the model in, their gradients summed.
+      log_every: steps between rows of metrics.
+      eval_every: steps between validations, 0 for none; one always ends a run that has them.
+      eval_batches: batches of a validation, from the start of the validation split.
+      on_nonfinite: what an update whose loss or gradient is not finite does to the run. It is never
+        applied; "stop" ends the run there, "skip" goes on with the next batch.
+      profile: (first, last) step of a `jax.profiler` trace, or None.
+    """
+
+    model: TransformerConfig
+    data: TextData
+    optimizer: Optimizer
+    steps: int
+    seed: int = 0
+    mesh: MeshShape = MeshShape()
+    rules: Rules = Rules()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    samples: Samples = Samples()
+    accumulate: int = 1
+    log_every: int = 10
+    eval_every: int = 200
+    eval_batches: int = 20
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "log_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"run: {name}={getattr(self, name)}; use a positive number")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise UserError(f"run: on_nonfinite={self.on_nonfinite!r} is unknown; use stop or skip")
+        if self.data.batch_size % self.accumulate:
+            raise UserError(
+                f"run: accumulate={self.accumulate} does not divide batch_size="
+                f"{self.data.batch_size}; use a divisor of it"
+            )
+
+    def check_mesh(self, mesh) -> None:
+        """Raises a UserError where the mesh does not divide a batch."""
+        rows = self.data.batch_size // self.accumulate
+        for what, size, axes in (
+            ("batch_size / accumulate", rows, self.rules.batch),
+            ("seq_len", self.data.seq_len, self.rules.length),
+        ):
+            ways = math.prod(mesh.shape[axis] for axis in axes)
+            if size % ways:
+                shown = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                raise UserError(
+                    f"mesh: {what} = {size} is not divisible by {shown} = {ways}; "
+                    f"use a multiple of {ways}, or a smaller mesh"
+                )

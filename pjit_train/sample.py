@@ -1,0 +1,149 @@
+"""Text from a model, token by token, with a key-value cache."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from pjit_train.errors import UserError
+from pjit_train.evaluate import restore_params
+from pjit_train.program import Program
+from pjit_train.run import Run
+from pjit_train.sharding import Rules, make_mesh, reshard
+from pjit_train.step import forward_params
+from pjit_train.transformer import TransformerConfig
+
+
+class Sampler:
+    """Continues prompts with the parameters of one model.
+
+    Args:
+      config: of the model.
+      rules: of its parameters; samples are laid on the mesh by their batch alone.
+      tokenizer: of `pjit_train.data`.
+    """
+
+    def __init__(self, config: TransformerConfig, rules: Rules, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.rules = dataclasses.replace(rules, length=())
+        build = functools.partial(config.build, jax.random.key(0), self.rules)
+        self._graph = nnx.split(nnx.eval_shape(build))[0]
+        self._generate = jax.jit(self._generate, static_argnames=("tokens", "greedy", "top_k"))
+
+    def __call__(
+        self,
+        params,
+        prompts: Sequence[str],
+        *,
+        tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt until the end of its document, or by `tokens` tokens.
+
+        Args:
+          params: of the model, on the mesh that is set.
+          prompts: each begins a document; "" leaves the model all of it.
+          temperature: divides the logits before the softmax; 0 takes the likeliest token.
+          top_k: sample among the so many likeliest tokens only; None for all.
+
+        Returns:
+          Prompt and continuation, for each prompt.
+
+        Raises:
+          UserError: prompt and continuation exceed the longest sequence of the model, or an option
+            is out of its range.
+        """
+        if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise UserError(
+                f"sample: tokens={tokens}, temperature={temperature}, top_k={top_k}; want "
+                "tokens >= 1, temperature >= 0, top_k >= 1"
+            )
+        separator = self.tokenizer.separator
+        encoded = [np.concatenate([[separator], self.tokenizer.encode(p)]) for p in prompts]
+        longest = max(map(len, encoded))
+        if longest + tokens > self.config.max_len:
+            raise UserError(
+                f"sample: a prompt of {longest} tokens and {tokens} more exceed the model's "
+                f"max_len={self.config.max_len}; ask for at most {self.config.max_len - longest}"
+            )
+        # One prompt at a time fills the batch, so that prompts of any length need no padding.
+        return [
+            self._continue(params, ids, tokens, temperature, top_k, seed + i)
+            for i, ids in enumerate(encoded)
+        ]
+
+    def _continue(self, params, ids, tokens, temperature, top_k, seed) -> str:
+        mesh = jax.sharding.get_abstract_mesh()
+        rows = int(np.prod([mesh.shape[axis] for axis in self.rules.batch]))
+        prompt = np.broadcast_to(ids.astype(np.int32), (rows, len(ids)))
+        new = self._generate(
+            params,
+            prompt,
+            jax.random.key(seed),
+            temperature or 1.0,
+            tokens=tokens,
+            greedy=temperature == 0,
+            top_k=top_k,
+        )
+        # Every process needs the text, and the first row is not on each of them.
+        new = np.asarray(reshard(new, P(None, None)))[0]
+        ends = np.flatnonzero(new == self.tokenizer.separator)
+        return self.tokenizer.decode([*ids, *new[: ends[0] if len(ends) else None]])
+
+    def _generate(self, params, prompt_BT, key, temperature, *, tokens, greedy, top_k):
+        model = nnx.merge(self._graph, forward_params(params))
+        batch = self.rules.spec(("batch", None))
+        prompt_BT = reshard(prompt_BT, batch)
+        rows, length = prompt_BT.shape
+
+        def choose(hidden_BTD, step):
+            logits_BV = reshard(model.logits(hidden_BTD[:, -1:])[:, 0], batch)
+            if greedy:
+                return jnp.argmax(logits_BV, axis=-1)
+            logits_BV /= temperature
+            if top_k is not None:
+                least = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+                logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
+            # The same draw in every row: the rows are copies of one sample.
+            noise_V = jax.random.gumbel(jax.random.fold_in(key, step), logits_BV.shape[1:])
+            return jnp.argmax(logits_BV + noise_V, axis=-1)
+
+        hidden, cache = model.hidden(prompt_BT, cache=model.empty_cache(rows, length + tokens))
+        first = choose(hidden, 0)
+
+        def body(carry, step):
+            token_B, cache = carry
+            hidden, cache = model.hidden(token_B[:, None], cache=cache, position=length + step - 1)
+            token_B = choose(hidden, step)
+            return (token_B, cache), token_B
+
+        _, rest = jax.lax.scan(body, (first, cache), jnp.arange(1, tokens))
+        return jnp.concatenate([first[None], rest]).T  # [batch, tokens]
+
+
+def sample(
+    run: Run,
+    directory: Path,
+    *,
+    prompts: Sequence[str],
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Continues prompts with a run directory's newest good checkpoint; see `Sampler`."""
+    program = Program(run, make_mesh(run.mesh))
+    _, params = restore_params(program, directory)
+    sampler = Sampler(run.model, run.rules, run.data.tokenizer)
+    with jax.set_mesh(program.mesh):
+        return sampler(
+            params, prompts, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+        )

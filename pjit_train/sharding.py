@@ -1,0 +1,175 @@
+"""The mesh, and the rules that lay arrays on it.
+
+Every parameter names its axes logically (`("embed", "mlp")`), every activation likewise (`("batch",
+"length", None)`), and `Rules` says which mesh axes each logical axis is split over. The mesh has
+explicit axis types: an array's sharding is part of its type, so a layout that was not meant is an
+error while tracing and not a collective found later in a profile.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from pjit_train.errors import UserError
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Number of devices along each mesh axis; one of them may be -1 and takes what is left.
+
+    `data` replicates parameters and splits the batch; `fsdp` splits both; `sequence` splits the
+    tokens of a row; `tensor` splits heads, feed-forward width and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise UserError(f"mesh: {axis}={size} is no size; use a positive number, or -1")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError("mesh: only one axis may be -1 (the one that takes what is left)")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of every axis on `num_devices` devices.
+
+        Raises:
+          UserError: the mesh needs more devices than there are, or does not divide them.
+        """
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        if fixed > num_devices:
+            raise UserError(
+                f"mesh: {shown} needs {fixed} devices and there are {num_devices}; "
+                f"make it smaller, or emulate more with --devices {fixed}"
+            )
+        if -1 in sizes.values():
+            if num_devices % fixed:
+                raise UserError(
+                    f"mesh: {shown} leaves {num_devices} devices to divide by {fixed}; "
+                    "use sizes whose product divides the number of devices"
+                )
+            sizes = {a: num_devices // fixed if s == -1 else s for a, s in sizes.items()}
+        return sizes
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `sequence`, `tensor`, all of explicit type.
+
+    Fewer devices than given are used where the shape asks for fewer.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = shape.sizes(len(devices))
+    count = math.prod(sizes.values())
+    if count < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh: {count} devices of {len(devices)} would leave processes without work; "
+            "use all of them (one axis may be -1)"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Explicit,) * len(sizes),
+        devices=devices[:count],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Mesh axes of each logical axis; `()` keeps an axis whole.
+
+    The default is fully sharded data parallel over `fsdp`, tensor parallel over `tensor` and
+    sequence parallel over `sequence`, in any mix.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ("sequence",)
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+
+    def __post_init__(self):
+        known = {f.name for f in dataclasses.fields(MeshShape)}
+        for field in dataclasses.fields(self):
+            axes = getattr(self, field.name)
+            for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+                if axis not in known:
+                    raise UserError(
+                        f"sharding rule {field.name}={axes!r}: {axis!r} is no mesh axis; "
+                        f"use a tuple of {', '.join(sorted(known))}"
+                    )
+            object.__setattr__(self, field.name, (axes,) if isinstance(axes, str) else tuple(axes))
+
+    def spec(self, axes: Axes, *, gathered: bool = False) -> PartitionSpec:
+        """The partition of an array with these logical axes.
+
+        Args:
+          axes: a logical axis, or None for one that stays whole, for each dimension.
+          gathered: leave out the mesh axes that split the batch: how a parameter that is stored
+            sharded over `fsdp` looks when it meets the activations.
+
+        Raises:
+          UserError: two dimensions would be split over the same mesh axis.
+        """
+        parts = []
+        for axis in axes:
+            part = () if axis is None else getattr(self, axis)
+            parts.append(tuple(a for a in part if not (gathered and a in self.batch)))
+        used = [a for part in parts for a in part]
+        if len(set(used)) < len(used):
+            raise UserError(
+                f"sharding rules: {axes} would be laid on {parts}, one mesh axis twice; "
+                "give these logical axes different mesh axes"
+            )
+        return PartitionSpec(*map(_present, parts))
+
+    def check(self, mesh: Mesh, axes: Axes, shape: tuple[int, ...], name: str) -> None:
+        """Checks that the mesh divides the array `name`.
+
+        Raises:
+          UserError: a dimension is not divisible by the devices that it is split over.
+        """
+        axes = (None,) * (len(shape) - len(axes)) + axes
+        for axis, size in zip(axes, shape, strict=True):
+            over = () if axis is None else getattr(self, axis)
+            ways = math.prod(mesh.shape[a] for a in over)
+            if size % ways:
+                shown = " * ".join(f"{a}={mesh.shape[a]}" for a in over)
+                raise UserError(
+                    f"mesh: {name} has {size} along its axis {axis!r}, which {shown} does not "
+                    f"divide; use a divisor of {size}"
+                )
+
+
+def _present(part: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """The mesh axes of a part of a spec without those of size 1, which split nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    part = tuple(a for a in part if mesh.empty or mesh.shape[a] > 1)
+    return part[0] if len(part) == 1 else part or None
+
+
+def has_mesh() -> bool:
+    """Whether a mesh is set (`jax.set_mesh`), that is, whether arrays have sharded types."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`x` laid out by `spec`, communicating as needed; `x` itself where no mesh is set."""
+    return jax.sharding.reshard(x, spec) if has_mesh() else x
+
+
+def out_sharding(spec: PartitionSpec) -> PartitionSpec | None:
+    """`spec` for the `out_sharding` argument of an operation, or None where no mesh is set."""
+    return spec if has_mesh() else None

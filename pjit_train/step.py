@@ -1,0 +1,145 @@
+"""The state of a run, and the one jitted function that takes it a step further."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
+
+from pjit_train.sharding import Rules, has_mesh
+
+State = dict[str, Any]
+"""{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}."""
+
+
+def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model's graph definition and its abstract parameters; makes no array."""
+    return nnx.split(nnx.eval_shape(lambda: config.build(jax.random.key(0), rules)))
+
+
+def state_maker(config, rules: Rules, optimizer: optax.GradientTransformation, mesh) -> Callable:
+    """The function seed -> state, which creates every array sharded as it will stay.
+
+    Raises:
+      UserError: the mesh does not divide a parameter.
+    """
+    for path, param in nnx.to_flat_state(split_model(config, rules)[1]):
+        rules.check(mesh, param.get_metadata("axes"), param.shape, ".".join(path))
+
+    def make(seed):
+        params = nnx.to_pure_dict(nnx.state(config.build(jax.random.key(seed), rules)))
+        return {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "optimizer": optimizer.init(params),
+        }
+
+    return make
+
+
+def abstract_state(make: Callable) -> State:
+    """Shapes, dtypes and shardings of the state, for restoring it; makes no array."""
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(x):
+        spec = x.sharding.spec if x.sharding else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(concrete, jax.eval_shape(make, 0))
+
+
+def forward_params(params):
+    """The parameters as the forward pass sees them.
+
+    Here a recipe of `sparsity` will mask or quantize them; the gradients go to `params`.
+    """
+    return params
+
+
+def train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable,
+    loss: Callable,
+    accumulate: int = 1,
+) -> Callable[[State, dict], tuple[State, dict]]:
+    """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
+
+    Args:
+      graph: of the model.
+      loss: (model, batch) -> (sum of losses, sum of weights).
+      accumulate: the batch goes through in this many parts, whose gradients are summed: the update
+        is that of the whole batch, with the activations of a part in memory.
+
+    An update whose loss or gradient is not finite is not applied; `metrics["finite"]` says so, and
+    the state keeps its parameters and optimizer, only the step counts on.
+    """
+
+    def summed(params, part):
+        total, weight = loss(nnx.merge(graph, forward_params(params)), part)
+        return total, weight
+
+    def gradients(params, batch):
+        if accumulate == 1:
+            (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
+        else:
+
+            def body(sums, part):
+                (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, part)
+                return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
+
+            zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+            (total, weight, grads), _ = jax.lax.scan(body, zeros, _parts(batch, accumulate))
+        return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+
+    def step(state: State, batch: dict) -> tuple[State, dict]:
+        value, grads = gradients(state["params"], batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        params, optimizer_state = _update(optimizer, grads, state["optimizer"], state["params"])
+        new = {"params": params, "optimizer": optimizer_state}
+        old = {"params": state["params"], "optimizer": state["optimizer"]}
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        metrics = {
+            "loss": value,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+            "finite": finite,
+        }
+        return {"step": state["step"] + 1, **kept}, metrics
+
+    return step
+
+
+def eval_step(graph: nnx.GraphDef, loss: Callable) -> Callable[[Any, dict], tuple]:
+    """The function (params, batch) -> (sum of losses, sum of weights)."""
+    return lambda params, batch: loss(nnx.merge(graph, forward_params(params)), batch)
+
+
+def _update(optimizer, grads, optimizer_state, params):
+    """New parameters and optimizer state, sharded as the old ones.
+
+    The optimizer is not ours and says nothing of shardings: the partitioner chooses inside it.
+    """
+
+    def apply(grads, optimizer_state, params):
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state
+
+    if not has_mesh():
+        return apply(grads, optimizer_state, params)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, optimizer_state))
+    return auto_axes(apply, out_sharding=specs)(grads, optimizer_state, params)
+
+
+def _parts(batch, accumulate):
+    """[batch, ...] -> [accumulate, batch / accumulate, ...]; every device keeps its own rows."""
+
+    def split(x):
+        x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0)
+
+    return jax.tree.map(split, batch)

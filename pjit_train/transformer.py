@@ -1,0 +1,181 @@
+"""A decoder-only transformer whose configuration gives Llama, OPT and GPT-2.
+
+Llama (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases.
+OPT (Zhang et al., 2022): LayerNorm, learned positions offset by two, ReLU, biases, tied head.
+GPT-2 (Radford et al., 2019): LayerNorm, learned positions, GELU, biases, tied head.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from pjit_train.blocks import (
+    Block,
+    BlockConfig,
+    Initializer,
+    Norm,
+    gathered,
+    rotary_angles,
+    run_layers,
+)
+from pjit_train.errors import UserError
+from pjit_train.sharding import Rules, out_sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(BlockConfig):
+    """A decoder-only language model.
+
+    Attributes:
+      max_len: longest sequence; with learned positions, the number of their embeddings.
+      position_offset: index of the embedding of position 0 (OPT: 2, below it stand unused rows).
+      tie_head: the head is the transposed token embedding.
+    """
+
+    vocab_size: int
+    max_len: int
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10_000.0
+    position_offset: int = 0
+    position_init_std: float = 0.02
+    tie_head: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions not in ("rope", "learned"):
+            raise UserError(f"model: positions={self.positions!r} is unknown; use rope or learned")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise UserError(f"model: head_dim={self.head_dim} is odd; rotary positions need pairs")
+
+    def check_data(self, *, vocab_size: int, seq_len: int) -> None:
+        """Raises a UserError where text of this vocabulary and length does not fit the model."""
+        if vocab_size > self.vocab_size:
+            raise UserError(
+                f"data: token ids go up to {vocab_size - 1} and the model has vocab_size="
+                f"{self.vocab_size}; use vocab_size >= {vocab_size}"
+            )
+        if seq_len > self.max_len:
+            raise UserError(
+                f"data: seq_len={seq_len} exceeds the model's max_len={self.max_len}; "
+                f"use seq_len <= {self.max_len}, or a larger max_len"
+            )
+
+    def build(self, key: jax.Array, rules: Rules) -> "Transformer":
+        return Transformer(self, key, rules)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations per token of a training step: 3 forward passes, no remat.
+
+        Matmuls only, with the causal half of the logits (as Chowdhery et al., 2022, appendix B,
+        where the whole is counted).
+        """
+        heads = self.num_heads * self.head_dim
+        kv_heads = self.num_kv_heads * self.head_dim
+        projections = self.d_model * (2 * heads + 2 * kv_heads)
+        feed_forward = self.d_model * self.d_ff * (3 if self.activation == "swiglu" else 2)
+        attended = heads * (seq_len + 1)  # logits and attend, over half the columns
+        per_layer = projections + feed_forward + attended
+        return 6.0 * (self.num_layers * per_layer + self.d_model * self.vocab_size)
+
+
+class Transformer(nnx.Module):
+    """Token embedding, a stack of blocks, a norm and a head."""
+
+    def __init__(self, config: TransformerConfig, key: jax.Array, rules: Rules):
+        c = self.config = config
+        self.rules = rules
+        init = Initializer(key, rules, c.param_dtype)
+        self.embedding = init.normal((c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std)
+        positions = (c.max_len + c.position_offset, c.d_model), (None, "embed"), c.position_init_std
+        self.position_embedding = init.normal(*positions) if c.positions == "learned" else None
+        self.blocks = Block(c, init.stacked(c.num_layers))
+        self.norm = Norm(c, init)
+        head = (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
+        self.head = None if c.tie_head else init.normal(*head)
+
+    def hidden(self, tokens_BT, *, segments=None, cache=None, position=0):
+        """The normalised output of the last block [batch, tokens, d_model], and the new cache.
+
+        Args:
+          tokens_BT: int [batch, tokens].
+          segments: int [batch, tokens]; tokens see only their own segment.
+          cache: what `empty_cache` made, or an earlier call returned.
+          position: of the first token: how many tokens the cache holds.
+        """
+        c = self.config
+        positions_T = position + jnp.arange(tokens_BT.shape[1])
+        x_BTD = lookup(gathered(self.embedding, self.rules, c.dtype), tokens_BT)
+        angles = None
+        if self.position_embedding is None:
+            angles = rotary_angles(positions_T, c.head_dim, c.rope_theta)
+        else:
+            table = gathered(self.position_embedding, self.rules, c.dtype)
+            first = position + c.position_offset
+            x_BTD += jax.lax.dynamic_slice_in_dim(table, first, tokens_BT.shape[1])
+        inputs = dict(causal=True, angles=angles, segments=segments)
+        x_BTD, cache = run_layers(self.blocks, x_BTD, c, cache=cache, position=position, **inputs)
+        return self.norm(x_BTD), cache
+
+    def head_kernel(self) -> jax.Array:
+        """The head [d_model, vocab], in the dtype of the activations."""
+        if self.head is None:
+            return gathered(self.embedding, self.rules, self.config.dtype).T
+        return gathered(self.head, self.rules, self.config.dtype)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [batch, tokens, vocab]."""
+        kernel, spec = self.head_kernel(), self.rules.spec(("batch", "length", "vocab"))
+        return jnp.einsum(
+            "btd,dv->btv",
+            hidden_BTD,
+            kernel,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding(spec),
+        )
+
+    def __call__(self, tokens_BT: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token, float32 [batch, tokens, vocab]."""
+        return self.logits(self.hidden(tokens_BT, segments=segments)[0])
+
+    def empty_cache(self, batch: int, max_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of no tokens yet, with room for `max_tokens`."""
+        c = self.config
+        shape = (c.num_layers, batch, max_tokens, c.num_kv_heads, c.head_dim)
+        spec = self.rules.spec((None, "batch", None, "kv_heads", None))
+        zeros = jnp.zeros(shape, c.dtype, out_sharding=out_sharding(spec))
+        return zeros, zeros
+
+
+def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table [batch, tokens, d_model]; the table may be split over its rows.
+
+    Each device looks up the ids that it holds, and a sum over the vocabulary's axis joins them: the
+    table is not gathered, and its gradient is made where it is stored.
+    """
+    vocab, _ = jax.typeof(table_VD).sharding.spec
+    batch, rows = jax.typeof(ids_BT).sharding.spec
+    if vocab is batch is rows is None:
+        return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+
+    def shard(table_VD, ids_BT):
+        if vocab is None:
+            return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+        ids_BT = ids_BT - jax.lax.axis_index(vocab) * table_VD.shape[0]
+        held = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+        rows_BTD = jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+        return jax.lax.psum(jnp.where(held[..., None], rows_BTD, 0), vocab)
+
+    out = P(batch, rows, None)
+    return jax.shard_map(shard, in_specs=(P(vocab, None), P(batch, rows)), out_specs=out)(
+        table_VD, ids_BT
+    )
+
+
+def count_params(params) -> int:
+    """Number of elements of a pytree of arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
