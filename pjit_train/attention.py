@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from pjit_train.sharding import spec_axes, varying, varying_axes
+
 TILE_ROWS = 128
 _MAX_GROUPS = 8  # tiles are scanned within this many groups, each with its own static columns
 
@@ -68,16 +70,17 @@ def attention(
     if segments is not None:
         segments = tuple(map(jax.sharding.reshard, segments, segment_specs))
 
+    axes = spec_axes(q_spec)
+
     def shard(q, k, v, segments, row_offset):
         if rows is not None:
             row_offset = row_offset + jax.lax.axis_index(rows) * q.shape[1]
-        return local(q, k, v, segments, row_offset)
+        return local(q, *varying((k, v, segments), axes), row_offset)
 
     return jax.shard_map(
         shard,
         in_specs=(q_spec, kv_spec, kv_spec, segment_specs if segments is not None else P(), P()),
         out_specs=q_spec,
-        check_vma=False,
     )(q, k, v, segments, row_offset)
 
 
@@ -242,7 +245,7 @@ def _tiled_bwd(mask, groups, residuals, d_out):
                 d_q, *d_kv = tile(start, R, low, high)
                 return [a + b for a, b in zip(sums, d_kv, strict=True)], d_q
 
-            zeros = [jnp.zeros_like(d_k[:, :, low:high])] * 2
+            zeros = varying([jnp.zeros(k[:, :, low:high].shape, jnp.float32)] * 2, varying_axes(k))
             (d_k_tile, d_v_tile), d_q = jax.lax.scan(body, zeros, row + R * jnp.arange(tiles))
             d_q = _join(d_q, 3)
         d_qs.append(d_q)

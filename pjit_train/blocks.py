@@ -17,7 +17,7 @@ from flax import nnx
 
 from pjit_train.attention import attention
 from pjit_train.errors import UserError
-from pjit_train.sharding import Axes, Rules, has_mesh, out_sharding, reshard
+from pjit_train.sharding import Axes, Rules, fan_out, has_mesh, out_sharding, reshard
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -215,6 +215,7 @@ class Attention(nnx.Module):
         Returns:
           [batch, tokens, d_model], and the (keys, values) used, the whole cache where there is one.
         """
+        x_BTD = fan_out(x_BTD, self.query.rules.heads)
         q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
@@ -270,6 +271,7 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = fan_out(x_BTD, self.up.rules.mlp)
         hidden = self.up(x_BTD)
         match self.config.activation:
             case "swiglu":

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from pjit_train.sharding import spec_axes, varying, varying_axes
+
 CHUNK_LOGITS = 1 << 22  # logits held at a time on a device: 16 MiB in float32
 
 
@@ -39,22 +41,21 @@ def cross_entropy(
     _, vocab = jax.typeof(head).sharding.spec
     if batch is rows is vocab is None:
         return _summed(hidden, head, targets, weights, None)
-    tokens = P(batch, rows)
-    weights = jax.sharding.reshard(weights, tokens)
+    tokens, kernel = P(batch, rows), P(None, vocab)
+    arrays = (
+        hidden,
+        jax.sharding.reshard(head, kernel),
+        targets,
+        jax.sharding.reshard(weights, tokens),
+    )
 
     def shard(hidden, head, targets, weights):
+        hidden, head = varying((hidden, head), spec_axes(tokens, kernel))
         loss = _summed(hidden, head, targets, weights, vocab)
-        axes = tuple(
-            a for part in tokens for a in ((part,) if isinstance(part, str) else part or ())
-        )
-        return jax.lax.psum(loss, axes) if axes else loss
+        return jax.lax.psum(loss, tuple(spec_axes(tokens)))
 
-    return jax.shard_map(
-        shard,
-        in_specs=(P(batch, rows, None), P(None, vocab), tokens, tokens),
-        out_specs=P(),
-        check_vma=False,
-    )(hidden, jax.sharding.reshard(head, P(None, vocab)), targets, weights)
+    specs = P(batch, rows, None), kernel, tokens, tokens
+    return jax.shard_map(shard, in_specs=specs, out_specs=P())(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -68,10 +69,6 @@ def _summed_fwd(hidden, head, targets, weights, vocab_axis):
 
 def _summed_bwd(vocab_axis, gradients, d_loss):
     d_hidden, d_head = gradients
-    if vocab_axis is not None:
-        # shard_map splits the cotangent evenly over the devices that hold the same output, and adds
-        # up the cotangents of an input that they share: d_hidden stays a part of the sum here.
-        d_loss = jax.lax.psum(d_loss, vocab_axis)
     return (
         (d_hidden * d_loss).astype(d_hidden.dtype),
         (d_head * d_loss).astype(d_head.dtype),
@@ -124,14 +121,15 @@ def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
     else:
         split = lambda x: x.reshape(N // C, C, *x.shape[1:])  # noqa: E731
         xs = (split(hidden_ND), split(targets_N), split(weights_N))
+        zero = varying(jnp.zeros(()), varying_axes(targets))
         if not with_gradients:
-            return jax.lax.scan(lambda s, x: (s + chunk(*x), None), jnp.zeros(()), xs)[0]
+            return jax.lax.scan(lambda s, x: (s + chunk(*x), None), zero, xs)[0]
 
         def body(sums, x):
             loss, d_hidden, d_head = chunk(*x)
             return (sums[0] + loss, sums[1] + d_head), d_hidden
 
-        zeros = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+        zeros = zero, varying(jnp.zeros(head.shape, jnp.float32), varying_axes(head))
         (loss, d_head), d_hidden = jax.lax.scan(body, zeros, xs)
     return loss, (d_hidden.reshape(hidden.shape), d_head.astype(head.dtype))
 

@@ -173,3 +173,40 @@ def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 def out_sharding(spec: PartitionSpec) -> PartitionSpec | None:
     """`spec` for the `out_sharding` argument of an operation, or None where no mesh is set."""
     return spec if has_mesh() else None
+
+
+def fan_out(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, about to meet several parameters that are split over the mesh axes `axes`.
+
+    The cotangents of all its uses are then added up on each device before they are reduced over
+    these axes, in one collective instead of one a use (Megatron's f, Shoeybi et al., 2019).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1}
+    if not axes:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec, reduced=axes))
+
+
+def varying(tree, axes):
+    """Arrays inside a `shard_map`, typed as different on the devices along `axes`.
+
+    The cotangent of what was the same on them is so reduced once, outside the operations on it.
+    """
+
+    def cast(x):
+        missing = tuple(sorted(set(axes) - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which an array inside a `shard_map` differs; none outside of one."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def spec_axes(*specs: PartitionSpec) -> set[str]:
+    """The mesh axes that partitions split anything over."""
+    parts = [part for spec in specs for part in spec if part is not None]
+    return {axis for part in parts for axis in ((part,) if isinstance(part, str) else part)}
