@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import numpy as np
+
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
@@ -14,12 +16,12 @@ from pjit_train.sharding import make_mesh
 def validate(program: Program, params, batches: Batches) -> dict[str, float]:
     """Loss (nats per token), perplexity and bits per byte over the run's validation batches."""
     count = min(program.run.eval_batches, batches.num_eval_batches)
-    sums = []
+    sums = np.zeros((), np.float32), np.zeros((), np.float32)
     for index in range(count):
         batch = program.global_batch(lambda rows, i=index: batches.eval_batch(i, rows))
-        sums.append(program.evaluate(params, batch))
-    loss, weight = (math.fsum(float(x) for x in part) for part in zip(*sums, strict=True))
-    loss /= weight
+        sums = program.evaluate(params, batch, sums)
+    total, weight = (float(x) for x in sums)
+    loss = total / weight
     return {
         "val_loss": loss,
         "val_perplexity": math.exp(min(loss, 700.0)),

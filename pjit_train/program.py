@@ -62,13 +62,16 @@ class Program:
 
     @functools.cached_property
     def evaluate(self) -> Callable:
-        """The jitted function (params, batch) -> (sum of losses, sum of weights)."""
-        with jax.set_mesh(self.mesh):
-            step = jax.jit(eval_step(self.graph, next_token_loss))
+        """The jitted function (params, batch, (losses, weights)) -> these sums with the batch's.
 
-        def evaluate(params, batch):
+        Each call depends on the one before: programs with collectives that do not may deadlock
+        when emulated devices run several at once.
+        """
+        step = jax.jit(eval_step(self.graph, next_token_loss))
+
+        def evaluate(params, batch, sums):
             with jax.set_mesh(self.mesh):
-                return step(params, batch)
+                return step(params, batch, sums)
 
         return evaluate
 

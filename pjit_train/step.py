@@ -97,7 +97,7 @@ def train_step(
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
         value, grads = gradients(state["params"], batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         params, optimizer_state = _update(optimizer, grads, state["optimizer"], state["params"])
         new = {"params": params, "optimizer": optimizer_state}
@@ -114,9 +114,13 @@ def train_step(
     return step
 
 
-def eval_step(graph: nnx.GraphDef, loss: Callable) -> Callable[[Any, dict], tuple]:
-    """The function (params, batch) -> (sum of losses, sum of weights)."""
-    return lambda params, batch: loss(nnx.merge(graph, forward_params(params)), batch)
+def eval_step(graph: nnx.GraphDef, loss: Callable) -> Callable:
+    """The function (params, batch, (losses, weights)) -> these sums with those of the batch."""
+
+    def step(params, batch, sums):
+        return jax.tree.map(jnp.add, sums, loss(nnx.merge(graph, forward_params(params)), batch))
+
+    return step
 
 
 def _update(optimizer, grads, optimizer_state, params):

@@ -1,0 +1,118 @@
+"""Schedules and optimizers against their formulas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pjit_train.errors import UserError
+from pjit_train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule, matrix_axes
+
+
+def rates(shape, steps=100, **options):
+    schedule = Schedule(shape=shape, warmup_steps=10, **options).build(2.0, steps)
+    return np.array([schedule(s) for s in range(steps + 1)])
+
+
+def test_warm_up_rises_linearly_and_never_starts_at_zero():
+    got = rates("constant")
+    np.testing.assert_allclose(got[:11], 2.0 * (np.arange(11) + 1) / 11, rtol=1e-5)
+    assert np.all(got[10:] == 2.0)
+
+
+def test_cosine_is_half_way_at_the_middle_of_what_is_left():
+    got = rates("cosine", final_fraction=0.1)
+    for step in (10, 32, 55, 100):
+        share = (step - 10) / 90
+        want = 2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
+        assert got[step] == pytest.approx(want, rel=1e-5)
+
+
+def test_linear_ends_at_its_final_fraction():
+    got = rates("linear", final_fraction=0.25)
+    assert got[55] == pytest.approx(2.0 * (1 - 0.75 * 0.5), rel=1e-5)
+    assert got[100] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_wsd_is_stable_and_then_decays():
+    got = rates("wsd", decay_fraction=0.2, final_fraction=0.0)
+    assert np.all(got[10:81] == 2.0)
+    assert got[90] == pytest.approx(1.0, rel=1e-5)
+    assert got[100] == 0
+
+
+def test_unknown_schedule_is_one_line():
+    with pytest.raises(UserError, match="use cosine, linear, constant or wsd"):
+        Schedule(shape="cosin")
+
+
+PARAMS = {
+    "embedding": jnp.ones((6, 4)),
+    "blocks": {
+        "attention": {
+            "query": {"kernel": jnp.full((2, 4, 2, 2), 0.5), "bias": jnp.ones((2, 2, 2))},
+            "out": {"kernel": jnp.full((2, 2, 2, 4), 0.5)},
+        },
+        "feed_forward": {"down": {"kernel": jnp.full((2, 8, 4), 0.5)}},
+        "norm": {"scale": jnp.ones((2, 4))},
+    },
+}
+FLAT = Schedule(shape="constant", warmup_steps=0)
+
+
+def update(optimizer, grads, steps=10):
+    transformation, _ = optimizer.build(steps)
+    updates, _ = transformation.update(grads, transformation.init(PARAMS), PARAMS)
+    return updates
+
+
+def test_weight_decay_spares_scales_and_biases():
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    for optimizer in (AdamW, Lion, SGD, Muon, Adafactor):
+        decayed = update(optimizer(learning_rate=0.1, schedule=FLAT, weight_decay=0.5), zeros)
+        blocks = decayed["blocks"]
+        want = -0.1 * 0.5 * 0.5
+        np.testing.assert_allclose(blocks["feed_forward"]["down"]["kernel"], want, rtol=1e-5)
+        assert not np.any(blocks["norm"]["scale"])
+        assert not np.any(blocks["attention"]["query"]["bias"])
+
+
+def test_clipping_scales_the_whole_gradient_to_the_norm():
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), PARAMS)
+    clipped = update(
+        SGD(learning_rate=1.0, schedule=FLAT, momentum=0.0, clip_norm=0.5), grads
+    )
+    assert float(optax.tree.norm(clipped)) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_adamw_first_step_is_the_sign_of_the_gradient():
+    grads = jax.tree.map(lambda p: jnp.full_like(p, -2.0), PARAMS)
+    updates = update(
+        AdamW(learning_rate=0.1, schedule=FLAT, weight_decay=0.0, clip_norm=None), grads
+    )
+    np.testing.assert_allclose(updates["embedding"], 0.1, rtol=1e-5)
+
+
+def test_muon_orthogonalises_each_layer_of_each_kernel_by_itself():
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+    updates = update(
+        Muon(learning_rate=1.0, schedule=FLAT, weight_decay=0.0, clip_norm=None), grads
+    )
+    for layer in range(2):
+        for name, rows in (("query", 4), ("out", 4)):
+            matrix = updates["blocks"]["attention"][name]["kernel"][layer].reshape(rows, -1)
+            values = np.linalg.svd(np.asarray(matrix), compute_uv=False)
+            # Five Newton-Schulz steps bring every singular value near one.
+            assert np.all((values > 0.5) & (values < 1.5)), (name, values)
+
+
+def test_matrix_axes_are_inputs_and_outputs():
+    axes = matrix_axes(PARAMS)
+    assert axes["embedding"] is None
+    query, out = (axes["blocks"]["attention"][n]["kernel"] for n in ("query", "out"))
+    assert (query.reduction_axis, query.output_axis) == ((1,), (2, 3))
+    assert (out.reduction_axis, out.output_axis) == ((1, 2), (3,))
