@@ -1,0 +1,188 @@
+"""Gin text as data: which parameter is bound to what, with every name in full.
+
+Gin names a configurable by what a file happened to import it as. Here a name is (module, name in
+the module), so bindings of two texts can be compared, and written again in one stable form.
+"""
+
+import io
+from typing import Any, NamedTuple
+
+from gin import config_parser
+
+
+class Configurable(NamedTuple):
+    """A class or function: the module that a gin text imports it from, and its name there."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module.rpartition('.')[2]}.{self.name}"
+
+
+class Key(NamedTuple):
+    """What a binding binds: a parameter of a configurable, in a gin scope ("" for everywhere)."""
+
+    configurable: Configurable
+    scope: str
+    parameter: str
+
+    def __str__(self) -> str:
+        scope = f"{self.scope}/" if self.scope else ""
+        return f"{scope}{self.configurable}.{self.parameter}"
+
+
+class Reference(NamedTuple):
+    """`@scope/configurable`, or the result of calling it, `@scope/configurable()`."""
+
+    configurable: Configurable
+    scope: str
+    call: bool
+
+
+class Macro(NamedTuple):
+    """`%name`."""
+
+    name: str
+
+
+class Bindings(NamedTuple):
+    """What a gin text binds.
+
+    Attributes:
+      values: of each parameter; where it is bound twice, the last. Macros that the text defines are
+        replaced by their values.
+      macros: value of each macro that it defines.
+      used_macros: names of the macros in its values.
+    """
+
+    values: dict[Key, Any]
+    macros: dict[str, Any]
+    used_macros: set[str]
+
+
+class _Delegate(config_parser.ParserDelegate):
+    """Makes the values that gin's parser leaves to its caller."""
+
+    def __init__(self):
+        self.modules: dict[str, str] = {}  # what a selector begins with -> module
+        self.used_macros: set[str] = set()
+
+    def add_import(self, statement: config_parser.ImportStatement) -> None:
+        bound = statement.is_from or statement.alias
+        self.modules[statement.bound_name() if bound else statement.module] = statement.module
+
+    def configurable(self, selector: str) -> Configurable:
+        """The configurable that a selector names; of several imports that fit, the longest."""
+        parts = selector.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            if (prefix := ".".join(parts[:length])) in self.modules:
+                return Configurable(self.modules[prefix], ".".join(parts[length:]))
+        return Configurable(*selector.rpartition(".")[::2])
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        scope, _, selector = scoped_configurable_name.rpartition("/")
+        return Reference(self.configurable(selector), scope, evaluate)
+
+    def macro(self, macro_name: str) -> Macro:
+        self.used_macros.add(macro_name)
+        return Macro(macro_name)
+
+
+def parse_bindings(text: str) -> Bindings:
+    """Reads gin text that includes no files; imports nothing.
+
+    Raises SyntaxError where gin would.
+    """
+    delegate, values, macros = _Delegate(), {}, {}
+    for statement in config_parser.ConfigParser(io.StringIO(text), delegate):
+        if isinstance(statement, config_parser.ImportStatement):
+            delegate.add_import(statement)
+        elif isinstance(statement, config_parser.BindingStatement):
+            scope, selector, parameter, value, _ = statement
+            if parameter:
+                values[Key(delegate.configurable(selector), scope, parameter)] = value
+            else:
+                macros[f"{scope}/{selector}" if scope else selector] = value
+    values = {key: _without_macros(value, macros) for key, value in values.items()}
+    return Bindings(values, macros, delegate.used_macros)
+
+
+def format_bindings(values: dict[Key, Any]) -> str:
+    """Gin text that binds `values`: imports, then a binding a line, in ASCII and sorted."""
+    used = {configurable.module for value in values.values() for configurable in _within(value)}
+    names: dict[str, str] = {}  # module -> what it is imported as
+    for module in sorted(used | {key.configurable.module for key in values}):
+        wanted = name = module.rpartition(".")[2]
+        count = 1
+        while name in names.values():
+            count += 1
+            name = f"{wanted}{count}"
+        names[module] = name
+
+    lines = ["from __gin__ import dynamic_registration"]
+    for module, name in names.items():
+        if module == "gin":  # its own configurables, such as gin.singleton, need no import
+            continue
+        package, _, last = module.rpartition(".")
+        statement = f"from {package} import {last}" if package else f"import {last}"
+        lines.append(statement if name == last else f"{statement} as {name}")
+    before = None
+    for key in sorted(values):
+        if (key.configurable, key.scope) != before:
+            lines.append("")
+            before = (key.configurable, key.scope)
+        scope = f"{key.scope}/" if key.scope else ""
+        selector = f"{names[key.configurable.module]}.{key.configurable.name}"
+        lines.append(f"{scope}{selector}.{key.parameter} = {format_value(values[key], names)}")
+    return "\n".join(lines) + "\n"
+
+
+def format_value(value: Any, names: dict[str, str] | None = None) -> str:
+    """A value as gin text; `names` says what modules are imported as, by default their last part"""
+    match value:
+        case Reference(configurable, scope, call):
+            module = (names or {}).get(configurable.module, configurable.module.rpartition(".")[2])
+            scope = f"{scope}/" if scope else ""
+            return f"@{scope}{module}.{configurable.name}{'()' if call else ''}"
+        case Macro(name):
+            return f"%{name}"
+        case tuple():
+            items = [format_value(item, names) for item in value]
+            return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+        case list():
+            return f"[{', '.join(format_value(item, names) for item in value)}]"
+        case dict():
+            pairs = (f"{format_value(k, names)}: {format_value(value[k], names)}" for k in value)
+            return f"{{{', '.join(pairs)}}}"
+        case _:
+            return ascii(value)
+
+
+def _without_macros(value: Any, macros: dict[str, Any]) -> Any:
+    match value:
+        case Macro(name):
+            return _without_macros(macros[name], macros) if name in macros else value
+        case Reference():
+            return value
+        case tuple() | list():
+            return type(value)(_without_macros(item, macros) for item in value)
+        case dict():
+            return {key: _without_macros(item, macros) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _within(value: Any):
+    """The configurables that a value refers to."""
+    match value:
+        case Reference(configurable):
+            yield configurable
+        case Macro():
+            return
+        case tuple() | list():
+            for item in value:
+                yield from _within(item)
+        case dict():
+            for item in value.values():
+                yield from _within(item)

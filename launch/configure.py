@@ -1,0 +1,104 @@
+"""From gin files and bindings to a `Run` and the text that would build it again.
+
+Gin's state is global; every call clears it first.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+
+from launch.bindings import (
+    Bindings,
+    Configurable,
+    Key,
+    format_bindings,
+    format_value,
+    parse_bindings,
+)
+from launch.explain import IMPORT, explained, missing_parameters, nearest_parameter
+from launch.typecheck import check_types
+from pjit_train.errors import UserError
+from pjit_train.run import Run
+
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout, which holds configs/
+gin.add_config_file_search_path(str(ROOT))
+# Gin's second reader looks in Python packages, which it imports, and logs what it does not find.
+gin.config._FILE_READERS[1:] = []
+
+# The imports of a gin text hold for it alone, so each binding of the command line gets these.
+_IMPORTS = "\n".join(["from __gin__ import dynamic_registration", *IMPORT.values(), ""])
+
+
+def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, str]:
+    """Builds the run that gin files and bindings describe; the last binding of a parameter holds.
+
+    Args:
+      files: paths from the current directory, or else from the checkout, or from its configs/. What
+        they include is looked for from the current directory, or else from the checkout.
+      bindings: gin bindings, in which `explain.STANDARD` are imported.
+
+    Returns:
+      The run, and its operative configuration: gin text that binds every parameter in use, defaults
+      too. The run built from that text is the same and so is its text.
+
+    Raises:
+      UserError: a missing file, an unknown name, a value of the wrong type, a binding without any
+        effect: whatever is wrong with the configuration.
+    """
+    gin.clear_config()
+    for file in files:
+        path = _find_file(file)
+        with explained(path):
+            gin.parse_config_file(path)
+    for binding in bindings:
+        with explained(f"--gin {binding!r}", _in_use()):
+            gin.parse_config(_IMPORTS + binding)
+    with explained(" ".join(files)):
+        gin.parse_config(_IMPORTS)
+        bound = parse_bindings(gin.config_str())
+        _check_macros(bound)
+        gin.finalize()
+        check_types(bound.values)
+        name = Configurable(Run.__module__, Run.__name__)
+        if name not in {key.configurable for key in bound.values}:
+            raise UserError(missing_parameters(name, ["model", "data", "optimizer", "steps"]))
+        run = gin.get_configurable(Run)()
+        operative = parse_bindings(gin.operative_config_str()).values
+    for binding in bindings:
+        for key in parse_bindings(_IMPORTS + binding).values:
+            if not any(_holds(key, other) for other in operative):
+                name = str(key).removesuffix(f".{key.parameter}")
+                raise UserError(f"--gin {binding!r}: this run does not use {name}")
+    return run, format_bindings(operative)
+
+
+def _find_file(file: str) -> str:
+    for folder in (Path(), ROOT, ROOT / "configs"):
+        if (folder / file).is_file():
+            return str(folder / file)
+    shipped = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("configs/**/*.gin"))]
+    near = difflib.get_close_matches(file, shipped, n=1)
+    raise UserError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _in_use() -> set[str]:
+    return {str(key.configurable) for key in parse_bindings(gin.config_str()).values}
+
+
+def _holds(key: Key, used: Key) -> bool:
+    """Whether a binding of `key` holds for the parameter `used`: in its scope or one within."""
+    within = not key.scope or f"{used.scope}/".startswith(f"{key.scope}/")
+    return within and (key.configurable, key.parameter) == (used.configurable, used.parameter)
+
+
+def _check_macros(bound: Bindings) -> None:
+    """Raises UserError for a macro that nothing uses: mostly a binding without its module."""
+    for name, value in bound.macros.items():
+        if name not in bound.used_macros:
+            near = nearest_parameter(name, {str(key.configurable) for key in bound.values})
+            raise UserError(
+                f"{name} = {format_value(value)}: sets a macro that nothing uses; "
+                f"did you mean {near}?"
+            )

@@ -1,0 +1,146 @@
+"""What gin's errors mean, in one line, with the nearest right name for a wrong one."""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import re
+import tokenize
+from collections.abc import Collection, Iterator
+
+from launch.bindings import Configurable
+from pjit_train.errors import UserError
+
+# What is bound by its last name (`run.Run.steps`) on the command line, without an import.
+STANDARD = (
+    "pjit_train.checkpoint",
+    "pjit_train.data.sources",
+    "pjit_train.data.text",
+    "pjit_train.data.tokenizers",
+    "pjit_train.optimizers",
+    "pjit_train.run",
+    "pjit_train.sharding",
+    "pjit_train.transformer",
+)
+IMPORT = {m.rpartition(".")[2]: "from {} import {}".format(*m.rsplit(".", 1)) for m in STANDARD}
+
+
+def known_parameters() -> list[str]:
+    """Every parameter of the standard modules, as `run.Run.steps`."""
+    parameters = []
+    for name in STANDARD:
+        for member in vars(importlib.import_module(name)).values():
+            if dataclasses.is_dataclass(member) and member.__module__ == name:
+                configurable = Configurable(name, member.__name__)
+                parameters += [f"{configurable}.{f.name}" for f in dataclasses.fields(member)]
+    return parameters
+
+
+def nearest_parameter(name: str, in_use: Collection[str] = ()) -> str:
+    """The known parameter that `name` is most like.
+
+    Args:
+      name: as it was written.
+      in_use: configurables of this run (`optimizers.AdamW`): they come first where `name` ends in a
+        parameter that several have.
+    """
+    known = known_parameters()
+    same = [other for other in known if other.endswith("." + name.rpartition(".")[2])]
+    same_in_use = [other for other in same if other.rpartition(".")[0] in in_use]
+    return _nearest(name, same_in_use or same or known)
+
+
+def nearest_configurable(name: str) -> str:
+    """The known class that `name` is most like."""
+    return _nearest(name, {parameter.rpartition(".")[0] for parameter in known_parameters()})
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    return difflib.get_close_matches(name, sorted(names), n=1, cutoff=0)[0]
+
+
+def missing_parameters(configurable: Configurable, parameters: list[str]) -> str:
+    """The message for parameters that have no default and that nothing binds."""
+    names = ", ".join(f"{configurable}.{parameter}" for parameter in parameters)
+    verb, hint = ("is", "bind it") if len(parameters) == 1 else ("are", "bind them")
+    if str(configurable) == "run.Run":
+        hint = "add configs/base.gin and a model of configs/models"
+    return f"{names} {verb} missing; {hint}"
+
+
+@contextlib.contextmanager
+def explained(source: str, in_use: Collection[str] = ()) -> Iterator[None]:
+    """Turns any error of gin, or of what it calls, into a UserError of one line.
+
+    Args:
+      source: what is being read: a file, or an option of the command line with its binding.
+      in_use: see `nearest_parameter`.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError(f"{source}: a file includes itself, or a macro uses itself") from error
+    except Exception as error:  # gin raises whatever Python raises at that point
+        raise UserError(_explain(error, source, in_use)) from error
+
+
+def _explain(error: Exception, source: str, in_use: Collection[str]) -> str:
+    text = str(error)
+    first = (text.splitlines() or [type(error).__name__])[0]
+    if isinstance(error, SyntaxError):
+        return _explain_syntax(error, source)
+    if isinstance(error, tokenize.TokenError):  # its second argument is (line, column)
+        return f"{source}: {error.args[0]}"
+    if isinstance(error, UserError):  # gin has added to it where it was raised
+        return first
+    if found := re.search(r"missing \d+ required keyword-only arguments?: (.*)", first):
+        module, name = re.search(r"\(<class '(\S*)\.(\w+)'>\)", text).groups()
+        return missing_parameters(Configurable(module, name), re.findall(r"'(\w+)'", found[1]))
+
+    line = ""
+    if place := re.search(r"\n  In (?:file \"(.*)\",|bindings string) line (\d+)\n    (.*)", text):
+        source = f"{place[1]}:{place[2]}" if place[1] else source
+        line = place[3]
+    if isinstance(error, OSError):
+        missing = re.search(r"Unable to open file: (.*?)\. Searched", first)
+        what = f"included file {missing[1]} is missing" if missing else first
+        return f"{source}: {what}"
+    if found := re.match(r"No module named '(.*)'", first):
+        return f"{source}: no module {found[1]}; did you mean {_nearest(found[1], STANDARD)}?"
+    if found := re.match(r"Configurable '(.*)' doesn't have a parameter named '(.*)'", first):
+        return _wrong_name(source, f"{found[1]}.{found[2]}", True, in_use)
+    if found := re.match(r"No configurable matching '(.*)'", first):
+        hint = "begin the file with: from __gin__ import dynamic_registration"
+        return f"{source}: {found[1]} is unknown; {hint}"
+    if found := re.match(r"'(\w+)' was not provided by an import", first):
+        if found[1] in IMPORT:
+            return f"{source}: {found[1]} is not imported; add the line: {IMPORT[found[1]]}"
+        return _wrong_name(source, *_written(found[1], line), in_use)
+    if found := re.match(r"Couldn't resolve selector (.*?);", first):
+        return _wrong_name(source, *_written(found[1], line), in_use)
+    if found := re.match(r"No bindings specified for '(.*)/gin.macro'", first):
+        return f"{source}: %{found[1]} is used and nothing sets it; add {found[1]} = ..."
+    return f"{source}: {first}"
+
+
+def _explain_syntax(error: SyntaxError, source: str) -> str:
+    if error.filename and error.filename != "<tokenize>":
+        source = f"{error.filename}:{error.lineno}"
+    message = (error.msg or "").splitlines()[0]
+    if token := re.search(r"Failed to parse token '(.*)'", error.msg or ""):
+        message = f"{token[1]} is no value; a string needs quotes"
+    elif message.startswith("Couldn't parse statement"):
+        message = "cannot be parsed; a binding is written module.Class.parameter = value"
+    return f"{source}: {message.rstrip('.')}"
+
+
+def _written(part: str, line: str) -> tuple[str, bool]:
+    """The dotted name in `line` that begins with `part`, and whether it is bound there."""
+    found = re.search(rf"(?<![\w.])({re.escape(part)}[\w.]*)(\s*=)?", line)
+    return (found[1], bool(found[2])) if found else (part, False)
+
+
+def _wrong_name(source: str, name: str, is_parameter: bool, in_use: Collection[str]) -> str:
+    kind = "parameter" if is_parameter else "configurable"
+    near = nearest_parameter(name, in_use) if is_parameter else nearest_configurable(name)
+    return f"{source}: {name}: no such {kind}; did you mean {near}?"

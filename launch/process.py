@@ -1,0 +1,104 @@
+"""The process that a command computes in: devices, other processes, compilation cache, quiet."""
+
+import logging
+import os
+import socket
+import sys
+import time
+
+from pjit_train.errors import UserError
+
+log = logging.getLogger("torsion")
+
+
+def prepare(devices: int | None = None) -> None:
+    """Sets JAX up; call it before anything else of JAX.
+
+    Args:
+      devices: emulate so many CPU devices, instead of using what the machine has.
+    """
+    # Read when the libraries of these names are loaded: errors only, our own lines stand out.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    import absl.logging
+    import jax
+
+    from pjit_train.data.cache import default_cache_dir
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(handler := logging.StreamHandler(sys.stderr))
+        handler.setFormatter(logging.Formatter("torsion: %(message)s"))
+        log.propagate = False
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    if devices is not None:
+        if devices < 1:
+            raise UserError(f"--devices {devices}: use a positive number")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def check_processes(coordinator: str | None, process_id: int | None, num: int | None) -> None:
+    """Raises UserError where the options that join processes do not make sense together."""
+    given = [value is not None for value in (coordinator, process_id, num)]
+    if not any(given):
+        return
+    if not all(given):
+        raise UserError("--coordinator, --process-id and --num-processes: give all three, or none")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator {coordinator}: want HOST:PORT, such as 10.0.0.1:1234")
+    if num < 1 or not 0 <= process_id < num:
+        raise UserError(
+            f"--process-id {process_id} of --num-processes {num}: want 0 to {max(num, 1) - 1}"
+        )
+
+
+def join(
+    coordinator: str | None, process_id: int | None, num: int | None, *, patience: float = 300.0
+) -> None:
+    """Joins the other processes of the run and waits for them; none where no coordinator is given.
+
+    Process 0 listens at the coordinator's address.
+
+    Raises:
+      UserError: process 0 cannot listen there, or the others do not find it within `patience`
+        seconds. (Where process 0 listens and others are missing, JAX ends it after 5 minutes.)
+    """
+    if coordinator is None:
+        return
+    import jax
+
+    # JAX aborts the process where this would fail, so it is tried first.
+    host, _, port = coordinator.rpartition(":")
+    try:
+        if process_id == 0:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", int(port)))
+                probe.listen()
+        else:
+            _await_listener(host, int(port), patience)
+    except OSError as error:
+        verb = "listen" if process_id == 0 else "reach process 0"
+        raise UserError(
+            f"--coordinator {coordinator}: process {process_id} cannot {verb} there: "
+            f"{error.strerror or error}; give a free port of process 0's host, the same to all"
+        ) from error
+    log.info("process %d of %d meets the others at %s", process_id, num, coordinator)
+    jax.distributed.initialize(coordinator, num_processes=num, process_id=process_id)
+
+
+def _await_listener(host: str, port: int, patience: float) -> None:
+    """Returns when somebody listens there. OSError after `patience` s, or for an unknown host."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=10).close()
+        except socket.gaierror:
+            raise
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)

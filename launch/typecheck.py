@@ -1,0 +1,88 @@
+"""Whether bound values have the types that the parameters are annotated with; gin does not look."""
+
+import collections.abc
+import dataclasses
+import importlib
+import operator
+import types
+import typing
+from typing import Any
+
+from launch.bindings import Configurable, Key, Macro, Reference, format_value
+from pjit_train.errors import UserError
+
+_ORDINARY = {
+    int: "an int",
+    float: "a float",
+    str: "a string",
+    bool: "True or False",
+    type(None): "None",
+}
+
+
+def check_types(values: dict[Key, Any]) -> None:
+    """Compares values with the annotations of the dataclass fields that they are bound to.
+
+    Raises UserError for the first value of a wrong type.
+    """
+    for key, value in sorted(values.items()):
+        target = find(key.configurable)
+        if dataclasses.is_dataclass(target):
+            hint = typing.get_type_hints(target)[key.parameter]
+            if not _fits(value, hint):
+                shown = format_value(value)
+                raise UserError(f"{key} = {shown}: want {_describe(hint)}")
+
+
+def find(configurable: Configurable) -> Any:
+    """The class or function of that name."""
+    return operator.attrgetter(configurable.name)(importlib.import_module(configurable.module))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Macro):  # a constant of gin: its value is not known here
+        return True
+    if isinstance(value, Reference):
+        target = find(value.configurable)
+        if hint is Any or not isinstance(target, type):
+            return True
+        if origin in (typing.Union, types.UnionType):
+            return any(_fits(value, part) for part in arguments)
+        return value.call and isinstance(hint, type) and issubclass(target, hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in _ORDINARY:
+        return type(value) is hint
+    if origin in (tuple, list, collections.abc.Sequence):
+        if not isinstance(value, tuple | list):
+            return False
+        if origin is tuple and arguments[-1:] != (Ellipsis,):
+            same_length = len(value) == len(arguments)
+            return same_length and all(map(_fits, value, arguments))
+        return all(_fits(item, arguments[0]) for item in value)
+    return not dataclasses.is_dataclass(hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _ORDINARY:
+        return _ORDINARY[hint]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(part) for part in arguments)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
+        return f"({', '.join(_describe(part) for part in arguments)})"
+    if origin in (tuple, list, collections.abc.Sequence):
+        return f"a list (each item {_describe(arguments[0])})"
+    if dataclasses.is_dataclass(hint):
+        members = vars(importlib.import_module(hint.__module__)).values()
+        fitting = [m for m in members if isinstance(m, type) and issubclass(m, hint)]
+        names = [Configurable(m.__module__, m.__name__) for m in fitting]
+        return " or ".join(f"@{name}()" for name in names[1:] or names)
+    return str(hint)

@@ -1,0 +1,257 @@
+"""Weights from and to Hugging Face folders of Llama, OPT, GPT-2 and ViT: config.json, safetensors.
+
+How their names and layouts pair with ours stands in `huggingface_families`.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AbstractMesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pjit_train.blocks import BlockConfig
+from pjit_train.errors import UserError
+from pjit_train.huggingface_config import difference, read_config, read_json, some, write_config
+from pjit_train.huggingface_families import Family, Tensor
+from pjit_train.sharding import Rules, has_mesh
+from pjit_train.step import split_model
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Constants that older files keep beside the weights, and what the class head does not use.
+_IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|^vit\.pooler\.")
+
+
+def load(
+    folder: str | Path, config: BlockConfig | None = None, *, rules: Rules | None = None
+) -> tuple[BlockConfig, dict[str, Any]]:
+    """Reads a model of a folder that `transformers` or `save` wrote.
+
+    Args:
+      folder: holds config.json and model.safetensors, or its index and shards.
+      config: None for that of the folder, in float32. Otherwise it must be the same model, and says
+        the rest: param_dtype, how layers run, with rotary positions also max_len.
+      rules: lay the parameters on the mesh where one is set (`jax.set_mesh`).
+
+    Returns:
+      The configuration, and the parameters as a nested dict like that of `config.build`: numpy
+      arrays, or where a mesh is set jax arrays. One parameter at a time is held besides.
+
+    Raises:
+      UserError: the folder is no such model, or not the one of `config`; or the mesh does not
+        divide a parameter.
+    """
+    folder, rules = Path(folder), rules or Rules()
+    family, found = read_config(folder / "config.json")
+    if config is None:
+        config = found
+    elif type(config) is not type(found):
+        ours, theirs = type(config).__name__, type(found).__name__
+        raise UserError(f"{folder}: holds a {theirs}, not a {ours}; name another folder")
+    elif field := difference(config, found):
+        ours, theirs = getattr(config, field, None), getattr(found, field, None)
+        raise UserError(f"{folder}: its model has {field}={theirs!r}, not {ours!r}; use {theirs!r}")
+    params = _abstract_params(config, rules)
+    mesh = jax.sharding.get_mesh() if has_mesh() else None
+    for path, param in params.items():
+        if mesh is not None:
+            rules.check(mesh, param.get_metadata("axes"), param.shape, path)
+
+    with contextlib.ExitStack() as stack:
+        file = _Files(folder, family, stack)
+        wanted = list(_tensors(family, params))
+        _check_tensors(folder, file, wanted, params, tied=getattr(config, "tie_head", False))
+        arrays = {}
+        for name, tensor, layer in wanted:
+            if layer in (None, 0):
+                arrays |= {p: np.empty(params[p].shape, params[p].dtype) for p in tensor.paths}
+            shape = _layer_shape(params[tensor.paths[0]].shape, layer)
+            for path, part in zip(tensor.paths, tensor.split(file.read(name), shape), strict=True):
+                arrays[path][... if layer is None else layer] = part
+                if mesh is not None and layer in (None, config.num_layers - 1):
+                    spec = rules.spec(params[path].get_metadata("axes"))
+                    arrays[path] = jax.make_array_from_callback(
+                        params[path].shape, NamedSharding(mesh, spec), arrays[path].__getitem__
+                    )
+    return config, unflatten_dict(arrays, sep=".")
+
+
+def save(
+    folder: str | Path,
+    config: BlockConfig,
+    params: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes a folder that `transformers` loads with `from_pretrained`.
+
+    The folder appears when all of it is written, under its name, or not at all.
+
+    Args:
+      folder: new, or empty.
+      params: as `config.build` has them, every array whole in this process.
+      max_shard_bytes: more than this in parameters goes into several files, none larger unless it
+        holds a single tensor; so much is held in memory besides.
+
+    Raises:
+      UserError: the folder has something in it or cannot be written, the parameters are not those
+        of the configuration, or `transformers` has no such model.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: there is something already; name a new or an empty folder")
+    family, document = write_config(config)
+    expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
+    if odd := sorted(expected.keys() ^ flat.keys()):
+        raise UserError(f"{folder}: parameters {some(odd)} are not both in model and config")
+    for path, array in flat.items():
+        if (array.shape, array.dtype) != (expected[path].shape, expected[path].dtype):
+            raise UserError(
+                f"{folder}: parameter {path} is {array.dtype}{list(array.shape)}; the "
+                f"configuration has {expected[path].dtype}{list(expected[path].shape)}"
+            )
+
+    temporary = folder.parent / f".{folder.name}.saving"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir(parents=True)
+        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        _write_tensors(temporary, list(_tensors(family, expected)), flat, max_shard_bytes)
+        temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error
+        raise
+
+
+def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
+    # Without a mesh, which would refuse shapes that it does not divide less clearly than the rules.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        state = split_model(config, rules)[1]
+    return {".".join(path): param for path, param in nnx.to_flat_state(state)}
+
+
+def _tensors(
+    family: Family, params: Mapping[str, nnx.Param]
+) -> Iterable[tuple[str, Tensor, int | None]]:
+    """Every tensor of theirs that the model has: its name, its row of the table, its layer."""
+    for tensor in family.tensors:
+        if tensor.paths[0] in params:
+            stacked = tensor.paths[0].startswith("blocks.")
+            layers = range(params[tensor.paths[0]].shape[0]) if stacked else [None]
+            yield from ((tensor.name.format(layer), tensor, layer) for layer in layers)
+
+
+def _layer_shape(shape: tuple[int, ...], layer: int | None) -> tuple[int, ...]:
+    return shape if layer is None else shape[1:]
+
+
+class _Files:
+    """The tensors of a folder, under the names of the table; each is read when asked for."""
+
+    def __init__(self, folder: Path, family: Family, stack: contextlib.ExitStack):
+        self._at = {}
+        heads = tuple(t.name for t in family.tensors if not t.name.startswith(family.base))
+        for path in _shard_paths(folder):
+            try:
+                handle = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: is no whole safetensors file ({error})") from error
+            for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                full = stored.startswith((family.base, *heads))
+                self._at[stored if full else family.base + stored] = handle, stored
+
+    def names(self) -> set[str]:
+        return set(self._at)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        handle, stored = self._at[name]
+        header = handle.get_slice(stored)
+        return tuple(header.get_shape()), header.get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        handle, stored = self._at[name]
+        return handle.get_tensor(stored)
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights must be safetensors")
+    shards = read_json(folder / INDEX).get("weight_map")
+    named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
+    if not named or any(Path(s).name != s for s in shards.values()):
+        raise UserError(f"{folder / INDEX}: weight_map must give every tensor a file in the folder")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _check_tensors(folder: Path, file: _Files, wanted, params, *, tied: bool) -> None:
+    """Raises a UserError unless the files hold the wanted tensors and no others."""
+    names = {name for name, _, _ in wanted}
+    spare = {name for name in file.names() - names if not _IGNORED.search(name)}
+    if missing := sorted(names - file.names()):
+        raise UserError(f"{folder}: tensors {some(missing)} are missing")
+    if unexpected := sorted(spare - ({"lm_head.weight"} if tied else set())):
+        raise UserError(f"{folder}: tensors {some(unexpected)} are not of this model")
+    for name, tensor, layer in wanted:
+        expected = tensor.shape(_layer_shape(params[tensor.paths[0]].shape, layer))
+        shape, dtype = file.shape_and_dtype(name)
+        if shape != expected:
+            raise UserError(
+                f"{folder}: tensor {name} is {list(shape)}; config.json makes it {list(expected)}"
+            )
+        if dtype not in ("F32", "F16", "BF16"):
+            raise UserError(f"{folder}: tensor {name} is {dtype}; F32, F16 and BF16 are supported")
+    if "lm_head.weight" in spare:
+        embedding = next(name for name, tensor, _ in wanted if tensor.paths == ("embedding",))
+        if not np.array_equal(file.read("lm_head.weight"), file.read(embedding)):
+            raise UserError(
+                f"{folder}: lm_head.weight is not {embedding}, and config.json ties them; "
+                "set its tie_word_embeddings to false"
+            )
+
+
+def _write_tensors(folder: Path, tensors, params: Mapping[str, Any], max_bytes: int) -> None:
+    sizes = {}
+    for name, tensor, layer in tensors:
+        arrays = [params[path] for path in tensor.paths]
+        sizes[name] = sum(a.nbytes // (1 if layer is None else a.shape[0]) for a in arrays)
+    shards = split_sizes(list(sizes.values()), max_bytes)
+    tensors, weight_map = iter(tensors), {}
+    for number, count in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        held = {}
+        for _ in range(count):
+            name, tensor, layer = next(tensors)
+            parts = (
+                params[path] if layer is None else params[path][layer] for path in tensor.paths
+            )
+            held[name] = np.ascontiguousarray(tensor.join([np.asarray(x) for x in parts]))
+        save_file(held, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes for one user
+        weight_map |= dict.fromkeys(held, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split_sizes(sizes: list[int], limit: int) -> list[int]:
+    """Lengths of consecutive runs, each of a sum up to the limit or of a single size."""
+    counts, total = [], 0
+    for size in sizes:
+        if not counts or total + size > limit:
+            counts, total = [*counts, 0], 0
+        counts[-1] += 1
+        total += size
+    return counts

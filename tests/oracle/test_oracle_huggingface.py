@@ -1,0 +1,190 @@
+"""Logits of live, randomly initialised models against `transformers`, both ways."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing is to be fetched
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from pjit_train import huggingface
+from pjit_train.huggingface_config import read_config
+from pjit_train.huggingface_families import FAMILIES, REQUIRED
+from pjit_train.sharding import Rules
+from pjit_train.step import split_model
+from pjit_train.transformer import TransformerConfig
+from pjit_train.vit import ViTConfig
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "huggingface"
+pytestmark = pytest.mark.oracle
+
+TEXT = {"vocab_size": 100, "max_len": 32, "d_model": 32, "num_layers": 3, "num_heads": 4}
+CONFIGS = {
+    "llama": TransformerConfig(
+        **TEXT, d_ff=48, num_kv_heads=2, head_dim=16, rope_theta=500_000.0, norm_epsilon=1e-6
+    ),
+    "llama_tied": TransformerConfig(**TEXT, d_ff=48, num_kv_heads=1, tie_head=True),
+    "opt": TransformerConfig(
+        **TEXT,
+        d_ff=48,
+        positions="learned",
+        position_offset=2,
+        norm="layernorm",
+        activation="relu",
+        use_bias=True,
+        tie_head=True,
+    ),
+    "opt_no_bias_untied": TransformerConfig(
+        **TEXT,
+        d_ff=48,
+        positions="learned",
+        position_offset=2,
+        norm="layernorm",
+        activation="gelu",
+    ),
+    "gpt2": TransformerConfig(
+        **TEXT,
+        d_ff=80,
+        positions="learned",
+        norm="layernorm",
+        norm_epsilon=1e-4,
+        activation="gelu_tanh",
+        use_bias=True,
+        tie_head=True,
+    ),
+    "vit": ViTConfig(
+        d_model=32,
+        num_layers=3,
+        num_heads=4,
+        d_ff=48,
+        image_size=24,
+        patch_size=8,
+        channels=2,
+        num_classes=7,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    import torch  # here, since the plain suite collects this file too
+
+    return torch
+
+
+@pytest.fixture(scope="module")
+def transformers(torch):
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def auto_class(transformers, name):
+    if name == "vit":
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForCausalLM
+
+
+def inputs_of(name, config):
+    """Ours and theirs."""
+    draw = np.random.default_rng(1)
+    if name != "vit":
+        tokens = draw.integers(config.vocab_size, size=(2, 24))
+        return tokens.astype(np.int32), tokens
+    images = draw.normal(size=(2, config.channels, config.image_size, config.image_size))
+    images = images.astype(np.float32)
+    return images.transpose(0, 2, 3, 1), images
+
+
+def compare(torch, config, params, model, name):
+    ours, theirs = inputs_of(name, config)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(theirs)).logits.numpy()
+    graph = split_model(config, Rules())[0]
+    logits = jax.jit(lambda p, x: nnx.merge(graph, p)(x))(params, ours)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+def randomise(torch, model, seed):
+    """Every parameter: their initial biases and norms would hide one that is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            parameter.normal_(std=0.2, generator=generator)
+            if ("norm" in path or ".ln_" in path) and path.endswith("weight"):
+                parameter.add_(1.0)
+
+
+def random_params(config):
+    """Every parameter random, as `randomise` makes theirs."""
+    draw = np.random.default_rng(0)
+
+    def make(path, x):
+        return (0.2 * draw.normal(size=x.shape) + (path[-1].key == "scale")).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(make, nnx.to_pure_dict(split_model(config, Rules())[1]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 10_000], ids=["whole", "sharded"])
+def test_what_we_write_they_read(name, max_shard_bytes, tmp_path, torch, transformers):
+    config = CONFIGS[name]
+    params = random_params(config)
+    huggingface.save(tmp_path / "out", config, params, max_shard_bytes=max_shard_bytes)
+    model, report = auto_class(transformers, name).from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    compare(torch, config, params, model, name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shard_size", ["1GB", "10KB"], ids=["whole", "sharded"])
+def test_what_they_write_we_read(name, shard_size, tmp_path, torch, transformers):
+    """Their model from a config.json of ours, with weights of theirs, saved by them."""
+    config = CONFIGS[name]
+    shapes = nnx.to_pure_dict(split_model(config, Rules())[1])
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    huggingface.save(tmp_path / "ours", config, zeros)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    model = auto_class(transformers, name).from_config(theirs)
+    randomise(torch, model, seed=2)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
+    found, params = huggingface.load(tmp_path / "theirs")
+    assert found == config
+    compare(torch, found, params, model, name)
+
+
+def at(config, dotted):
+    for part in dotted.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
+
+
+def test_their_defaults_are_those_that_we_take(tmp_path, torch, transformers):
+    """A config.json that leaves out every key with a default means the same to both."""
+    for model_type, family in FAMILIES.items():
+        defaults = transformers.AutoConfig.for_model(model_type)
+        for ours, key in family.keys.items():
+            theirs = at(defaults, key.name)
+            if key.default is not REQUIRED and key.default is not None:
+                assert theirs == key.default, (model_type, ours)
+        for dotted, value in family.theirs.items():
+            assert at(defaults, dotted) == value, (model_type, dotted)
+        defaults.save_pretrained(tmp_path / model_type)
+        read_config(tmp_path / model_type / "config.json")
+
+
+def test_the_fixtures_are_still_what_transformers_computes(torch, transformers):
+    for name in ("llama", "llama_tied", "opt", "gpt2", "vit"):
+        expected = np.load(FIXTURES / f"{name}.npz")
+        model = auto_class(transformers, name).from_pretrained(FIXTURES / name).eval()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(expected["inputs"])).logits.numpy()
+        np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
