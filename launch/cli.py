@@ -45,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     args = parser().parse_args(argv)
     try:
+        if argv is None and args.command is _train and args.configs:
+            from launch.process import use_huge_pages
+
+            use_huge_pages()
         return args.command(args, began)
     except (UserError, TrainingError) as error:
         print("torsion:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -98,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--out",
         metavar="DIR",
-        help="run directory (default: runs/ and the name of the first CONFIG)",
+        help="run directory (default: runs/ and the name of the last CONFIG)",
     )
     group = train.add_argument_group("several processes, started by hand, alike but for their id")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
@@ -169,7 +173,7 @@ def _train(args, began: float) -> int:
     options = {"steps": args.steps, "log_every": args.log_every, "seed": args.seed}
     short = [f"run.Run.{name} = {value}" for name, value in options.items() if value is not None]
     run, config_text = build_run(args.configs, args.gin + short + mesh)
-    directory = Path(args.out or Path("runs") / Path(args.configs[0]).stem)
+    directory = Path(args.out or Path("runs") / Path(args.configs[-1]).stem)
     check_directory(directory, config_text)
     process.join(*processes)
 

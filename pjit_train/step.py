@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train.sharding import Rules, has_mesh
 
@@ -17,7 +17,9 @@ State = dict[str, Any]
 
 def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's graph definition and its abstract parameters; makes no array."""
-    return nnx.split(nnx.eval_shape(lambda: config.build(jax.random.key(0), rules)))
+    # Without a mesh, which would refuse shapes that it does not divide less clearly than the rules.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return nnx.split(nnx.eval_shape(lambda: config.build(jax.random.key(0), rules)))
 
 
 def state_maker(config, rules: Rules, optimizer: optax.GradientTransformation, mesh) -> Callable:
