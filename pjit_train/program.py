@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from pjit_train import huggingface
 from pjit_train.loss import cross_entropy
 from pjit_train.run import Run
 from pjit_train.step import abstract_state, eval_step, split_model, state_maker, train_step
@@ -51,7 +52,12 @@ class Program:
     def new_state(self):
         """The state before the first step, every array created sharded."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._make_state, static_argnums=0)(self.run.seed)
+            weights = self.run.initial_weights
+            if weights is None:
+                return jax.jit(self._make_state, static_argnums=0)(self.run.seed)
+            params = huggingface.load(weights, self.run.model, rules=self.run.rules)[1]
+            optimizer_state = jax.jit(self.optimizer.init)(params)
+            return {"step": np.int32(0), "params": params, "optimizer": optimizer_state}
 
     def compile_step(self, batch: Batch) -> Callable:
         """The compiled training step: (state, batch) -> (state, metrics), donating the state."""

@@ -26,12 +26,14 @@ class Samples:
     tokens: int = 200
     temperature: float = 0.8
 
-    def check(self, max_len: int) -> None:
+    def check(self, max_len: int, tokenizer) -> None:
         """Raises a UserError where samples would be longer than the model's longest sequence."""
-        if self.tokens and self.tokens >= max_len:
+        longest = 1 + max((len(tokenizer.encode(prompt)) for prompt in self.prompts), default=0)
+        if self.tokens and longest + self.tokens > max_len:
             raise UserError(
-                f"samples: tokens={self.tokens} exceeds the model's max_len={max_len}; "
-                f"use at most {max_len - 1}, or 0 for no samples"
+                f"samples: a prompt of {longest} tokens, the separator one of them, and tokens="
+                f"{self.tokens} exceed the model's max_len={max_len}; use at most {max_len} "
+                "together, or tokens=0 for no samples"
             )
 
 
@@ -41,6 +43,7 @@ class Run:
 
     Attributes:
       steps: updates of the whole run; the learning-rate schedule spans them.
+      initial_weights: a Hugging Face folder of this model to start from; None draws them at random.
       seed: of parameters, order of the data, and samples.
       accumulate: parts that a batch goes through the model in, their gradients summed.
       log_every: steps between rows of metrics.
@@ -55,6 +58,7 @@ class Run:
     data: TextData
     optimizer: Optimizer
     steps: int
+    initial_weights: str | None = None
     seed: int = 0
     mesh: MeshShape = MeshShape()
     rules: Rules = Rules()

@@ -1,0 +1,180 @@
+"""The real command in processes of its own: killed, stopped, resumed, moved to another mesh."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 40
+CONFIG = """
+from __gin__ import dynamic_registration
+from pjit_train import checkpoint
+from pjit_train import optimizers
+from pjit_train import run
+from pjit_train import transformer
+from pjit_train.data import sources
+from pjit_train.data import text
+include 'configs/base.gin'
+
+run.Run:
+  model = @transformer.TransformerConfig()
+  steps = {steps}
+  log_every = 1
+  eval_every = 10
+  eval_batches = 2
+transformer.TransformerConfig:
+  vocab_size = 256
+  max_len = 64
+  d_model = 32
+  num_layers = 2
+  num_heads = 4
+  num_kv_heads = 2
+  d_ff = 64
+run.Samples.tokens = 8
+checkpoint.CheckpointConfig.every_steps = 3
+optimizers.AdamW.learning_rate = 1e-2
+optimizers.Schedule.warmup_steps = 4
+text.TextData:
+  sources = [@sources.TextFiles()]
+  seq_len = 32
+  batch_size = 8
+sources.TextFiles.train = '{corpus}'
+"""
+# What a step computes; the other figures are times.
+COMPUTED = ("loss", "grad_norm", "learning_rate", "val_loss", "val_bits_per_byte")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    words = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], k=8000)
+    corpus = folder / "corpus.txt"
+    corpus.write_text(" ".join(words))
+    (folder / "run.gin").write_text(CONFIG.format(steps=STEPS, corpus=corpus))
+    return folder
+
+
+def start(folder: Path, out: str, *options: str) -> subprocess.Popen:
+    """`torsion train run.gin --out OUT` as its own process."""
+    torsion = str(Path(sys.executable).with_name("torsion"))
+    command = [torsion, "train", "run.gin", "--out", out, *options]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TORSION_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(folder: Path, out: str) -> dict[int, dict]:
+    """The computed figures of each step; checks that a step stands once."""
+    lines = (folder / out / "metrics.jsonl").read_text().splitlines()
+    read = [json.loads(line) for line in lines]
+    steps = [row["step"] for row in read]
+    assert len(set(steps)) == len(steps)
+    return {row["step"]: {k: row[k] for k in COMPUTED if k in row} for row in read}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """The output and the figures of a run that nothing disturbed."""
+    output = finish(start(folder, "undisturbed"))
+    return output, rows(folder, "undisturbed")
+
+
+def until_step(folder: Path, out: str, step: int, process: subprocess.Popen) -> None:
+    """Waits until the metrics of the running process reach a step."""
+    metrics = folder / out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_run_trains_validates_samples_and_says_so(undisturbed):
+    output, figures = undisturbed
+    assert sorted(figures) == list(range(1, STEPS + 1))
+    assert figures[STEPS]["loss"] < 0.6 * figures[1]["loss"]
+    assert [s for s in figures if "val_loss" in figures[s]] == [10, 20, 30, 40]
+    for said in ("parameters", "first step", "validation after step 10", "sample after step 40"):
+        assert said in output
+    assert f"done: {STEPS} steps" in output
+    assert "Traceback" not in output
+    assert "Warning" not in output
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, undisturbed):
+    """SIGKILL at moments that fall between steps, in steps and in saves, again and again."""
+    moments = random.Random(1)
+    for kill in (2, 8, 14, 22):
+        process = start(folder, "killed")
+        resumed_rows = len(rows(folder, "killed")) if kill > 2 else 0
+        until_step(folder, "killed", max(kill, resumed_rows - 3), process)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    output = finish(start(folder, "killed"))
+    assert "resuming after step" in output
+    assert rows(folder, "killed") == undisturbed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_it_saves_exits_cleanly_and_says_how_to_resume(folder, undisturbed, number):
+    out = f"stopped{number}"
+    process = start(folder, out)
+    until_step(folder, out, 5, process)
+    process.send_signal(number)
+    output = finish(process)
+    [said] = [line for line in output.splitlines() if line.startswith("stopped after step")]
+    assert "the same command resumes" in said
+    step = int(said.split()[3].rstrip(";"))
+    assert (folder / out / "checkpoints" / str(step)).is_dir()
+    assert f"resuming after step {step}" in finish(start(folder, out))
+    assert rows(folder, out) == undisturbed[1]
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_another_mesh(folder, undisturbed):
+    process = start(folder, "moved")
+    until_step(folder, "moved", 12, process)
+    process.terminate()
+    finish(process)
+    options = ("--devices", "8", "--mesh", "fsdp=2,sequence=2,tensor=2")
+    assert "fsdp 2 x sequence 2 x tensor 2" in finish(start(folder, "moved", *options))
+    for step, want in undisturbed[1].items():
+        got = rows(folder, "moved")[step]
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5), step
+
+
+@pytest.mark.slow
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(folder, undisturbed):
+    process = start(folder, "broken")
+    until_step(folder, "broken", 12, process)
+    process.terminate()
+    finish(process)
+    newest = max(
+        (p for p in (folder / "broken/checkpoints").iterdir()), key=lambda p: p.name.zfill(9)
+    )
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    output = finish(start(folder, "broken"))
+    warnings = [line for line in output.splitlines() if "is broken" in line]
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert rows(folder, "broken") == undisturbed[1]
