@@ -128,6 +128,12 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="other seed, other text")
     _add_machine(sample, "one device")
 
+    export = add(_export, "export", "write a trained run as a Hugging Face folder (safetensors)")
+    export.add_argument("run", metavar="RUN", help="run directory")
+    export.add_argument("folder", metavar="FOLDER", help="to write; new, or empty")
+    export.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    export.set_defaults(mesh=None, devices=None)
+
     tokenizer = add(
         _tokenizer, "tokenizer", "train a byte-level BPE tokenizer on .txt and .jsonl files"
     )
@@ -215,6 +221,21 @@ def _sample(args, began: float) -> int:
     return 0
 
 
+def _export(args, began: float) -> int:
+    run = _trained_run(args)
+
+    from pjit_train.evaluate import restore_params
+    from pjit_train.huggingface import save
+    from pjit_train.program import Program
+    from pjit_train.sharding import make_mesh
+
+    program = Program(run, make_mesh(run.mesh))
+    step, params = restore_params(program, Path(args.run), args.step)
+    save(args.folder, run.model, params)
+    print(f"{args.folder}: the parameters after step {step}")
+    return 0
+
+
 def _trained_run(args):
     """The run of a run directory, on the mesh that the options say."""
     from launch.directory import config_file
@@ -269,7 +290,8 @@ def _completion(args, began: float) -> int:
 
     top = parser()
     [commands] = [action for action in top._actions if isinstance(action.choices, dict)]
-    kinds = {"configs": shtab.FILE, "files": shtab.FILE, "run": shtab.DIRECTORY}
+    kinds = {"configs": shtab.FILE, "files": shtab.FILE}
+    kinds |= {"run": shtab.DIRECTORY, "folder": shtab.DIRECTORY}
     for name, sub in commands.choices.items():
         for action in sub._actions:
             if action.dest == "out":

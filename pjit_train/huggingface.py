@@ -51,15 +51,7 @@ def load(
         divide a parameter.
     """
     folder, rules = Path(folder), rules or Rules()
-    family, found = read_config(folder / "config.json")
-    if config is None:
-        config = found
-    elif type(config) is not type(found):
-        ours, theirs = type(config).__name__, type(found).__name__
-        raise UserError(f"{folder}: holds a {theirs}, not a {ours}; name another folder")
-    elif field := difference(config, found):
-        ours, theirs = getattr(config, field, None), getattr(found, field, None)
-        raise UserError(f"{folder}: its model has {field}={theirs!r}, not {ours!r}; use {theirs!r}")
+    family, config = check(folder, config)
     params = _abstract_params(config, rules)
     mesh = jax.sharding.get_mesh() if has_mesh() else None
     for path, param in params.items():
@@ -83,6 +75,25 @@ def load(
                         params[path].shape, NamedSharding(mesh, spec), arrays[path].__getitem__
                     )
     return config, unflatten_dict(arrays, sep=".")
+
+
+def check(folder: str | Path, config: BlockConfig | None = None) -> tuple[Family, BlockConfig]:
+    """The family of a folder's model, and `config` or else its own; reads config.json alone.
+
+    Raises:
+      UserError: the folder is no such model, or not the one of `config`.
+    """
+    folder = Path(folder)
+    family, found = read_config(folder / "config.json")
+    if config is None:
+        return family, found
+    if type(config) is not type(found):
+        ours, theirs = type(config).__name__, type(found).__name__
+        raise UserError(f"{folder}: holds a {theirs}, not a {ours}; name another folder")
+    if field := difference(config, found):
+        ours, theirs = getattr(config, field, None), getattr(found, field, None)
+        raise UserError(f"{folder}: its model has {field}={theirs!r}, not {ours!r}; use {theirs!r}")
+    return family, config
 
 
 def save(
