@@ -42,7 +42,7 @@ def train(run: Run, directory: Path, *, config_text: str, began: float | None = 
     """
     began = time.monotonic() if began is None else began
     program = Program(run, make_mesh(run.mesh))
-    run.samples.check(run.model.max_len)
+    run.samples.check(run.model.max_len, run.data.tokenizer)
     batches = run.data.prepare(run.seed)
     batches.check_vocabulary(run.model.vocab_size)
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,8 @@ class _Loop:
         row, validation = self._read(step, figures), {}
         if validating:
             validation = validate(self.program, state["params"], self.batches)
-        if validating or step % self.run.log_every == 0 or step == self.run.steps:
+        due = step % self.run.log_every == 0 or step == self.run.steps
+        if validating or due or not row["finite"]:
             self._write_row(row | validation)
         if saving:
             began = time.monotonic()

@@ -58,7 +58,7 @@ class Metrics:
             _keep_until(path, start)
         self._file = path.open("a", buffering=1)
         events = str(directory / "tensorboard")
-        self._events = SummaryWriter(events, purge_step=start + 1 if start else None)
+        self._events = SummaryWriter(events, purge_step=start + 1)
 
     def write(self, row: Row) -> None:
         """Writes the figures of `row["step"]`; those that are not finite as null."""

@@ -68,11 +68,12 @@ class Sampler:
             )
         separator = self.tokenizer.separator
         encoded = [np.concatenate([[separator], self.tokenizer.encode(p)]) for p in prompts]
-        longest = max(map(len, encoded))
+        longest = max(map(len, encoded), default=0)
         if longest + tokens > self.config.max_len:
             raise UserError(
-                f"sample: a prompt of {longest} tokens and {tokens} more exceed the model's "
-                f"max_len={self.config.max_len}; ask for at most {self.config.max_len - longest}"
+                f"sample: a prompt of {longest} tokens, the separator one of them, and {tokens} "
+                f"more exceed the model's max_len={self.config.max_len}; ask for at most so many "
+                "together"
             )
         # One prompt at a time fills the batch, so that prompts of any length need no padding.
         return [
@@ -106,6 +107,8 @@ class Sampler:
 
         def choose(hidden_BTD, step):
             logits_BV = reshard(model.logits(hidden_BTD[:, -1:])[:, 0], batch)
+            # A model may have more tokens than the tokenizer, rounded up to divide by a mesh.
+            logits_BV = logits_BV[:, : self.tokenizer.vocab_size]
             if greedy:
                 return jnp.argmax(logits_BV, axis=-1)
             logits_BV /= temperature

@@ -1,6 +1,6 @@
 """The training step against a bare hand-written one: ratio of medians, the two alternating.
 
-    python tests/bench/step.py [--steps 20]
+python tests/bench/step.py [--steps 20]
 """
 
 import argparse
@@ -72,7 +72,9 @@ def main():
     medians = {name: statistics.median(t[2:]) for name, t in times.items()}
     for name, seconds in medians.items():
         tokens = plain.BATCH * plain.LENGTH / seconds
-        print(f"{name:8} {seconds:.3f} s a step (least {min(times[name]):.3f})  {tokens:,.0f} tokens/s")
+        print(
+            f"{name:8} {seconds:.3f} s a step (least {min(times[name]):.3f})  {tokens:,.0f} tok/s"
+        )
     print(f"losses {float(loss):.4f} and {float(metrics['loss']):.4f}")
     print(f"torsion is {medians['bare'] / medians['torsion']:.2f} times as fast as the bare step")
 

@@ -82,9 +82,7 @@ def test_weight_decay_spares_scales_and_biases():
 
 def test_clipping_scales_the_whole_gradient_to_the_norm():
     grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), PARAMS)
-    clipped = update(
-        SGD(learning_rate=1.0, schedule=FLAT, momentum=0.0, clip_norm=0.5), grads
-    )
+    clipped = update(SGD(learning_rate=1.0, schedule=FLAT, momentum=0.0, clip_norm=0.5), grads)
     assert float(optax.tree.norm(clipped)) == pytest.approx(0.5, rel=1e-5)
 
 
