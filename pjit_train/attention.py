@@ -7,9 +7,10 @@ written by hand and makes each tile again from the saved row statistics (Dao et 
 algorithm 4, with whole rows in place of blocks).
 
 Letters in names: B batch, T rows (query positions), S columns (key positions), K key-value heads,
-G query heads that share one of them, D size of a head, R rows of a tile.
+G query heads that share one of them, D size of a head, n tiles, R rows and C columns of a tile.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from pjit_train.sharding import spec_axes, varying, varying_axes
 
 TILE_ROWS = 128
-_MAX_GROUPS = 8  # tiles are scanned within this many groups, each with its own static columns
+_MAX_GROUPS = 8  # tiles are scanned within at most so many groups, each with its own columns
 
 
 def attention(
@@ -46,7 +47,7 @@ def attention(
       segments: (rows' segment ids [batch, rows], columns' segment ids [batch, columns]); a row sees
         only the columns of its own segment.
       row_offset: index, among the columns, of the first row: its position when k and v are a cache.
-      tile_rows: rows of logits that are held at a time.
+      tile_rows: the most rows of logits that are held at a time.
 
     Returns:
       [batch, rows, heads, head_dim], in the dtype of q. A row that sees nothing gives zeros.
@@ -100,158 +101,146 @@ def _check(q, k, v, window):
 def _attention(q, k, v, segments, row_offset, *, causal, window, tile_rows):
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
-    q_BKGTD = q.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    n = -(-T // tile_rows)
+    R = -(-T // n)  # tiles as equal as can be: fewer than n rows of padding
+
+    def tiles(x):  # [batch, rows, ...] -> [tile, batch, R, ...]
+        padded = jnp.pad(x, [(0, 0), (0, n * R - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, n, R, *x.shape[2:]), 1, 0)
+
+    q_nBKGRD = tiles(q.reshape(B, T, K, H // K, D)).transpose(0, 1, 3, 4, 2, 5)
     k_BKSD, v_BKSD = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    if segments is not None:
+        segments = tiles(segments[0]), segments[1]
     mask = _Mask(causal, window, row_offset if isinstance(row_offset, int) else None)
-    groups = mask.groups(T, S, tile_rows)
-    out_BKGTD = _tiled(q_BKGTD, k_BKSD, v_BKSD, segments, row_offset, mask, groups)
-    return out_BKGTD.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    groups = mask.groups(n, R, S)
+    out_nBKGRD = _tiled(q_nBKGRD, k_BKSD, v_BKSD, segments, row_offset, mask, groups)
+    return out_nBKGRD.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * R, H, D)[:, :T]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Mask:
-    """Which columns a row sees, and the static bounds of that for a run of rows."""
+    """Which columns a row sees, and the static bounds of that for a run of tiles."""
 
-    def __init__(self, causal: bool, window: int | None, offset: int | None):
-        self.causal, self.window, self.offset = causal, window, offset
+    causal: bool
+    window: int | None
+    offset: int | None  # of the first row, where it is known while tracing
 
-    def __eq__(self, other):
-        return vars(self) == vars(other)
+    def groups(self, n: int, R: int, S: int) -> tuple[tuple[int, int, int, int], ...]:
+        """Runs of tiles with columns in common: (first tile, last, first column, last column).
 
-    def __hash__(self):
-        return hash(tuple(vars(self).values()))
-
-    def columns(self, begin: int, end: int, S: int) -> tuple[int, int]:
-        """First and last (exclusive) column that any of the rows begin .. end - 1 sees."""
-        if self.offset is None:
-            return 0, S
-        low = max(0, begin + self.offset - self.window + 1) if self.window else 0
-        high = min(S, end + self.offset) if self.causal else S
-        return min(low, S - 1), max(high, min(low, S - 1) + 1)
-
-    def groups(self, T: int, S: int, R: int) -> tuple[tuple[int, int, int, int, int], ...]:
-        """Rows in groups of equal tiles: (first row, tiles, rows of a tile, first, last column)."""
+        Lasts are exclusive; columns outside are seen by no row of the run.
+        """
+        size = -(-n // _MAX_GROUPS)
         groups = []
-        per_group = -(-(T // R) // _MAX_GROUPS)
-        row = 0
-        while row < T:
-            tiles = min(per_group, (T - row) // R)
-            rows = R if tiles else T - row
-            end = row + max(tiles, 1) * rows
-            groups.append((row, max(tiles, 1), rows, *self.columns(row, end, S)))
-            row = end
+        for first in range(0, n, size):
+            last, low, high = min(first + size, n), 0, S
+            if self.offset is not None and self.window:
+                low = min(max(0, first * R + self.offset - self.window + 1), S - 1)
+            if self.offset is not None and self.causal:
+                high = max(min(S, last * R + self.offset), low + 1)
+            groups.append((first, last, low, high))
         return tuple(groups)
 
-    def __call__(self, logits, row, low, row_offset, segments_tile):
+    def __call__(self, logits, row, low, rows_BR, cols_BC):
         """Logits [..., R, C] of the rows from `row` and columns from `low`, -inf where masked."""
-        R, C = logits.shape[-2:]
-        rows = row + row_offset + jax.lax.broadcasted_iota(jnp.int32, (R, C), 0)
-        cols = low + jax.lax.broadcasted_iota(jnp.int32, (R, C), 1)
-        seen = True
+        rows = row + jax.lax.broadcasted_iota(jnp.int32, logits.shape[-2:], 0)
+        cols = low + jax.lax.broadcasted_iota(jnp.int32, logits.shape[-2:], 1)
+        seen = None
         if self.causal:
             seen = cols <= rows
         if self.window:
-            seen &= cols > rows - self.window
-        if segments_tile is not None:
-            rows_BR, cols_BC = segments_tile
-            seen &= (rows_BR[:, :, None] == cols_BC[:, None, :])[:, None, None]
-        return logits if seen is True else jnp.where(seen, logits, -jnp.inf)
-
-
-def _tile(q_BKGTD, segments, row, R, low, high):
-    """The rows of one tile, and the segment ids of its rows and columns."""
-    rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=R)
-    if segments is not None:
-        segments = rows(segments[0], axis=1), segments[1][:, low:high]
-    return rows(q_BKGTD, axis=3), segments
+            near = cols > rows - self.window
+            seen = near if seen is None else seen & near
+        if rows_BR is not None:
+            alike = (rows_BR[:, :, None] == cols_BC[:, None, :])[:, None, None]
+            seen = alike if seen is None else seen & alike
+        return logits if seen is None else jnp.where(seen, logits, -jnp.inf)
 
 
 def _logits(q_BKGRD, k_BKCD, scale):
-    return (
-        jnp.einsum("bkgrd,bkcd->bkgrc", q_BKGRD, k_BKCD, preferred_element_type=jnp.float32) * scale
-    )
+    logits = jnp.einsum("bkgrd,bkcd->bkgrc", q_BKGRD, k_BKCD, preferred_element_type=jnp.float32)
+    return logits * scale
+
+
+def _group(group, segments, row_offset, R, *tiled):
+    """What to go over in a group: (first row, rows' segments, tiles...) of each of its tiles, and
+    the segments of its columns."""
+    first, last, low, high = group
+    starts = row_offset + R * jnp.arange(first, last)
+    rows, cols = (None, None) if segments is None else segments
+    over = (starts, None if rows is None else rows[first:last], *(x[first:last] for x in tiled))
+    return over, None if cols is None else cols[:, low:high]
+
+
+def _over(function, carry, xs):
+    """`jax.lax.scan`, or the function itself where there is one tile."""
+    if len(xs[0]) > 1:
+        return jax.lax.scan(function, carry, xs)
+    carry, out = function(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _tiled(q, k, v, segments, row_offset, mask, groups):
-    return _forward(q, k, v, segments, row_offset, mask, groups)[0]
-
-
-def _forward(q, k, v, segments, row_offset, mask, groups):
-    scale = 1 / math.sqrt(q.shape[-1])
-
-    def tile(row, R, low, high):
-        q_BKGRD, tile_segments = _tile(q, segments, row, R, low, high)
-        logits = _logits(q_BKGRD, k[:, :, low:high], scale)
-        logits = mask(logits, row, low, row_offset, tile_segments)
-        # The floor keeps a row that sees nothing free of inf - inf.
-        top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)
-        weights = jnp.exp(logits - top)
-        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
-        out = jnp.einsum("bkgrc,bkcd->bkgrd", weights.astype(v.dtype), v[:, :, low:high])
-        return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
-
-    outs, stats = [], []
-    for row, tiles, R, low, high in groups:
-        if tiles == 1:
-            out, stat = tile(row, R, low, high)
-        else:
-            starts = row + R * jnp.arange(tiles)
-            out, stat = jax.lax.map(lambda r, R=R, lo=low, hi=high: tile(r, R, lo, hi), starts)
-            out, stat = _join(out, 3), _join(stat, 3)
-        outs.append(out)
-        stats.append(stat)
-    return jnp.concatenate(outs, axis=3), jnp.concatenate(stats, axis=3)
-
-
-def _join(x, axis):
-    """[tiles, ..., R, ...] with R at `axis` of a tile -> [..., tiles * R, ...]."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return _tiled_fwd(q, k, v, segments, row_offset, mask, groups)[0]
 
 
 def _tiled_fwd(q, k, v, segments, row_offset, mask, groups):
-    out, stats = _forward(q, k, v, segments, row_offset, mask, groups)
+    scale, R = 1 / math.sqrt(q.shape[-1]), q.shape[-2]
+    outs, stats = [], []
+    for group in groups:
+        low, high = group[2:]
+        k_BKCD, v_BKCD = k[:, :, low:high], v[:, :, low:high]
+        xs, cols = _group(group, segments, row_offset, R, q)
+
+        def tile(_, x, k=k_BKCD, v=v_BKCD, low=low, cols=cols):
+            row, rows, q_BKGRD = x
+            logits = mask(_logits(q_BKGRD, k, scale), row, low, rows, cols)
+            # The floor keeps a row that sees nothing free of inf - inf.
+            top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)
+            weights = jnp.exp(logits - top)
+            total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+            out = jnp.einsum("bkgrc,bkcd->bkgrd", weights.astype(v.dtype), v) / total
+            return None, (out.astype(q_BKGRD.dtype), top + jnp.log(total))
+
+        _, (out, stat) = _over(tile, None, xs)
+        outs.append(out)
+        stats.append(stat)
+    out, stats = jnp.concatenate(outs), jnp.concatenate(stats)
     return out, (q, k, v, segments, row_offset, out, stats)
 
 
 def _tiled_bwd(mask, groups, residuals, d_out):
     q, k, v, segments, row_offset, out, stats = residuals
-    scale = 1 / math.sqrt(q.shape[-1])
-    # Row sums of d_weights * weights (the softmax's own correction), without making either.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    scale, R = 1 / math.sqrt(q.shape[-1]), q.shape[-2]
+    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_qs = []
+    for group in groups:
+        low, high = group[2:]
+        k_BKCD, v_BKCD = k[:, :, low:high], v[:, :, low:high]
+        xs, cols = _group(group, segments, row_offset, R, q, out, stats, d_out)
 
-    def tile(row, R, low, high):
-        rows = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=R, axis=3
-        )
-        q_BKGRD, tile_segments = _tile(q, segments, row, R, low, high)
-        k_BKCD, v_BKCD, d_out_BKGRD = k[:, :, low:high], v[:, :, low:high], rows(d_out)
-        logits = mask(_logits(q_BKGRD, k_BKCD, scale), row, low, row_offset, tile_segments)
-        weights = jnp.exp(logits - rows(stats)[..., None])
-        d_weights = _logits(d_out_BKGRD, v_BKCD, 1.0)
-        d_logits = (weights * (d_weights - rows(delta)) * scale).astype(q.dtype)
-        d_v = jnp.einsum("bkgrc,bkgrd->bkcd", weights.astype(d_out.dtype), d_out_BKGRD)
-        d_k = jnp.einsum("bkgrc,bkgrd->bkcd", d_logits, q_BKGRD)
-        d_q = jnp.einsum("bkgrc,bkcd->bkgrd", d_logits, k_BKCD)
-        return d_q, d_k, d_v
+        def tile(sums, x, k=k_BKCD, v=v_BKCD, low=low, cols=cols):
+            row, rows, q_BKGRD, out_BKGRD, stats_BKGR1, d_out_BKGRD = x
+            logits = mask(_logits(q_BKGRD, k, scale), row, low, rows, cols)
+            weights = jnp.exp(logits - stats_BKGR1)
+            d_weights = _logits(d_out_BKGRD, v, 1.0)
+            # The softmax's own correction: the row sums of weights * d_weights.
+            products = d_out_BKGRD.astype(jnp.float32) * out_BKGRD.astype(jnp.float32)
+            d_logits = weights * (d_weights - jnp.sum(products, axis=-1, keepdims=True)) * scale
+            d_logits, weights = d_logits.astype(q.dtype), weights.astype(d_out.dtype)
+            d_q = jnp.einsum("bkgrc,bkcd->bkgrd", d_logits, k)
+            d_k = jnp.einsum("bkgrc,bkgrd->bkcd", d_logits, q_BKGRD)
+            d_v = jnp.einsum("bkgrc,bkgrd->bkcd", weights, d_out_BKGRD)
+            return (sums[0] + d_k, sums[1] + d_v), d_q
 
-    d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for row, tiles, R, low, high in groups:
-        if tiles == 1:
-            d_q, d_k_tile, d_v_tile = tile(row, R, low, high)
-        else:
-
-            def body(sums, start, R=R, low=low, high=high):
-                d_q, *d_kv = tile(start, R, low, high)
-                return [a + b for a, b in zip(sums, d_kv, strict=True)], d_q
-
-            zeros = varying([jnp.zeros(k[:, :, low:high].shape, jnp.float32)] * 2, varying_axes(k))
-            (d_k_tile, d_v_tile), d_q = jax.lax.scan(body, zeros, row + R * jnp.arange(tiles))
-            d_q = _join(d_q, 3)
+        zeros = varying([jnp.zeros(k_BKCD.shape, jnp.float32)] * 2, varying_axes(k))
+        (d_k_group, d_v_group), d_q = _over(tile, tuple(zeros), xs)
         d_qs.append(d_q)
-        d_k = d_k.at[:, :, low:high].add(d_k_tile)
-        d_v = d_v.at[:, :, low:high].add(d_v_tile)
-    return jnp.concatenate(d_qs, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+        d_k = d_k.at[:, :, low:high].add(d_k_group)
+        d_v = d_v.at[:, :, low:high].add(d_v_group)
+    return jnp.concatenate(d_qs), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)

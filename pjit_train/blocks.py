@@ -322,7 +322,7 @@ class FeedForward(nnx.Module):
             case "relu":
                 hidden = jax.nn.relu(hidden)
             case kind:
-                hidden = jax.nn.gelu(hidden, approximate=kind == "gelu_tanh")
+                hidden = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=kind == "gelu_tanh"))(hidden)
         return self.down(hidden)
 
 
