@@ -216,9 +216,11 @@ class Dense(nnx.Module):
         self.bias = init.constant(*bias, 0.0) if bias and config.use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = gathered(self.kernel, self.rules, self.config.dtype)
-        y = project(self.equation, x, kernel, out_sharding(self.rules.spec(self.out_axes)))
-        return y if self.bias is None else y + gathered(self.bias, self.rules, self.config.dtype)
+        rules = self.rules
+        kernel = gathered(self.kernel, rules, self.config.dtype)
+        kernel = fan_out(kernel, (*rules.batch, *rules.length))  # meets tokens split over these
+        y = project(self.equation, x, kernel, out_sharding(rules.spec(self.out_axes)))
+        return y if self.bias is None else y + gathered(self.bias, rules, self.config.dtype)
 
 
 class Attention(nnx.Module):
@@ -322,7 +324,9 @@ class FeedForward(nnx.Module):
             case "relu":
                 hidden = jax.nn.relu(hidden)
             case kind:
-                hidden = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=kind == "gelu_tanh"))(hidden)
+                hidden = jax.checkpoint(
+                    functools.partial(jax.nn.gelu, approximate=kind == "gelu_tanh")
+                )(hidden)
         return self.down(hidden)
 
 

@@ -176,16 +176,14 @@ def out_sharding(spec: PartitionSpec) -> PartitionSpec | None:
 
 
 def fan_out(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`x`, about to meet several parameters that are split over the mesh axes `axes`.
+    """`x`, alike along the mesh axes `axes`, about to meet arrays that are split over them.
 
-    The cotangents of all its uses are then added up on each device before they are reduced over
-    these axes, in one collective instead of one a use (Megatron's f, Shoeybi et al., 2019).
+    Its cotangents are then parts of a sum on each device; they are added up there over all uses,
+    and reduced over these axes in one collective (Megatron's f, Shoeybi et al., 2019).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = {axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1}
-    if not axes:
-        return x
-    return jax.sharding.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec, reduced=axes))
+    mesh, spec = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.spec
+    axes = {axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1} - spec_axes(spec)
+    return jax.sharding.reshard(x, PartitionSpec(*spec, reduced=axes)) if axes else x
 
 
 def varying(tree, axes):

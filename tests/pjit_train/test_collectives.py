@@ -85,11 +85,11 @@ LAYOUTS = {
     (("fsdp", 2), ("sequence", 2), ("tensor", 2)): count(
         gather=kernels(2) * 2 + tables(2) + [(B // 2, T, K // 2, d)] * 2,
         reduce=[(B // 2, T, K // 2, d)] * 2
+        + kernels(2)
         + tables(2)
         + of_tensor(B // 2, T // 2)
-        # Tokens split along two dimensions are summed along one, then along the other; with tables
-        # it is one, for there the two are merged by hand (shard_map).
-        + (kernels(2) + NORMS) * 2,
+        # Tokens split along two dimensions: XLA sums these few numbers along one, then the other.
+        + NORMS * 2,
     ),
 }
 
