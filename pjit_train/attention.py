@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pjit_train.sharding import spec_axes, varying, varying_axes
+from pjit_train.sharding import spec_axes, spec_of, varying, varying_axes
 
 TILE_ROWS = 128
 _MAX_GROUPS = 8  # tiles are scanned within at most so many groups, each with its own columns
@@ -59,7 +59,7 @@ def attention(
       ValueError: the shapes do not fit each other, or window < 1.
     """
     _check(q, k, v, window)
-    spec = jax.typeof(q).sharding.spec
+    spec = spec_of(q)
     local = functools.partial(_attention, causal=causal, window=window, tile_rows=tile_rows)
     if not any(spec):
         return local(q, k, v, segments, row_offset)

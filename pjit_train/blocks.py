@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from pjit_train.attention import attention
 from pjit_train.errors import UserError
-from pjit_train.sharding import Axes, Rules, fan_out, has_mesh, out_sharding, reshard
+from pjit_train.sharding import Axes, Rules, fan_out, has_mesh, out_sharding, reshard, spec_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -171,7 +171,7 @@ def _project_bwd(equation, out_spec, residuals, d_y):
         """The cotangent's sharding: what the primal holds reduced is in parts still."""
         if out_spec is None:
             return None
-        spec = jax.typeof(primal).sharding.spec
+        spec = spec_of(primal)
         parts = spec.partitions if order is None else [spec.partitions[i] for i in order]
         return PartitionSpec(*parts, unreduced=spec.reduced)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pjit_train.sharding import spec_axes, varying, varying_axes
+from pjit_train.sharding import spec_axes, spec_of, varying, varying_axes
 
 CHUNK_LOGITS = 1 << 22  # logits held at a time on a device: 16 MiB in float32
 
@@ -37,8 +37,8 @@ def cross_entropy(
     """
     if weights is None:
         weights = jnp.ones_like(targets, jnp.float32)
-    batch, rows, _ = jax.typeof(hidden).sharding.spec
-    _, vocab = jax.typeof(head).sharding.spec
+    batch, rows, _ = spec_of(hidden)
+    _, vocab = spec_of(head)
     if batch is rows is vocab is None:
         return _summed(hidden, head, targets, weights, None)
     tokens, kernel = P(batch, rows), P(None, vocab)

@@ -181,7 +181,7 @@ def fan_out(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     Its cotangents are then parts of a sum on each device; they are added up there over all uses,
     and reduced over these axes in one collective (Megatron's f, Shoeybi et al., 2019).
     """
-    mesh, spec = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.spec
+    mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(x)
     axes = {axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1} - spec_axes(spec)
     return jax.sharding.reshard(x, PartitionSpec(*spec, reduced=axes)) if axes else x
 
@@ -202,6 +202,12 @@ def varying(tree, axes):
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which an array inside a `shard_map` differs; none outside of one."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def spec_of(x: jax.Array) -> PartitionSpec:
+    """How an array is split, by its type: None for each of its axes where no mesh is set."""
+    sharding = jax.typeof(x).sharding
+    return PartitionSpec(*[None] * x.ndim) if sharding is None else sharding.spec
 
 
 def spec_axes(*specs: PartitionSpec) -> set[str]:

@@ -24,7 +24,7 @@ from pjit_train.blocks import (
     run_layers,
 )
 from pjit_train.errors import UserError
-from pjit_train.sharding import Rules, out_sharding
+from pjit_train.sharding import Rules, out_sharding, spec_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     Each device looks up the ids that it holds, and a sum over the vocabulary's axis joins them: the
     table is not gathered, and its gradient is made where it is stored.
     """
-    vocab, _ = jax.typeof(table_VD).sharding.spec
-    batch, rows = jax.typeof(ids_BT).sharding.spec
+    vocab, _ = spec_of(table_VD)
+    batch, rows = spec_of(ids_BT)
     if vocab is batch is rows is None:
         return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
 

@@ -37,7 +37,7 @@ def program(config, mesh):
     graph, state = split_model(config, Rules())
     draw, placed = np.random.default_rng(0), {}
     for path, param in nnx.to_flat_state(state):
-        sharding = NamedSharding(mesh, param.sharding.spec)  # of the type of what `build` makes
+        sharding = NamedSharding(mesh, Rules().spec(param.get_metadata("axes")))
         values = (path[-1] == "scale") + 0.3 * draw.normal(size=param.shape)
         placed[path] = jax.device_put(values.astype(param.dtype), sharding)
     return graph, unflatten_dict(placed)
