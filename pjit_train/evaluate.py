@@ -3,8 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
-
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
@@ -16,7 +14,7 @@ from pjit_train.sharding import make_mesh
 def validate(program: Program, params, batches: Batches) -> dict[str, float]:
     """Loss (nats per token), perplexity and bits per byte over the run's validation batches."""
     count = min(program.run.eval_batches, batches.num_eval_batches)
-    sums = np.zeros((), np.float32), np.zeros((), np.float32)
+    sums = None
     for index in range(count):
         batch = program.global_batch(lambda rows, i=index: batches.eval_batch(i, rows))
         sums = program.evaluate(params, batch, sums)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pjit_train import huggingface
 from pjit_train.loss import cross_entropy
@@ -40,6 +41,7 @@ class Program:
         if run.initial_weights is not None:
             huggingface.check(run.initial_weights, run.model)
         self.run, self.mesh = run, mesh
+        self._evaluation = None
         self.optimizer, self.schedule = run.optimizer.build(run.steps)
         with jax.set_mesh(mesh):
             self.graph, _ = split_model(run.model, run.rules)
@@ -65,23 +67,30 @@ class Program:
         """The compiled training step: (state, batch) -> (state, metrics), donating the state."""
         accumulate = self.run.accumulate
         step = train_step(self.graph, self.optimizer, self.schedule, next_token_loss, accumulate)
-        with jax.set_mesh(self.mesh):
-            return jax.jit(step, donate_argnums=0).lower(self.abstract_state, batch).compile()
+        return self._compile(jax.jit(step, donate_argnums=0), self.abstract_state, batch)
 
-    @functools.cached_property
-    def evaluate(self) -> Callable:
-        """The jitted function (params, batch, (losses, weights)) -> these sums with the batch's.
+    def evaluate(self, params, batch: Batch, sums=None) -> tuple[jax.Array, jax.Array]:
+        """(sum of losses, sum of weights) of a batch, added to those of the batches before it.
 
-        Each call depends on the one before: programs with collectives that do not may deadlock
+        So each call depends on the one before: programs with collectives that do not may deadlock
         when emulated devices run several at once.
         """
-        step = jax.jit(eval_step(self.graph, next_token_loss))
+        if sums is None:
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            zero = jax.make_array_from_callback((), everywhere, lambda _: np.float32(0))
+            sums = zero, zero
+        if self._evaluation is None:
+            step = jax.jit(eval_step(self.graph, next_token_loss))
+            self._evaluation = self._compile(step, params, batch, sums)
+        return self._evaluation(params, batch, sums)
 
-        def evaluate(params, batch, sums):
-            with jax.set_mesh(self.mesh):
-                return step(params, batch, sums)
-
-        return evaluate
+    def _compile(self, function, *args) -> Callable:
+        with jax.set_mesh(self.mesh):
+            compiled = function.lower(*args).compile()
+        # Collectives time out after 30 s where one process begins while another still compiles.
+        everyone = set(range(jax.process_count()))
+        ocp.multihost.sync_global_processes("compiled", timeout=3600, processes=everyone)
+        return compiled
 
     def global_batch(self, read: Callable[[slice], dict[str, np.ndarray]]) -> Batch:
         """A batch as global arrays; each process reads only the rows that its devices hold.
