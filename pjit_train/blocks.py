@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from pjit_train.attention import attention
 from pjit_train.errors import UserError
-from pjit_train.sharding import Axes, Rules, fan_out, has_mesh, out_sharding, reshard, spec_of
+from pjit_train.sharding import Axes, Rules, fan_out, out_sharding, reshard, spec_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -61,6 +61,10 @@ class BlockConfig:
     param_dtype: Dtype = "float32"
 
     def __post_init__(self):
+        for name in ("d_model", "num_layers", "num_heads", "d_ff", "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model: {name}={value}; use a positive number")
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise UserError(
@@ -364,7 +368,7 @@ def run_layers(blocks: Block, x_BTD, config: BlockConfig, *, cache=None, positio
         x_BTD, keys_values = nnx.merge(graph, params)(x_BTD, cache=cached, **inputs)
         return x_BTD, None if cache is None else keys_values
 
-    layer = _remat(layer, config.remat)
+    layer = _remat(layer, config.remat, blocks.attention.query.rules.embed)
     if config.layers == "scan":
         return jax.lax.scan(lambda x, p: layer(x, *p), x_BTD, (stacked, cache))
     caches = []
@@ -381,7 +385,7 @@ def _unstack(tree, layers: int):
     return [jax.tree.map(lambda p, i=i: p[i], parts, is_leaf=is_parts) for i in range(layers)]
 
 
-def _remat(layer, policy: str):
+def _remat(layer, policy: str, gathered_axes: tuple[str, ...]):
     """Every policy makes gathered parameters again in the backward pass instead of keeping them."""
     if policy == "full":
         return jax.checkpoint(layer)
@@ -389,7 +393,7 @@ def _remat(layer, policy: str):
         return jax.checkpoint(
             layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         )
-    mesh = jax.sharding.get_abstract_mesh() if has_mesh() else None
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in gathered_axes):
         return layer
     return jax.checkpoint(layer, policy=lambda prim, *_, **__: prim.name != "reshard")

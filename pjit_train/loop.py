@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from pjit_train import huggingface
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.prefetch import Prefetcher
 from pjit_train.errors import TrainingError, UserError
@@ -23,6 +25,7 @@ from pjit_train.signals import StopRequest
 from pjit_train.transformer import count_params
 
 log = logging.getLogger("torsion")
+_CORPUS = "corpus.sha256"  # of the tokens, in the run directory
 
 
 def train(run: Run, directory: Path, *, config_text: str, began: float | None = None) -> None:
@@ -41,17 +44,25 @@ def train(run: Run, directory: Path, *, config_text: str, began: float | None = 
       TrainingError: a loss or gradient was not finite, and the run stops at that.
     """
     began = time.monotonic() if began is None else began
-    program = Program(run, make_mesh(run.mesh))
-    run.samples.check(run.model.max_len, run.data.tokenizer)
-    batches = run.data.prepare(run.seed)
-    batches.check_vocabulary(run.model.vocab_size)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        program = Program(run, make_mesh(run.mesh))
+        if run.initial_weights is not None and not (directory / "checkpoints").exists():
+            huggingface.check(run.initial_weights, run.model)
+        run.samples.check(run.model.max_len, run.data.tokenizer)
+        batches = run.data.prepare(run.seed)
+        batches.check_vocabulary(run.model.vocab_size)
+        _check_corpus(directory, batches.digest)
         stack.enter_context(_owned(directory))
         checkpoints = Checkpoints(directory / "checkpoints", run.checkpoints)
         stack.enter_context(checkpoints)
         restored = checkpoints.restore(program.abstract_state)
+        if restored is not None and restored[0] >= run.steps:
+            log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
+            return
         if jax.process_index() == 0:
             _write(directory / "config.gin", config_text)
+            _write(directory / _CORPUS, batches.digest + "\n")
         start, state = (0, program.new_state()) if restored is None else restored
         metrics = stack.enter_context(contextlib.closing(Metrics(directory, start)))
         display = stack.enter_context(contextlib.closing(Display(start, run.steps)))
@@ -62,10 +73,6 @@ def train(run: Run, directory: Path, *, config_text: str, began: float | None = 
         )
         if start:
             display.say(f"resuming after step {start}")
-        if start >= run.steps:
-            display.say(f"trained to step {run.steps} already; a larger --steps goes on")
-            return
-        stop = stack.enter_context(StopRequest())
         loop = _Loop(program, batches, directory, checkpoints, metrics, display, start, began)
         loop.steps(state, stop)
 
@@ -94,7 +101,7 @@ class _Loop:
                     compiling = time.monotonic()
                     train_step = self.program.compile_step(batch)
                     self.extra["compile_seconds"] = time.monotonic() - compiling
-                self._profile(step)
+                self._profile(step, unread)
                 state, figures = train_step(state, batch)
                 if unread:
                     self._report(*unread)
@@ -107,7 +114,7 @@ class _Loop:
                     unread = None
                 if stopping or step == last:
                     break
-        self._profile(None)
+        self._profile(None, unread)
         self.checkpoints.wait()
         if stopping:
             self.display.say(f"stopped after step {step}; the same command resumes from there")
@@ -135,7 +142,8 @@ class _Loop:
             began = time.monotonic()
             metrics = {"loss": validation["val_loss"]} if validation else None
             self.checkpoints.save(step, state, metrics=metrics)
-            self.extra["save_seconds"] = time.monotonic() - began
+            seconds = time.monotonic() - began
+            self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds
         if validating and step < self.run.steps:
             self._sample(state["params"], step)
         self.step_ended = time.monotonic()
@@ -172,7 +180,8 @@ class _Loop:
             data, seconds = self.run.data, float(np.mean(self.step_seconds))
             tokens_per_second = data.batch_size * data.seq_len / seconds
             row |= {"step_seconds": seconds, "tokens_per_second": tokens_per_second}
-            share = utilisation(tokens_per_second * self.run.model.flops_per_token(data.seq_len))
+            flops_per_second = tokens_per_second * self.run.model.flops_per_token(data.seq_len)
+            share = utilisation(flops_per_second, self.program.mesh)
             if share is not None:
                 row["model_flops_utilisation"] = share
         row |= {"data_wait_seconds": self.prefetcher.wait_seconds, **self.extra}
@@ -195,16 +204,19 @@ class _Loop:
         for text in texts:
             self.display.say(f"sample after step {step}:\n{text}\n")
 
-    def _profile(self, step: int | None) -> None:
+    def _profile(self, step: int | None, unread) -> None:
         """Begins and ends the trace that `run.profile` asks for; None ends it in any case."""
         first, last = self.run.profile or (0, -1)
-        if self.profiling and (step is None or step > last):
-            jax.profiler.stop_trace()
-            self.profiling = False
-            self.display.say(f"profile of steps {first} to {last} in {self.directory / 'profile'}")
-        elif not self.profiling and step is not None and first <= step <= last:
+        asked = step is not None and first <= step <= last
+        if asked == self.profiling:
+            return
+        jax.block_until_ready(unread)  # the step before is still being computed
+        if asked:
             jax.profiler.start_trace(str(self.directory / "profile"))
-            self.profiling = True
+        else:
+            jax.profiler.stop_trace()
+            self.display.say(f"profile of steps {first} to {last} in {self.directory / 'profile'}")
+        self.profiling = asked
 
 
 @contextlib.contextmanager
@@ -231,8 +243,32 @@ def _owned(directory: Path):
         yield
 
 
+def _check_corpus(directory: Path, digest: str) -> None:
+    """Raises a UserError where the tokens are not those that the run began with, or differ by host.
+
+    A batch is a function of (seed, step) and the tokens: with others no resumed run is the same.
+    """
+    path = directory / _CORPUS
+    if path.exists() and path.read_text().strip() != digest:
+        raise UserError(
+            f"{directory} was trained on other text than its sources hold now (changed files, or "
+            "another Python's standard library); restore the text, or use another --out"
+        )
+    if jax.process_count() > 1:
+        try:
+            multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(digest), np.uint8))
+        except AssertionError as error:
+            raise UserError(
+                "data: the processes read different text (their files or Pythons differ); "
+                "give all of them the same"
+            ) from error
+
+
 def _write(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
+    try:
+        new.write_text(text)
+        os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room for it") from error

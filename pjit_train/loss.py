@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from pjit_train.sharding import spec_axes, spec_of, varying, varying_axes
 
 CHUNK_LOGITS = 1 << 22  # logits held at a time on a device: 16 MiB in float32
+MIN_CHUNK_TOKENS = 512  # or more, so that a large vocabulary's head is not read for a few tokens
 
 
 def cross_entropy(
@@ -112,14 +113,18 @@ def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
         )
         return loss, d_hidden_CD, d_head_DV
 
-    C = _chunk_tokens(N, V)
+    C = min(N, max(CHUNK_LOGITS // V, MIN_CHUNK_TOKENS))
     if C == N:
         results = chunk(hidden_ND, targets_N, weights_N)
         if not with_gradients:
             return results
         loss, d_hidden, d_head = results
     else:
-        split = lambda x: x.reshape(N // C, C, *x.shape[1:])  # noqa: E731
+
+        def split(x):  # [N, ...] -> [chunks, C, ...], the last one filled up with weights of zero
+            x = jnp.pad(x, [(0, -N % C)] + [(0, 0)] * (x.ndim - 1))
+            return x.reshape(-1, C, *x.shape[1:])
+
         xs = (split(hidden_ND), split(targets_N), split(weights_N))
         zero = varying(jnp.zeros(()), varying_axes(targets))
         if not with_gradients:
@@ -131,12 +136,5 @@ def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
 
         zeros = zero, varying(jnp.zeros(head.shape, jnp.float32), varying_axes(head))
         (loss, d_head), d_hidden = jax.lax.scan(body, zeros, xs)
+    d_hidden = d_hidden.reshape(-1, D)[:N]
     return loss, (d_hidden.reshape(hidden.shape), d_head.astype(head.dtype))
-
-
-def _chunk_tokens(N: int, V: int) -> int:
-    """The largest divisor of N whose chunk of logits fits `CHUNK_LOGITS`."""
-    chunks = -(-N * V // CHUNK_LOGITS)
-    while N % chunks:
-        chunks += 1
-    return N // chunks

@@ -1,9 +1,11 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard, and the terminal."""
 
+import contextlib
 import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from pjit_train.errors import UserError
 
 Row = dict[str, Any]
 
@@ -34,10 +38,10 @@ PEAK_FLOPS = {
 }
 
 
-def utilisation(flops_per_second: float) -> float | None:
-    """Share of the devices' peak, or None where the peak of their kind is not known."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else flops_per_second / (peak * jax.device_count())
+def utilisation(flops_per_second: float, mesh: jax.sharding.Mesh) -> float | None:
+    """Share of the peak of a mesh's devices, or None where the peak of their kind is not known."""
+    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return None if peak is None else flops_per_second / (peak * mesh.size)
 
 
 class Metrics:
@@ -51,14 +55,18 @@ class Metrics:
         self._file = None
         if jax.process_index() != 0:
             return
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         path = directory / "metrics.jsonl"
         if path.exists():
             _keep_until(path, start)
         self._file = path.open("a", buffering=1)
-        events = str(directory / "tensorboard")
-        self._events = SummaryWriter(events, purge_step=start + 1)
+        # Written by this thread: tensorboardX's own one would hang the run when the disk is full.
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(directory / "tensorboard" / "events"))
+        purge = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=purge))
 
     def write(self, row: Row) -> None:
         """Writes the figures of `row["step"]`; those that are not finite as null."""
@@ -67,15 +75,31 @@ class Metrics:
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        for name, value in finite.items():
-            if name != "step" and value is not None:
-                self._events.add_scalar(name, value, row["step"])
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        scalars = [
+            scalar(name, value)
+            for name, value in finite.items()
+            if name != "step" and value is not None
+        ]
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            for summary in scalars:
+                event = Event(wall_time=time.time(), step=row["step"], summary=summary)
+                self._events.write_event(event)
+            self._events.flush()
+        except OSError as error:
+            raise UserError(
+                f"metrics of step {row['step']} cannot be written: {error.strerror}; make room and "
+                "run the same command again, it resumes from the last checkpoint"
+            ) from error
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._events.close()
+            with contextlib.suppress(OSError):  # of what could not be written before either
+                self._file.close()
+                self._events.close()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -98,7 +122,7 @@ class Display:
     """The progress of a run, as a bar on a terminal and as a line a row elsewhere."""
 
     def __init__(self, start: int, steps: int):
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, emoji=False)
         self.shown = jax.process_index() == 0
         self._bar = None
         self._steps = steps

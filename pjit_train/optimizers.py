@@ -37,6 +37,8 @@ class Schedule:
             raise UserError(
                 f"schedule: shape={self.shape!r} is unknown; use cosine, linear, constant or wsd"
             )
+        if self.warmup_steps < 0:
+            raise UserError(f"schedule: warmup_steps={self.warmup_steps}; use 0 or more")
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(
                 f"schedule: decay_fraction={self.decay_fraction} is no fraction; use 0 to 1"
@@ -82,6 +84,12 @@ class Optimizer:
     schedule: Schedule = Schedule()
     clip_norm: float | None = 1.0
     weight_decay: float = 0.1
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise UserError(f"optimizer: learning_rate={self.learning_rate}; use more than 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"optimizer: clip_norm={self.clip_norm}; use more than 0, or None")
 
     def build(self, steps: int) -> tuple[optax.GradientTransformation, Callable]:
         """The transformation for a run of `steps` updates, and its schedule."""

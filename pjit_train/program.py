@@ -38,8 +38,6 @@ class Program:
     def __init__(self, run: Run, mesh: Mesh):
         run.check_mesh(mesh)
         run.model.check_data(vocab_size=run.data.tokenizer.vocab_size, seq_len=run.data.seq_len)
-        if run.initial_weights is not None:
-            huggingface.check(run.initial_weights, run.model)
         self.run, self.mesh = run, mesh
         self._evaluation = None
         self.optimizer, self.schedule = run.optimizer.build(run.steps)

@@ -26,6 +26,12 @@ class Samples:
     tokens: int = 200
     temperature: float = 0.8
 
+    def __post_init__(self):
+        if self.tokens < 0 or self.temperature < 0:
+            raise UserError(
+                f"samples: tokens={self.tokens}, temperature={self.temperature}; want both >= 0"
+            )
+
     def check(self, max_len: int, tokenizer) -> None:
         """Raises a UserError where samples would be longer than the model's longest sequence."""
         longest = 1 + max((len(tokenizer.encode(prompt)) for prompt in self.prompts), default=0)
@@ -66,7 +72,7 @@ class Run:
     samples: Samples = Samples()
     accumulate: int = 1
     log_every: int = 10
-    eval_every: int = 200
+    eval_every: int = 250
     eval_batches: int = 20
     on_nonfinite: Literal["stop", "skip"] = "stop"
     profile: tuple[int, int] | None = None
@@ -75,6 +81,10 @@ class Run:
         for name in ("steps", "accumulate", "log_every", "eval_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"run: {name}={getattr(self, name)}; use a positive number")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"run: seed={self.seed}; use 0 to {2**31 - 1}")
+        if self.profile is not None and not 0 < self.profile[0] <= self.profile[1]:
+            raise UserError(f"run: profile={self.profile}; want (first step, last step)")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UserError(f"run: on_nonfinite={self.on_nonfinite!r} is unknown; use stop or skip")
         if self.data.batch_size % self.accumulate:

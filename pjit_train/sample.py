@@ -19,6 +19,8 @@ from pjit_train.sharding import Rules, make_mesh, reshard
 from pjit_train.step import forward_params
 from pjit_train.transformer import TransformerConfig
 
+_PURPOSE = 1  # keeps the draws of samples apart from those of parameters
+
 
 class Sampler:
     """Continues prompts with the parameters of one model.
@@ -75,20 +77,21 @@ class Sampler:
                 f"more exceed the model's max_len={self.config.max_len}; ask for at most so many "
                 "together"
             )
+        keys = jax.random.fold_in(jax.random.key(seed), _PURPOSE)
         # One prompt at a time fills the batch, so that prompts of any length need no padding.
         return [
-            self._continue(params, ids, tokens, temperature, top_k, seed + i)
+            self._continue(params, ids, tokens, temperature, top_k, jax.random.fold_in(keys, i))
             for i, ids in enumerate(encoded)
         ]
 
-    def _continue(self, params, ids, tokens, temperature, top_k, seed) -> str:
+    def _continue(self, params, ids, tokens, temperature, top_k, key) -> str:
         mesh = jax.sharding.get_abstract_mesh()
         rows = int(np.prod([mesh.shape[axis] for axis in self.rules.batch]))
         prompt = np.broadcast_to(ids.astype(np.int32), (rows, len(ids)))
         new = self._generate(
             params,
             prompt,
-            jax.random.key(seed),
+            key,
             temperature or 1.0,
             tokens=tokens,
             greedy=temperature == 0,

@@ -111,6 +111,16 @@ class Rules:
                         f"use a tuple of {', '.join(sorted(known))}"
                     )
             object.__setattr__(self, field.name, (axes,) if isinstance(axes, str) else tuple(axes))
+        if self.heads != self.kv_heads:
+            raise UserError(
+                f"sharding rules: heads={self.heads} and kv_heads={self.kv_heads}; query heads "
+                "stay with their keys and values, so use the same for both"
+            )
+        if not set(self.embed) <= set(self.batch):
+            raise UserError(
+                f"sharding rules: embed={self.embed} is not among batch={self.batch}; parameters "
+                "are gathered over axes that split the batch, so use some of those"
+            )
 
     def spec(self, axes: Axes, *, gathered: bool = False) -> PartitionSpec:
         """The partition of an array with these logical axes.

@@ -77,7 +77,7 @@ def train_step(
         is that of the whole batch, with the activations of a part in memory.
 
     An update whose loss or gradient is not finite is not applied; `metrics["finite"]` says so, and
-    the state keeps its parameters and optimizer, only the step counts on.
+    the state keeps its parameters and moments, only steps are counted on.
     """
 
     def summed(params, part):
@@ -104,7 +104,12 @@ def train_step(
         params, optimizer_state = _update(optimizer, grads, state["optimizer"], state["params"])
         new = {"params": params, "optimizer": optimizer_state}
         old = {"params": state["params"], "optimizer": state["optimizer"]}
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        def keep(new, old):  # counts go on, so that the schedule stays with the step
+            counts = jnp.issubdtype(new.dtype, jnp.integer)
+            return new if counts else jnp.where(finite, new, old)
+
+        kept = jax.tree.map(keep, new, old)
         metrics = {
             "loss": value,
             "grad_norm": norm,

@@ -110,9 +110,13 @@ class Batches:
         ]
         mixed = len(datasets) > 1
         self._train = grain.MapDataset.mix(datasets, weights) if mixed else datasets[0]
-        # Where each source's rows begin among the rows of an evaluation.
+        # (source, row) of each row of an evaluation: the sources evenly mixed, each in its order.
         sizes = [packed.num_padded for packed in rows["validation"]]
-        self._eval_begins = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+        sources = np.repeat(np.arange(len(sizes)), sizes)
+        within = np.concatenate([np.arange(size) for size in sizes])
+        order = np.argsort(places, kind="stable")
+        self._eval_rows = np.stack([sources[order], within[order]], axis=1)
 
     @property
     def num_train_sequences(self) -> int:
@@ -127,7 +131,7 @@ class Batches:
     @property
     def num_eval_batches(self) -> int:
         """Batches in which every token of the validation split is a target once."""
-        return -(-int(self._eval_begins[-1]) // self.batch_size)
+        return -(-len(self._eval_rows) // self.batch_size)
 
     @property
     def digest(self) -> str:
@@ -163,7 +167,7 @@ class Batches:
         return _stack([self._train[first + r] for r in range(self.batch_size)[rows]])
 
     def eval_batch(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """Returns the given rows of batch `index` of the validation split, in its own order.
+        """Returns the given rows of batch `index` of the validation split, its sources mixed.
 
         Over batches 0 .. num_eval_batches - 1 every token of the split but the first of each source
         is a target of weight 1 exactly once.
@@ -173,10 +177,10 @@ class Batches:
 
     def _eval_row(self, index: int) -> dict[str, np.ndarray]:
         sources = self._rows["validation"]
-        source = min(
-            int(np.searchsorted(self._eval_begins, index, "right")) - 1, len(sources) - 1
-        )  # rows past the last source are its rows past the end, all padding
-        return sources[source].padded(index - int(self._eval_begins[source]))
+        if index >= len(self._eval_rows):  # past the end: all padding
+            return sources[0].padded(sources[0].num_padded)
+        source, row = self._eval_rows[index]
+        return sources[source].padded(int(row))
 
 
 def _derived(seed: int, source: int) -> int:

@@ -107,11 +107,21 @@ def test_evaluation_after_the_run_is_the_runs_own(uninterrupted, run):
     assert evaluate(run, uninterrupted, step=10)["val_loss"] > got["val_loss"]
 
 
-def test_a_run_that_is_done_says_so_and_changes_nothing(uninterrupted, run, capsys):
-    before = (uninterrupted / "metrics.jsonl").read_bytes()
-    train(run, uninterrupted, config_text="# all of it\n")
-    assert f"trained to step {STEPS} already; a larger --steps goes on" in capsys.readouterr().out
-    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+def test_a_run_that_is_done_says_so_and_changes_nothing(uninterrupted, run, caplog):
+    before = {p: p.read_bytes() for p in uninterrupted.rglob("*") if p.is_file()}
+    with caplog.at_level("INFO", logger="torsion"):
+        train(run, uninterrupted, config_text="# another\n")
+    assert f"is at step {STEPS}; a larger --steps goes on" in caplog.text
+    assert {p: p.read_bytes() for p in uninterrupted.rglob("*") if p.is_file()} == before
+
+
+def test_other_text_than_the_run_began_with_is_refused(uninterrupted, run):
+    known = uninterrupted / "corpus.sha256"
+    digest = known.read_text()
+    known.write_text("0" * 64 + "\n")
+    with pytest.raises(UserError, match="was trained on other text"):
+        train(run, uninterrupted, config_text="# all of it\n")
+    known.write_text(digest)
 
 
 @pytest.fixture

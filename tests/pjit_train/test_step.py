@@ -90,8 +90,13 @@ def test_an_update_that_is_not_finite_leaves_parameters_and_optimizer(whole, bad
     assert not metrics["finite"]
     after = jax.device_get(state)
     assert after["step"] == 2
+
+    def unchanged(new, old):  # counts go on: the schedule stays with the step
+        counted = np.issubdtype(np.asarray(new).dtype, np.integer)
+        np.testing.assert_array_equal(new, old + 1 if counted else old)
+
     for part in ("params", "optimizer"):
-        jax.tree.map(np.testing.assert_array_equal, after[part], before[part])
+        jax.tree.map(unchanged, after[part], before[part])
     state, metrics = step(state, make_batch(program, 2, weights=WEIGHTS))
     assert metrics["finite"]  # and training goes on
     assert np.any(state["params"]["head"] != after["params"]["head"])

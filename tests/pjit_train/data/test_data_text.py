@@ -182,6 +182,25 @@ def test_evaluation_reads_the_validation_split_in_order_and_fills_the_last_batch
     same({k: np.concatenate([h[k] for h in halves]) for k in halves[0]}, batches.eval_batch(1))
 
 
+def test_the_first_batches_of_an_evaluation_see_every_source(tmp_path):
+    sources = []
+    for letter, documents in (("p", 40), ("q", 80)):
+        path = corpus(tmp_path, f"{letter}.jsonl", documents, letter)[0]
+        sources.append(TextFiles(train=path, validation=path))
+    options = dict(seq_len=16, batch_size=6, cache_dir=str(tmp_path / "cache"))
+    batches = TextData(sources=sources, **options).prepare(0)
+    alone = [TextData(sources=[source], **options).prepare(0) for source in sources]
+    sizes = [
+        sum(b.eval_batch(i)["weights"].any(axis=1).sum() for i in range(b.num_eval_batches))
+        for b in alone
+    ]
+    half = batches.num_eval_batches // 2
+    rows = np.concatenate([batches.eval_batch(i)["inputs"] for i in range(half)])
+    seen = [sum(letter in Bytes().decode(row) for row in rows) for letter in "pq"]
+    for size, count in zip(sizes, seen, strict=True):
+        assert abs(count - size * len(rows) / sum(sizes)) <= 2
+
+
 def test_bits_per_byte_of_a_known_model(data):
     # A model that gives every token 1/256 spends 8 bits on each token, separators included.
     batches = data.prepare(0)
