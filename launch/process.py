@@ -97,8 +97,6 @@ def join(
             f"--coordinator {coordinator}: process {process_id} cannot {verb} there: "
             f"{error.strerror or error}; give a free port of process 0's host, the same to all"
         ) from error
-    # On CPU a program of one process may hold the threads that another's collectives wait for.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     log.info("process %d of %d meets the others at %s", process_id, num, coordinator)
     jax.distributed.initialize(coordinator, num_processes=num, process_id=process_id)
 

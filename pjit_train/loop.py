@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
@@ -202,7 +203,8 @@ class _Loop:
                 seed=self.run.seed,
             )
         for text in texts:
-            self.display.say(f"sample after step {step}:\n{text}\n")
+            shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+            self.display.say(f"sample after step {step}:\n{shown}\n")
 
     def _profile(self, step: int | None, unread) -> None:
         """Begins and ends the trace that `run.profile` asks for; None ends it in any case."""

@@ -53,7 +53,7 @@ def cross_entropy(
     def shard(hidden, head, targets, weights):
         hidden, head = varying((hidden, head), spec_axes(tokens, kernel))
         loss = _summed(hidden, head, targets, weights, vocab)
-        return jax.lax.psum(loss, tuple(spec_axes(tokens)))
+        return jax.lax.psum(loss, spec_axes(tokens))
 
     specs = P(batch, rows, None), kernel, tokens, tokens
     return jax.shard_map(shard, in_specs=specs, out_specs=P())(*arrays)

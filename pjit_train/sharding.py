@@ -192,7 +192,8 @@ def fan_out(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     and reduced over these axes in one collective (Megatron's f, Shoeybi et al., 2019).
     """
     mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(x)
-    axes = {axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1} - spec_axes(spec)
+    axes = {axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1}
+    axes -= set(spec_axes(spec))
     return jax.sharding.reshard(x, PartitionSpec(*spec, reduced=axes)) if axes else x
 
 
@@ -220,7 +221,12 @@ def spec_of(x: jax.Array) -> PartitionSpec:
     return PartitionSpec(*[None] * x.ndim) if sharding is None else sharding.spec
 
 
-def spec_axes(*specs: PartitionSpec) -> set[str]:
-    """The mesh axes that partitions split anything over."""
+def spec_axes(*specs: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that partitions split anything over, each once.
+
+    In the order of the partitions: that of a set differs between processes, and so would the order of
+    the devices in a collective, for which processes would then wait in vain.
+    """
     parts = [part for spec in specs for part in spec if part is not None]
-    return {axis for part in parts for axis in ((part,) if isinstance(part, str) else part)}
+    axes = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part)]
+    return tuple(dict.fromkeys(axes))

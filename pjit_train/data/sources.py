@@ -11,11 +11,11 @@ import difflib
 import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,7 +273,7 @@ def _quiet_tfds() -> Iterator[None]:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
