@@ -224,7 +224,7 @@ def spec_of(x: jax.Array) -> PartitionSpec:
 def spec_axes(*specs: PartitionSpec) -> tuple[str, ...]:
     """The mesh axes that partitions split anything over, each once.
 
-    In the order of the partitions: that of a set differs between processes, and so would the order of
+    In the order of the partitions: that of a set differs between processes, and with it that of
     the devices in a collective, for which processes would then wait in vain.
     """
     parts = [part for spec in specs for part in spec if part is not None]
