@@ -89,8 +89,8 @@ def test_loaded_onto_a_mesh_and_saved_from_it(tmp_path):
         assert query.sharding.spec == jax.P(None, "fsdp", "tensor", None)
         assert query.addressable_shards[0].data.shape == (2, 8, 2, 8)
         huggingface.save(tmp_path / "out", config, params)
+        wide = ("tensor", "data")
         with pytest.raises(UserError, match=r"key.kernel has 2 along .* 'kv_heads'"):
-            wide = ("tensor", "data")
             huggingface.load(FIXTURES / "llama", rules=Rules(heads=wide, kv_heads=wide))
     assert_same(params, whole)
     for key, tensor in stored(FIXTURES / "llama").items():
