@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest tokens only")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="other seed, other text")
+    sample.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     _add_machine(sample, "one device")
 
     export = add(_export, "export", "write a trained run as a Hugging Face folder (safetensors)")
@@ -133,6 +134,41 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="FOLDER", help="to write; new, or empty")
     export.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     export.set_defaults(mesh=None, devices=None)
+
+    compress = add(
+        _compress,
+        "compress",
+        "prune a trained run in one shot",
+        "Attention and feed-forward kernels are pruned, calibrated on the run's training text, and "
+        "written as a new run directory: eval, sample and export read it, and train goes on from "
+        "it with its zeros kept. A pattern is N:M, N weights kept of every M along the inputs, or "
+        "the fraction to prune, such as 0.5.",
+    )
+    compress.add_argument("run", metavar="RUN", help="run directory")
+    compress.add_argument(
+        "--method", default="sparsegpt", metavar="NAME", help="magnitude, wanda or sparsegpt (last)"
+    )
+    compress.add_argument("--pattern", default="2:4", metavar="N:M", help="or a fraction (2:4)")
+    compress.add_argument(
+        "--layers",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="REGEX=PATTERN",
+        help="other patterns, by name of kernel, such as feed_forward=1:4 attention/out=dense",
+    )
+    compress.add_argument(
+        "--transposable", action="store_true", help="2:4 along the outputs as well"
+    )
+    compress.add_argument(
+        "--sequences", type=int, default=128, metavar="N", help="of calibration text (128)"
+    )
+    compress.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    compress.add_argument(
+        "--out", metavar="DIR", help="run directory to write (default: RUN-compressed-NAME)"
+    )
+    compress.add_argument("--json", action="store_true", help="print one JSON object")
+    compress.set_defaults(mesh=None, devices=None)
 
     tokenizer = add(
         _tokenizer, "tokenizer", "train a byte-level BPE tokenizer on .txt and .jsonl files"
@@ -174,18 +210,19 @@ def _train(args, began: float) -> int:
     process.prepare(args.devices)
 
     from launch.configure import build_run
-    from launch.directory import check_directory
+    from launch.directory import check_directory, steps_before
 
     options = {"steps": args.steps, "log_every": args.log_every, "seed": args.seed}
     short = [f"run.Run.{name} = {value}" for name, value in options.items() if value is not None]
     run, config_text = build_run(args.configs, args.gin + short + mesh)
     directory = Path(args.out or Path("runs") / Path(args.configs[-1]).stem)
     check_directory(directory, config_text)
+    before = steps_before(directory)
     process.join(*processes)
 
     from pjit_train.loop import train
 
-    train(run, directory, config_text=config_text, began=began)
+    train(run, directory, config_text=config_text, steps_before=before, began=began)
     return 0
 
 
@@ -216,6 +253,7 @@ def _sample(args, began: float) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         seed=args.seed,
+        step=args.step,
     )
     print("\n\n".join(texts))
     return 0
@@ -224,15 +262,73 @@ def _sample(args, began: float) -> int:
 def _export(args, began: float) -> int:
     run = _trained_run(args)
 
-    from pjit_train.evaluate import restore_params
+    from pjit_train.evaluate import restore_weights
     from pjit_train.huggingface import save
     from pjit_train.program import Program
     from pjit_train.sharding import make_mesh
+    from sparsity.kernels import dense_tree
 
     program = Program(run, make_mesh(run.mesh))
-    step, params = restore_params(program, Path(args.run), args.step)
-    save(args.folder, run.model, params)
+    step, weights = restore_weights(program, Path(args.run), args.step)
+    save(args.folder, run.model, dense_tree(weights))
     print(f"{args.folder}: the parameters after step {step}")
+    return 0
+
+
+def _compress(args, began: float) -> int:
+    layers = {}
+    for entry in args.layers:
+        expression, equals, pattern = entry.rpartition("=")
+        if not equals:
+            raise UserError(f"--layers {entry}: want REGEX=PATTERN, such as feed_forward=1:4")
+        layers[expression] = pattern
+    if args.method not in (methods := ("magnitude", "wanda", "sparsegpt")):
+        raise UserError(f"--method {args.method} is unknown; use {', '.join(methods)}")
+    directory = Path(args.run)
+    named = directory if directory.name else directory.resolve()
+    out = Path(args.out or f"{named}-compressed-{args.method}")
+    if out.exists():
+        raise UserError(f"{out} exists; remove it, or use another --out")
+    run = _trained_run(args)
+
+    import dataclasses
+
+    from launch.configure import build_run
+    from pjit_train.compress import KERNELS, compress, kernel_patterns
+
+    layers.setdefault(KERNELS, args.pattern)
+    patterns = kernel_patterns(run.model, layers, transposable=args.transposable)
+    kept = [f"^{name}$" for name in patterns]
+    binding = (
+        "from sparsity import one_shot\n"
+        "run.Run.sparsity = @one_shot.KeepZeros()\n"
+        f"one_shot.KeepZeros.layers = {kept}"
+    )
+    sparse_run, config_text = build_run([str(directory / "config.gin")], [binding])
+    report = compress(
+        run,
+        directory,
+        dataclasses.replace(sparse_run, mesh=run.mesh),
+        out,
+        config_text=config_text,
+        method=args.method,
+        patterns=patterns,
+        transposable=args.transposable,
+        sequences=args.sequences,
+        step=args.step,
+    )
+    if args.json:
+        print(json.dumps({"out": str(out), **report}))
+        return 0
+    print(f"{out}: step {report['step']} of {directory}, pruned by {args.method}\n")
+    print(f"{'kernel':<32} pattern  zeros    violations  error")
+    for name, row in report["kernels"].items():
+        violations = "-" if row["violations"] is None else row["violations"]
+        figures = f"{row['sparsity']:<8.2%} {violations:<11} {row['error']:.4f}"
+        print(f"{name:<32} {row['pattern']:<8} {figures}")
+    print(f"\n{'':<20} before    after")
+    for name, value in report["before"].items():
+        print(f"{name:<20} {value:<9.5g} {report['after'][name]:.5g}")
     return 0
 
 
@@ -295,7 +391,7 @@ def _completion(args, began: float) -> int:
     for name, sub in commands.choices.items():
         for action in sub._actions:
             if action.dest == "out":
-                action.complete = shtab.DIRECTORY if name == "train" else shtab.FILE
+                action.complete = shtab.DIRECTORY if name in ("train", "compress") else shtab.FILE
             elif action.dest in kinds:
                 action.complete = kinds[action.dest]
     print(shtab.complete(top, args.shell))

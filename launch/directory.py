@@ -79,6 +79,15 @@ def check_directory(directory: Path, config_text: str) -> None:
         )
 
 
+def steps_before(directory: Path) -> int | None:
+    """The `run.Run.steps` that a directory was trained with last; None where it was not."""
+    path = directory / "config.gin"
+    if not path.exists():
+        return None
+    steps = (value for key, value in _read(path).items() if str(key) == "run.Run.steps")
+    return next(steps, None)
+
+
 def _is_foreign(path: Path) -> bool:
     """False for what a start leaves that was killed before it wrote config.gin."""
     if path.name == "checkpoints" and path.is_dir():

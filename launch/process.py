@@ -46,6 +46,10 @@ def prepare(devices: int | None = None) -> None:
     if devices is not None:
         if devices < 1:
             raise UserError(f"--devices {devices}: use a positive number")
+        # A thread that waits in a collective is missing to the other devices: XLA stops for good
+        # when each of its threads waits, and takes one thread a core or device otherwise.
+        if devices > 1:
+            os.environ.setdefault("PJRT_NPROC", str(min(8 * devices, 1024)))
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
 

@@ -65,7 +65,7 @@ def attention(
         return local(q, k, v, segments, row_offset)
 
     batch, rows, heads, _ = spec
-    q_spec, kv_spec = P(batch, rows, heads, None), P(batch, None, heads, None)
+    q_spec = kv_spec = P(batch, rows, heads, None)
     segment_specs = (P(batch, rows), P(batch, None))
     k, v = (jax.sharding.reshard(x, kv_spec) for x in (k, v))
     if segments is not None:
@@ -76,6 +76,8 @@ def attention(
     def shard(q, k, v, segments, row_offset):
         if rows is not None:
             row_offset = row_offset + jax.lax.axis_index(rows) * q.shape[1]
+            # In here, where the gradient is a reduce-scatter whatever stands before it.
+            k, v = (jax.lax.all_gather(x, rows, axis=1, tiled=True) for x in (k, v))
         return local(q, *varying((k, v, segments), axes), row_offset)
 
     return jax.shard_map(

@@ -19,7 +19,17 @@ from jax.sharding import PartitionSpec
 
 from pjit_train.attention import attention
 from pjit_train.errors import UserError
-from pjit_train.sharding import Axes, Rules, fan_out, out_sharding, reshard, spec_of
+from pjit_train.sharding import (
+    Axes,
+    Rules,
+    fan_out,
+    has_mesh,
+    out_sharding,
+    reshard,
+    spec_axes,
+    spec_of,
+)
+from sparsity.kernels import dense
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -126,9 +136,27 @@ class Initializer:
 
 def gathered(param: nnx.Param, rules: Rules, dtype: Dtype | None = None) -> jax.Array:
     """A parameter as the forward pass uses it: cast, then gathered from its `fsdp` shards."""
-    value, axes = param.get_value(), param.get_metadata("axes")
+    return _gathered(param.get_value(), rules, param.get_metadata("axes"), dtype)
+
+
+def gathered_for_tokens(param: nnx.Param, rules: Rules, dtype: Dtype) -> jax.Array:
+    """The same for one that meets tokens: its gradient is summed where they are split.
+
+    Over `fsdp` with each device keeping its shard, and only of that shard over the other axes.
+    """
+    return _gathered(param.get_value(), rules, param.get_metadata("axes"), dtype, tokens=True)
+
+
+def _gathered(value, rules: Rules, axes: Axes, dtype: Dtype | None, tokens=False) -> jax.Array:
+    value = dense(value)
     value = value if dtype is None else value.astype(dtype)
-    return reshard(value, rules.spec(axes[-value.ndim :], gathered=True))
+    spec = rules.spec(axes[-value.ndim :], gathered=True)
+    if tokens and has_mesh():
+        over = (*rules.batch, *rules.length)
+        value = fan_out(value, over)  # the axes that the parameter is not split over
+        mesh = jax.sharding.get_abstract_mesh()
+        spec = PartitionSpec(*spec, reduced={axis for axis in over if mesh.shape[axis] > 1})
+    return reshard(value, spec)
 
 
 class Norm(nnx.Module):
@@ -152,23 +180,29 @@ class Norm(nnx.Module):
         return x.astype(x_BTD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def project(equation: str, x: jax.Array, kernel: jax.Array, out_spec) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
+def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array:
     """An einsum of activations and a kernel, with gradients that XLA:CPU computes at full speed.
 
     Args:
       equation: batch and tokens lead in the activations and in the output.
+      prepare: makes the kernel of what is stored for it (one shard of an array, a sparse kernel);
+        the backward pass makes it again instead of keeping it.
       out_spec: partition of the output, or None where no mesh is set.
     """
-    return jnp.einsum(equation, x, kernel, out_sharding=out_spec)
+    return jnp.einsum(equation, x, prepare(stored), out_sharding=out_spec)
 
 
-def _project_fwd(equation, x, kernel, out_spec):
-    return project(equation, x, kernel, out_spec), (x, kernel)
+def _project_fwd(equation, prepare, x, stored, out_spec):
+    return project(equation, prepare, x, stored, out_spec), (x, stored)
 
 
-def _project_bwd(equation, out_spec, residuals, d_y):
-    x, kernel = residuals
+def _project_bwd(equation, prepare, out_spec, residuals, d_y):
+    x, stored = residuals
+    if not isinstance(stored, jax.Array) or spec_axes(spec_of(stored)):
+        # Or XLA would find the forward pass's kernel equal to this one, and keep it until here.
+        stored, d_y = jax.lax.optimization_barrier((stored, d_y))
+    kernel, pull_back = jax.vjp(prepare, stored)
     x_axes, kernel_axes, y_axes = re.split(",|->", equation)
 
     def like(primal, order=None):
@@ -185,13 +219,15 @@ def _project_bwd(equation, out_spec, residuals, d_y):
     # XLA from swapping the operands back.
     if x.size <= d_y.size:
         out = like(kernel)
-        return d_x, jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, d_y, out_sharding=out)
-    inputs = len(x_axes) - 2
-    turned = kernel_axes[inputs:] + kernel_axes[:inputs]
-    out = like(kernel, [kernel_axes.index(axis) for axis in turned])
-    d_kernel = jnp.einsum(f"{y_axes},{x_axes}->{turned}", d_y, x, out_sharding=out)
-    d_kernel = jax.lax.optimization_barrier(d_kernel)
-    return d_x, d_kernel.transpose([turned.index(axis) for axis in kernel_axes])
+        d_kernel = jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, d_y, out_sharding=out)
+    else:
+        inputs = len(x_axes) - 2
+        turned = kernel_axes[inputs:] + kernel_axes[:inputs]
+        out = like(kernel, [kernel_axes.index(axis) for axis in turned])
+        d_kernel = jnp.einsum(f"{y_axes},{x_axes}->{turned}", d_y, x, out_sharding=out)
+        d_kernel = jax.lax.optimization_barrier(d_kernel)
+        d_kernel = d_kernel.transpose([turned.index(axis) for axis in kernel_axes])
+    return d_x, *pull_back(d_kernel)
 
 
 project.defvjp(_project_fwd, _project_bwd)
@@ -220,11 +256,29 @@ class Dense(nnx.Module):
         self.bias = init.constant(*bias, 0.0) if bias and config.use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        rules = self.rules
-        kernel = gathered(self.kernel, rules, self.config.dtype)
-        kernel = fan_out(kernel, (*rules.batch, *rules.length))  # meets tokens split over these
-        y = project(self.equation, x, kernel, out_sharding(rules.spec(self.out_axes)))
+        rules, axes, dtype = self.rules, self.kernel.get_metadata("axes"), self.config.dtype
+
+        def prepare(stored):
+            return _gathered(stored, rules, axes, dtype, tokens=True)
+
+        spec = out_sharding(rules.spec(self.out_axes))
+        y = project(self.equation, prepare, x, self.kernel.get_value(), spec)
         return y if self.bias is None else y + gathered(self.bias, rules, self.config.dtype)
+
+
+def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a kernel that its matmul sums over, counted from the end (stacked or not).
+
+    Args:
+      name: of the parameter, such as "blocks/attention/query/kernel".
+      shape: of it.
+    """
+    layer = name.split("/")[-2:][0]
+    if layer == "out":  # [heads, head_dim, d_model]
+        return (-3, -2)
+    if layer in ("query", "key", "value"):  # [d_model, heads, head_dim]
+        return (-3,)
+    return (-2,)
 
 
 class Attention(nnx.Module):
@@ -279,10 +333,24 @@ class Attention(nnx.Module):
 
 
 def rotary_angles(
-    positions_T: jax.Array, head_dim: int, theta: float
+    positions_T: jax.Array,
+    head_dim: int,
+    theta: float,
+    scaling: tuple[float, float, float, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [tokens, head_dim / 2] of the rotary embedding (Su et al., 2021)."""
+    """Cosines and sines [tokens, head_dim / 2] of the rotary embedding (Su et al., 2021).
+
+    Args:
+      scaling: (factor, low, high, original length) of Llama 3.1 (Grattafiori et al., 2024), or
+        None. Frequencies that turn more than `high` times in the original length stay; those that
+        turn less than `low` times are divided by `factor`; those between are interpolated.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        factor, low, high, original = scaling
+        turns = original * frequencies / (2 * math.pi)
+        stay = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequencies *= stay + (1 - stay) / factor
     angles = positions_T[:, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -368,7 +436,7 @@ def run_layers(blocks: Block, x_BTD, config: BlockConfig, *, cache=None, positio
         x_BTD, keys_values = nnx.merge(graph, params)(x_BTD, cache=cached, **inputs)
         return x_BTD, None if cache is None else keys_values
 
-    layer = _remat(layer, config.remat, blocks.attention.query.rules.embed)
+    layer = _remat(layer, config.remat)
     if config.layers == "scan":
         return jax.lax.scan(lambda x, p: layer(x, *p), x_BTD, (stacked, cache))
     caches = []
@@ -385,15 +453,11 @@ def _unstack(tree, layers: int):
     return [jax.tree.map(lambda p, i=i: p[i], parts, is_leaf=is_parts) for i in range(layers)]
 
 
-def _remat(layer, policy: str, gathered_axes: tuple[str, ...]):
-    """Every policy makes gathered parameters again in the backward pass instead of keeping them."""
+def _remat(layer, policy: str):
+    """What the backward pass makes again, besides the kernels that `project` makes again."""
     if policy == "full":
         return jax.checkpoint(layer)
     if policy == "dots":
-        return jax.checkpoint(
-            layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        )
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in gathered_axes):
-        return layer
-    return jax.checkpoint(layer, policy=lambda prim, *_, **__: prim.name != "reshard")
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(layer, policy=dots)
+    return layer

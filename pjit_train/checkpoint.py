@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +185,26 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def restore(self, abstract_state: Any, *, step: int | None = None) -> tuple[int, Any] | None:
+    def restore(
+        self,
+        abstract_state: dict[str, Any] | Callable[[int], dict[str, Any]],
+        *,
+        step: int | None = None,
+        only: Collection[str] | None = None,
+        being_written: bool = False,
+    ) -> tuple[int, dict[str, Any]] | None:
         """The newest good checkpoint, on the mesh and shardings that are asked for.
 
         A broken one is named, with what is wrong, in one warning of the logger `torsion`, and is
         left as it is; then the next older one is tried.
 
         Args:
-          abstract_state: pytree of jax.ShapeDtypeStruct with a `.sharding`.
+          abstract_state: pytree of jax.ShapeDtypeStruct with a `.sharding`; or a function that
+            gives that of a step, where it is not the same for all.
           step: the one wanted, instead of the newest good one.
+          only: entries at the top of the state; the others are neither read nor checked, and are
+            not in what is returned. None for all.
+          being_written: another process is saving here, whose half-written checkpoint is no defect.
 
         Returns:
           (step, state), or None if there is no checkpoint at all.
@@ -205,17 +217,21 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps or 'none'}")
-        for half in sorted(self.directory.glob(f"*{_HALF_WRITTEN}")):
-            _warn(f"checkpoint {half} is half-written: its save was cut off; ignored")
+        if not being_written:
+            for half in sorted(self.directory.glob(f"*{_HALF_WRITTEN}")):
+                _warn(f"checkpoint {half} is half-written: its save was cut off; ignored")
         for candidate in reversed(steps) if step is None else [step]:
+            wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
+            wanted = {n: x for n, x in wanted.items() if only is None or n in only}
             try:
-                state = self._load(candidate, abstract_state)
+                state = self._load(candidate, wanted, whole=only is None)
             except _BrokenError as broken:
                 self._broken.add(candidate)
                 _warn(f"checkpoint {self.directory / str(candidate)} is broken: {broken}")
             else:
-                self._broken.discard(candidate)
-                self._good.add(candidate)
+                if only is None:  # otherwise the rest of it may be broken
+                    self._broken.discard(candidate)
+                    self._good.add(candidate)
                 return candidate, state
         if not steps:
             return None
@@ -225,15 +241,18 @@ class Checkpoints:
             "move them away to start anew, or put back a copy"
         )
 
-    def _load(self, step: int, abstract_state: Any) -> Any:
-        """The checked state of one checkpoint; _BrokenError or UserError."""
+    def _load(self, step: int, wanted: dict[str, Any], whole: bool) -> dict[str, Any]:
+        """The checked state of one checkpoint, or a part of it; _BrokenError or UserError."""
         path = self.directory / str(step)
-        body = _agreed(lambda: _read_digests(path))
-        wanted, stored = _describe(abstract_state), body["leaves"]
-        _check_same_model(path, wanted, stored)
+        leaves = _agreed(lambda: _read_digests(path))["leaves"]
+        stored = {n: leaf for n, leaf in leaves.items() if whole or n.split("/")[0] in wanted}
+        _check_same_model(path, _describe(wanted), stored)
         # The handler itself, not the manager: that has barriers that an error on one process skips.
-        restore = ocp.StandardCheckpointHandler().restore
-        args = ocp.args.StandardRestore(abstract_state)
+        # It is what StandardCheckpointHandler calls, which cannot restore a part.
+        restore = ocp.PyTreeCheckpointHandler().restore
+        args = ocp.args.PyTreeRestore(
+            wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=not whole
+        )
         state = _agreed(lambda: restore(path / "state", args=args))
         found = _describe(state, jax.device_get(digests(state)))
         wrong = [name for name in stored if found.get(name) != stored[name]]

@@ -1,5 +1,6 @@
 """Validation loss of parameters, in a run or after it."""
 
+import fcntl
 import math
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
 
 
-def validate(program: Program, params, batches: Batches) -> dict[str, float]:
-    """Loss (nats per token), perplexity and bits per byte over the run's validation batches."""
+def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte over the run's validation batches.
+
+    Args:
+      weights: what `Program.weights` gives.
+    """
     count = min(program.run.eval_batches, batches.num_eval_batches)
     sums = None
     for index in range(count):
         batch = program.global_batch(lambda rows, i=index: batches.eval_batch(i, rows))
-        sums = program.evaluate(params, batch, sums)
+        sums = program.evaluate(weights, batch, sums)
     total, weight = (float(x) for x in sums)
     loss = total / weight
     return {
@@ -27,8 +32,11 @@ def validate(program: Program, params, batches: Batches) -> dict[str, float]:
     }
 
 
-def restore_params(program: Program, directory: Path, step: int | None = None):
-    """(step, params) of a run directory's newest good checkpoint, or of the step asked for.
+def restore_weights(program: Program, directory: Path, step: int | None = None):
+    """(step, weights) of a run directory's newest good checkpoint, or of the step asked for.
+
+    The weights are those that the forward pass reads, of a sparse run masked. The optimizer's
+    arrays, twice as large for Adam, are not read.
 
     Raises:
       UserError: there is none.
@@ -36,15 +44,32 @@ def restore_params(program: Program, directory: Path, step: int | None = None):
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} has no checkpoints/; give the directory of a run")
     with Checkpoints(directory / "checkpoints", program.run.checkpoints) as checkpoints:
-        restored = checkpoints.restore(program.abstract_state, step=step)
+        restored = checkpoints.restore(
+            program.abstract_state_after,
+            step=step,
+            only=[name for name in program.abstract_state if name != "optimizer"],
+            being_written=_is_training(directory),
+        )
     if restored is None:
         raise UserError(f"{directory}/checkpoints is empty; train the run for some steps first")
-    return restored[0], restored[1]["params"]
+    return restored[0], program.weights(restored[1])
+
+
+def _is_training(directory: Path) -> bool:
+    """Whether a process holds the lock of a run directory (see `loop`)."""
+    try:
+        with (directory / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks on this file system
+        pass
+    return False
 
 
 def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str, float]:
     """Validation figures of a run directory's newest good checkpoint, and its `step`."""
     program = Program(run, make_mesh(run.mesh))
     batches = run.data.prepare(run.seed)
-    step, params = restore_params(program, directory, step)
-    return {"step": step, **validate(program, params, batches)}
+    step, weights = restore_weights(program, directory, step)
+    return {"step": step, **validate(program, weights, batches)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from pjit_train.blocks import BlockConfig
 from pjit_train.errors import UserError
-from pjit_train.huggingface_families import FAMILIES, REQUIRED, Family, Key
+from pjit_train.huggingface_families import FAMILIES, REQUIRED, ROPE_SCALING, Family, Key
 from pjit_train.transformer import TransformerConfig
 
 # How a model runs or begins, not what it computes.
@@ -34,7 +34,10 @@ def read_config(path: Path) -> tuple[Family, BlockConfig]:
         if (found := _get(document, name)) not in (None, value):
             raise UserError(f"{path}: {name}={found!r} is not supported; only {value!r} is")
     fields = {ours: _value(path, document, key) for ours, key in family.keys.items()}
-    return family, family.config(**family.ours, **fields)
+    try:
+        return family, family.config(**family.ours, **fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def write_config(config: BlockConfig) -> tuple[Family, dict]:
@@ -61,16 +64,19 @@ def write_config(config: BlockConfig) -> tuple[Family, dict]:
 
     values = dict(family.theirs)
     for ours, key in family.keys.items():
-        values[key.name] = _choice(name, ours, key, fields[ours])
-    if theta := values.get("rope_parameters.rope_theta"):
-        values["rope_theta"] = theta  # where transformers 4 looks for it
+        values |= _written(name, ours, key, fields[ours])
     if classes := values.pop("num_labels", None):
         labels = {i: f"LABEL_{i}" for i in range(classes)}
         values |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
     if isinstance(config, TransformerConfig):  # their defaults are tokens of released models
         values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     header = {"model_type": name, "architectures": [family.architecture]}
-    return family, header | {"dtype": config.param_dtype} | _nested(values)
+    document = header | {"dtype": config.param_dtype} | _nested(values)
+    if rope := document.get("rope_parameters"):  # and where transformers 4 looks for it
+        document["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            document["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return family, document
 
 
 def difference(config: BlockConfig, other: BlockConfig) -> str | None:
@@ -101,12 +107,17 @@ def _modern(path: Path, document: dict) -> dict:
             for name in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
                 if not isinstance(given := document.get(name) or {}, dict):
                     raise UserError(f"{path}: {name}={given!r} must be an object or null")
-                rope |= given
-            kind = rope.pop("rope_type", rope.pop("type", "default"))
-            theta = rope.pop("rope_theta", document.get("rope_theta"))
-            if rope and kind == "default":
-                raise UserError(f"{path}: rope_parameters: {some(sorted(rope))} is not supported")
-            document["rope_parameters"] = {"rope_type": kind, "rope_theta": theta}
+                rope |= {key: value for key, value in given.items() if value is not None}
+            old_kind = rope.pop("type", "default")
+            rope = {"rope_type": old_kind, "rope_theta": document.get("rope_theta")} | rope
+            kind, known = rope["rope_type"], {"rope_type", "rope_theta"}
+            if kind == "llama3":
+                length = document.get("max_position_embeddings")
+                rope = {"original_max_position_embeddings": length} | rope
+                known |= {key.name.removeprefix("rope_parameters.") for key in ROPE_SCALING}
+            if kind in ("default", "llama3") and (odd := sorted(rope.keys() - known)):
+                raise UserError(f"{path}: rope_parameters: {some(odd)} is not supported")
+            document["rope_parameters"] = rope
         case "opt":
             width = document.get("hidden_size")
             if (projected := document.get("word_embed_proj_dim")) not in (None, width):
@@ -146,7 +157,10 @@ def _value(path: Path, document: dict, key: Key) -> Any:
         if not isinstance(value, str) or value not in key.kind:
             known = ", ".join(key.kind)
             raise UserError(f"{path}: {key.name}={value!r} is not supported; {known} are")
-        return key.kind[value]
+        ours = key.kind[value]
+        if isinstance(ours, tuple):
+            return tuple(_value(path, document, part) for part in ours)
+        return ours
     kinds = (int, float) if key.kind is float else (key.kind,)
     if type(value) not in kinds or (key.kind is int and value < 1):
         wanted = {int: "a positive integer", float: "a number", bool: "true or false"}[key.kind]
@@ -159,14 +173,17 @@ def _is_of(config: BlockConfig, family: Family) -> bool:
     return type(config) is family.config and all(getattr(config, f) == v for f, v in fixed)
 
 
-def _choice(family: str, field: str, key: Key, value: Any) -> Any:
-    """Their name of a choice of ours; any other value as it is."""
+def _written(family: str, field: str, key: Key, value: Any) -> dict[str, Any]:
+    """Their keys and values of a field of ours."""
     if not isinstance(key.kind, Mapping):
-        return value
-    theirs = {ours: name for name, ours in key.kind.items()}
-    if value not in theirs:
-        raise UserError(f"model: {family} has no {field}={value!r}; use {', '.join(theirs)}")
-    return theirs[value]
+        return {key.name: value}
+    for theirs, ours in key.kind.items():
+        if isinstance(ours, tuple) and isinstance(value, tuple):
+            parts = zip(ours, value, strict=True)
+            return {key.name: theirs} | {part.name: x for part, x in parts}
+        if ours == value:
+            return {key.name: theirs}
+    raise UserError(f"model: {family} has no {field}={value!r}; use {', '.join(key.kind.values())}")
 
 
 def _nested(values: dict[str, Any]) -> dict:

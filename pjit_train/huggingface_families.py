@@ -25,12 +25,12 @@ class Key:
 
     Attributes:
       name: dots lead into objects.
-      kind: int, float, bool, or their names of choices -> ours.
+      kind: int, float, bool, or their names of choices -> ours; the keys of a tuple stand for it.
       default: what `transformers` takes where the key is absent.
     """
 
     name: str
-    kind: type | Mapping[str, str] = int
+    kind: type | Mapping[str, Any] = int
     default: Any = REQUIRED
 
 
@@ -120,6 +120,12 @@ def _attention(query: str, key: str, value: str, out: str):
     return (*sum(projections, ()), *_linear("blocks.attention.out", out, "hkd -> d,hk"))
 
 
+ROPE_SCALING = (  # in the order of `TransformerConfig.rope_scaling`
+    Key("rope_parameters.factor", float),
+    Key("rope_parameters.low_freq_factor", float),
+    Key("rope_parameters.high_freq_factor", float),
+    Key("rope_parameters.original_max_position_embeddings"),
+)
 _LLAMA = "model.layers.{}."
 _OPT = "model.decoder.layers.{}."
 _GPT2 = "transformer.h.{}."
@@ -140,6 +146,9 @@ FAMILIES = {
             "head_dim": Key("head_dim", int, None),
             "max_len": Key("max_position_embeddings", int, 2048),
             "rope_theta": Key("rope_parameters.rope_theta", float, 10_000.0),
+            "rope_scaling": Key(
+                "rope_parameters.rope_type", {"default": None, "llama3": ROPE_SCALING}, "default"
+            ),
             "norm_epsilon": Key("rms_norm_eps", float, 1e-6),
             "init_std": Key("initializer_range", float, 0.02),
             "tie_head": Key("tie_word_embeddings", bool, False),
@@ -148,7 +157,6 @@ FAMILIES = {
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "rope_parameters.rope_type": "default",
         },
         base="model.",
         tensors=(

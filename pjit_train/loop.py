@@ -29,13 +29,21 @@ log = logging.getLogger("torsion")
 _CORPUS = "corpus.sha256"  # of the tokens, in the run directory
 
 
-def train(run: Run, directory: Path, *, config_text: str, began: float | None = None) -> None:
+def train(
+    run: Run,
+    directory: Path,
+    *,
+    config_text: str,
+    steps_before: int | None = None,
+    began: float | None = None,
+) -> None:
     """Trains to `run.steps`, from the newest good checkpoint in `directory` if there is one.
 
     Args:
       run: what to train.
       directory: gets `config.gin`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
       config_text: the operative configuration that `run` was built from.
+      steps_before: the `run.steps` that `directory` was trained with last, None if it was not.
       began: `time.monotonic()` when the command began, for the time to the first step.
 
     Returns when the run is done, or was asked to stop (SIGTERM, SIGINT) and is saved.
@@ -57,7 +65,7 @@ def train(run: Run, directory: Path, *, config_text: str, began: float | None = 
         stack.enter_context(_owned(directory))
         checkpoints = Checkpoints(directory / "checkpoints", run.checkpoints)
         stack.enter_context(checkpoints)
-        restored = checkpoints.restore(program.abstract_state)
+        restored = checkpoints.restore(program.abstract_state_after)
         if restored is not None and restored[0] >= run.steps:
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
             return
@@ -72,8 +80,12 @@ def train(run: Run, directory: Path, *, config_text: str, began: float | None = 
             f"{batches.tokens_per_epoch:,} training tokens, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
+        if notice := run.optimizer.schedule.notice(run.steps):
+            display.say(notice)
         if start:
             display.say(f"resuming after step {start}")
+            if steps_before not in (None, run.steps):
+                display.say(f"the schedule now spans {run.steps} steps instead of {steps_before}")
         loop = _Loop(program, batches, directory, checkpoints, metrics, display, start, began)
         loop.steps(state, stop)
 
@@ -98,12 +110,18 @@ class _Loop:
         unread = None  # (step, figures) of the step that is being computed
         with Prefetcher(self._batch, self.start) as self.prefetcher:
             for step, batch in enumerate(self.prefetcher, self.start + 1):
-                if step == self.start + 1:
+                if packing := self.program.packs_after(step - 1):
+                    state = self.program.pack(state)
+                if packing or step == self.start + 1:
                     compiling = time.monotonic()
-                    train_step = self.program.compile_step(batch)
+                    train_step = self.program.compile_step(batch, step)
                     self.extra["compile_seconds"] = time.monotonic() - compiling
                 self._profile(step, unread)
+                observing = self.program.updater is not None and step % self.run.log_every == 0
+                masks = self.program.masks(state) if observing else None
                 state, figures = train_step(state, batch)
+                if observing:
+                    figures |= self.program.observe(masks, state)
                 if unread:
                     self._report(*unread)
                 unread = step, figures
@@ -120,7 +138,7 @@ class _Loop:
         if stopping:
             self.display.say(f"stopped after step {step}; the same command resumes from there")
         else:
-            self._sample(state["params"], step)
+            self._sample(state, step)
             self.display.say(f"done: {step} steps, in {self.directory}")
 
     def _batch(self, index: int):
@@ -135,7 +153,7 @@ class _Loop:
         """Waits for a step, then validates and saves after it; its row always stands before."""
         row, validation = self._read(step, figures), {}
         if validating:
-            validation = validate(self.program, state["params"], self.batches)
+            validation = validate(self.program, self.program.weights(state), self.batches)
         due = step % self.run.log_every == 0 or step == self.run.steps
         if validating or due or not row["finite"]:
             self._write_row(row | validation)
@@ -146,7 +164,7 @@ class _Loop:
             seconds = time.monotonic() - began
             self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds
         if validating and step < self.run.steps:
-            self._sample(state["params"], step)
+            self._sample(state, step)
         self.step_ended = time.monotonic()
 
     def _read(self, step: int, figures) -> dict:
@@ -190,13 +208,13 @@ class _Loop:
         self.metrics.write(row)
         self.display.row(row)
 
-    def _sample(self, params, step: int) -> None:
+    def _sample(self, state, step: int) -> None:
         samples = self.run.samples
         if not samples.tokens:
             return
         with jax.set_mesh(self.program.mesh):
             texts = self.sampler(
-                params,
+                self.program.weights(state),
                 samples.prompts,
                 tokens=samples.tokens,
                 temperature=samples.temperature,

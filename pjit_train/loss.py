@@ -39,10 +39,10 @@ def cross_entropy(
     if weights is None:
         weights = jnp.ones_like(targets, jnp.float32)
     batch, rows, _ = spec_of(hidden)
-    _, vocab = spec_of(head)
+    _, vocab = spec_of(head).partitions
     if batch is rows is vocab is None:
         return _summed(hidden, head, targets, weights, None)
-    tokens, kernel = P(batch, rows), P(None, vocab)
+    tokens, kernel = P(batch, rows), P(None, vocab, reduced=spec_of(head).reduced)
     arrays = (
         hidden,
         jax.sharding.reshard(head, kernel),

@@ -6,13 +6,16 @@ recipe of `sparsity` wraps the optimizer, it wraps what `build` returns.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 import optax
 
+from pjit_train.blocks import contraction_axes
 from pjit_train.errors import UserError
+from sparsity.autoswitch import scale_by_step_adam
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class Schedule:
       shape: "cosine" or "linear" falls to the end of the run; "constant" stays; "wsd" stays and
         falls linearly over the last `decay_fraction` of the run (warm-up, stable, decay; Hu et al.,
         2024).
-      warmup_steps: steps until the peak, at most the run.
+      warmup_steps: steps until the peak; in a shorter run the warm-up takes all of it.
       final_fraction: of the peak, at the end of the run.
     """
 
@@ -43,6 +46,15 @@ class Schedule:
             raise UserError(
                 f"schedule: decay_fraction={self.decay_fraction} is no fraction; use 0 to 1"
             )
+
+    def notice(self, steps: int) -> str | None:
+        """What may surprise in a run of so many steps, in one line, or None."""
+        if self.warmup_steps <= steps:
+            return None
+        return (
+            f"schedule: warmup_steps={self.warmup_steps} exceeds the run's {steps} steps; "
+            "the learning rate rises through all of them and does not fall"
+        )
 
     def build(
         self, peak: float, steps: int
@@ -91,16 +103,35 @@ class Optimizer:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(f"optimizer: clip_norm={self.clip_norm}; use more than 0, or None")
 
-    def build(self, steps: int) -> tuple[optax.GradientTransformation, Callable]:
-        """The transformation for a run of `steps` updates, and its schedule."""
+    def build(self, steps: int, updater=None) -> tuple[optax.GradientTransformation, Callable]:
+        """The transformation for a run of `steps` updates, and its schedule.
+
+        Args:
+          updater: of a recipe of `sparsity`, which wraps the whole; None for dense training.
+
+        Raises:
+          UserError: the recipe asks for Adam's variance and this is another optimizer.
+        """
         schedule = self.schedule.build(self.learning_rate, steps)
-        transformation = self._transformation(schedule)
+        switch = None if updater is None else updater.variance
+        if switch is None:
+            transformation = self._transformation(schedule)
+        else:
+            transformation = self._switching(schedule, switch, steps)
         if self.clip_norm is not None:
             transformation = optax.chain(optax.clip_by_global_norm(self.clip_norm), transformation)
+        if updater is not None:
+            transformation = updater.wrap_optax(transformation, learning_rate=schedule)
         return transformation, schedule
 
     def _transformation(self, schedule) -> optax.GradientTransformation:
         raise NotImplementedError
+
+    def _switching(self, schedule, switch, steps: int) -> optax.GradientTransformation:
+        raise UserError(
+            f"optimizer: the recipe freezes Adam's variance and {type(self).__name__} has none; "
+            "use AdamW, or a recipe with variance = None"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,10 +147,21 @@ class AdamW(Optimizer):
             schedule, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay, mask=decayed
         )
 
+    def _switching(self, schedule, switch, steps):
+        return optax.chain(
+            scale_by_step_adam(self.b1, self.b2, self.epsilon, switch=switch, steps=steps),
+            optax.add_decayed_weights(self.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer and Stern, 2018): second moments factored over the two largest axes.
+    """Adafactor (Shazeer and Stern, 2018): second moments factored into rows and columns.
+
+    A kernel of the blocks is factored as the matrix [inputs, outputs] of each layer, all heads as
+    one axis; every other parameter over its two largest axes. What is smaller than
+    `min_dim_size_to_factor` in one of them is not factored.
 
     Its own relative clipping takes the place of `clip_norm`. Statistics over a whole parameter (the
     update's root mean square) are over all layers of a stack.
@@ -130,7 +172,7 @@ class Adafactor(Optimizer):
     min_dim_size_to_factor: int = 128
 
     def _transformation(self, schedule):
-        return optax.adafactor(
+        inner = optax.adafactor(
             schedule,
             min_dim_size_to_factor=self.min_dim_size_to_factor,
             weight_decay_rate=(lambda step: self.weight_decay * schedule(step))
@@ -138,6 +180,12 @@ class Adafactor(Optimizer):
             else None,
             weight_decay_mask=decayed,
         )
+
+        def update(updates, state, params):
+            matrices, state = inner.update(_as_matrices(updates), state, _as_matrices(params))
+            return jax.tree.map(lambda x, like: x.reshape(like.shape), matrices, updates), state
+
+        return optax.GradientTransformation(lambda params: inner.init(_as_matrices(params)), update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,9 +252,22 @@ def matrix_axes(params):
         names = [entry.key for entry in path]
         if names[0] != "blocks" or names[-1] != "kernel":
             return None
-        split = param.ndim - 1 if names[-2] in ("out", "down") else 2
+        inputs = contraction_axes("/".join(names), param.shape)
         return optax.contrib.MuonDimensionNumbers(
-            tuple(range(1, split)), tuple(range(split, param.ndim))
+            tuple(param.ndim + axis for axis in inputs),
+            tuple(axis for axis in range(1, param.ndim) if axis - param.ndim not in inputs),
         )
 
     return jax.tree.map_with_path(axes, params)
+
+
+def _as_matrices(params):
+    """Stacked block kernels as [layers, inputs, outputs]; all other parameters as they are."""
+
+    def view(param, axes):
+        if axes is None:
+            return param
+        inputs = math.prod(param.shape[i] for i in axes.reduction_axis)
+        return param.reshape(param.shape[0], inputs, -1)
+
+    return jax.tree.map(view, params, matrix_axes(params))

@@ -1,17 +1,32 @@
 """A run on a mesh: its state, its compiled functions, and its batches as global arrays."""
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train import huggingface
 from pjit_train.loss import cross_entropy
 from pjit_train.run import Run
-from pjit_train.step import abstract_state, eval_step, split_model, state_maker, train_step
+from pjit_train.sparse_metrics import observe
+from pjit_train.step import (
+    State,
+    abstract,
+    check_layout,
+    eval_step,
+    joined,
+    new_params,
+    new_state,
+    split,
+    split_model,
+    train_step,
+    weights,
+)
 
 Batch = dict[str, jax.Array]
 
@@ -39,35 +54,90 @@ class Program:
         run.check_mesh(mesh)
         run.model.check_data(vocab_size=run.data.tokenizer.vocab_size, seq_len=run.data.seq_len)
         self.run, self.mesh = run, mesh
-        self._evaluation = None
-        self.optimizer, self.schedule = run.optimizer.build(run.steps)
+        self._evaluation = self._observe = None
         with jax.set_mesh(mesh):
+            check_layout(run.model, run.rules, mesh)
             self.graph, _ = split_model(run.model, run.rules)
-            self._make_state = state_maker(run.model, run.rules, self.optimizer, mesh)
-            self.abstract_state = abstract_state(self._make_state)
+            params = abstract(self._new_params, 0)
+            self.updater = run.build_updater(params)
+            self.optimizer, self.schedule = run.optimizer.build(run.steps, self.updater)
+            self.abstract_state = abstract(self._new_state, params)
+            self._packs_at = None if self.updater is None else self.updater.packs_at
+            if self._packs_at is not None:
+                self._abstract_packed = abstract(self._pack, self.abstract_state)
             self._batch_sharding = NamedSharding(mesh, run.rules.spec(("batch", "length")))
 
     def describe_mesh(self) -> str:
         sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         return f"mesh {sizes or '1'} ({self.mesh.devices.flat[0].device_kind})"
 
-    def new_state(self):
+    def new_state(self) -> State:
         """The state before the first step, every array created sharded."""
         with jax.set_mesh(self.mesh):
-            weights = self.run.initial_weights
-            if weights is None:
-                return jax.jit(self._make_state, static_argnums=0)(self.run.seed)
-            params = huggingface.load(weights, self.run.model, rules=self.run.rules)[1]
-            optimizer_state = jax.jit(self.optimizer.init)(params)
-            return {"step": np.int32(0), "params": params, "optimizer": optimizer_state}
+            folder = self.run.initial_weights
+            if folder is None:
+                make = lambda seed: self._new_state(self._new_params(seed))  # noqa: E731
+                return jax.jit(make, static_argnums=0)(self.run.seed)
+            params = huggingface.load(folder, self.run.model, rules=self.run.rules)[1]
+            return jax.jit(self._new_state, donate_argnums=0)(params)
 
-    def compile_step(self, batch: Batch) -> Callable:
-        """The compiled training step: (state, batch) -> (state, metrics), donating the state."""
+    def _new_params(self, seed: int):
+        return new_params(self.run.model, self.run.rules, seed)
+
+    def _new_state(self, params) -> State:
+        return new_state(params, self.optimizer, self.updater)
+
+    def masks(self, state: State):
+        """A copy of the part of a sparse run's state with its masks, which a step would donate."""
+        return jax.tree.map(jnp.copy, state["sparsity"])
+
+    def observe(self, before, state: State) -> dict[str, jax.Array]:
+        """Figures of a sparse run after a step; `before` it `masks` was called."""
+        if self._observe is None:
+            function = functools.partial(observe, self.updater, self.run.optimizer)
+            self._observe = jax.jit(auto_axes(function, out_sharding=PartitionSpec()))
+        with jax.set_mesh(self.mesh):
+            return self._observe(before, state)
+
+    def weights(self, state: State):
+        """The parameters as a model reads them to evaluate or sample: of a sparse run, masked."""
+        with jax.set_mesh(self.mesh):
+            return weights(state, self.updater)
+
+    def abstract_state_after(self, step: int) -> State:
+        """Shapes, dtypes and shardings of the state after a step: packed, where the recipe says."""
+        packed = self._packs_at is not None and step > self._packs_at
+        return self._abstract_packed if packed else self.abstract_state
+
+    def packs_after(self, step: int) -> bool:
+        """Whether the state is to be packed between a step and the next."""
+        return step == self._packs_at
+
+    def pack(self, state: State) -> State:
+        """The state with only the kept weights of the kernels of the recipe; donates the state."""
+        with jax.set_mesh(self.mesh), warnings.catch_warnings():
+            # What shrinks cannot be reused; donated, it is at least freed early.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            return jax.jit(self._pack, donate_argnums=0)(state)
+
+    def _pack(self, state: State) -> State:
+        params, optimizer_state = self.updater.pack(state["params"], joined(state))
+        return {"step": state["step"], "params": params, **split(optimizer_state, self.updater)}
+
+    def compile_step(self, batch: Batch, step: int = 1) -> Callable:
+        """The compiled training step: (state, batch) -> (state, metrics), donating the state.
+
+        Args:
+          step: that it is for; and for all later ones, up to one before which the state is packed.
+        """
         accumulate = self.run.accumulate
-        step = train_step(self.graph, self.optimizer, self.schedule, next_token_loss, accumulate)
-        return self._compile(jax.jit(step, donate_argnums=0), self.abstract_state, batch)
+        function = train_step(
+            self.graph, self.optimizer, self.schedule, next_token_loss, accumulate, self.updater
+        )
+        state = self.abstract_state_after(step)
+        return self._compile(jax.jit(function, donate_argnums=0), state, batch)
 
-    def evaluate(self, params, batch: Batch, sums=None) -> tuple[jax.Array, jax.Array]:
+    def evaluate(self, weights, batch: Batch, sums=None) -> tuple[jax.Array, jax.Array]:
         """(sum of losses, sum of weights) of a batch, added to those of the batches before it.
 
         So each call depends on the one before: programs with collectives that do not may deadlock
@@ -79,8 +149,8 @@ class Program:
             sums = zero, zero
         if self._evaluation is None:
             step = jax.jit(eval_step(self.graph, next_token_loss))
-            self._evaluation = self._compile(step, params, batch, sums)
-        return self._evaluation(params, batch, sums)
+            self._evaluation = self._compile(step, weights, batch, sums)
+        return self._evaluation(weights, batch, sums)
 
     def _compile(self, function, *args) -> Callable:
         with jax.set_mesh(self.mesh):

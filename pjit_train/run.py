@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+from pjit_train.blocks import contraction_axes
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
@@ -51,6 +52,8 @@ class Run:
       steps: updates of the whole run; the learning-rate schedule spans them.
       initial_weights: a Hugging Face folder of this model to start from; None draws them at random.
       seed: of parameters, order of the data, and samples.
+      sparsity: a recipe of the package `sparsity`, such as `recipes.Recipe` or `pruning.Pruning`;
+        None trains dense.
       accumulate: parts that a batch goes through the model in, their gradients summed.
       log_every: steps between rows of metrics.
       eval_every: steps between validations, 0 for none; one always ends a run that has them.
@@ -70,6 +73,7 @@ class Run:
     rules: Rules = Rules()
     checkpoints: CheckpointConfig = CheckpointConfig()
     samples: Samples = Samples()
+    sparsity: Any = None
     accumulate: int = 1
     log_every: int = 10
     eval_every: int = 250
@@ -92,6 +96,22 @@ class Run:
                 f"run: accumulate={self.accumulate} does not divide batch_size="
                 f"{self.data.batch_size}; use a divisor of it"
             )
+
+    def build_updater(self, params):
+        """The updater of the run's recipe for these parameters; None for a dense run.
+
+        Args:
+          params: abstract, with their shardings.
+
+        Raises:
+          UserError: the recipe does not fit the model, the mesh or the length of the run.
+        """
+        if self.sparsity is None:
+            return None
+        try:
+            return self.sparsity.build(params, steps=self.steps, contraction=contraction_axes)
+        except ValueError as error:
+            raise UserError(f"sparsity: {error}") from error
 
     def check_mesh(self, mesh) -> None:
         """Raises a UserError where the mesh does not divide a batch."""

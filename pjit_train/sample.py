@@ -12,11 +12,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from pjit_train.errors import UserError
-from pjit_train.evaluate import restore_params
+from pjit_train.evaluate import restore_weights
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import Rules, make_mesh, reshard
-from pjit_train.step import forward_params
 from pjit_train.transformer import TransformerConfig
 
 _PURPOSE = 1  # keeps the draws of samples apart from those of parameters
@@ -51,7 +50,7 @@ class Sampler:
         """Continues each prompt until the end of its document, or by `tokens` tokens.
 
         Args:
-          params: of the model, on the mesh that is set.
+          params: of the model, as `Program.weights` gives them, on the mesh that is set.
           prompts: each begins a document; "" leaves the model all of it.
           temperature: divides the logits before the softmax; 0 takes the likeliest token.
           top_k: sample among the so many likeliest tokens only; None for all.
@@ -103,7 +102,7 @@ class Sampler:
         return self.tokenizer.decode([*ids, *new[: ends[0] if len(ends) else None]])
 
     def _generate(self, params, prompt_BT, key, temperature, *, tokens, greedy, top_k):
-        model = nnx.merge(self._graph, forward_params(params))
+        model = nnx.merge(self._graph, params)
         batch = self.rules.spec(("batch", None))
         prompt_BT = reshard(prompt_BT, batch)
         rows, length = prompt_BT.shape
@@ -144,10 +143,13 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
+    step: int | None = None,
 ) -> list[str]:
-    """Continues prompts with a run directory's newest good checkpoint; see `Sampler`."""
+    """Continues prompts with a run directory's newest good checkpoint, or that of the step asked
+    for; see `Sampler`.
+    """
     program = Program(run, make_mesh(run.mesh))
-    _, params = restore_params(program, directory)
+    _, params = restore_weights(program, directory, step)
     sampler = Sampler(run.model, run.rules, run.data.tokenizer)
     with jax.set_mesh(program.mesh):
         return sampler(

@@ -227,6 +227,6 @@ def spec_axes(*specs: PartitionSpec) -> tuple[str, ...]:
     In the order of the partitions: that of a set differs between processes, and with it that of
     the devices in a collective, for which processes would then wait in vain.
     """
-    parts = [part for spec in specs for part in spec if part is not None]
+    parts = [part for spec in specs for part in spec.partitions if part is not None]
     axes = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part)]
     return tuple(dict.fromkeys(axes))

@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes
 from pjit_train.sharding import Rules, has_mesh
 
 State = dict[str, Any]
-"""{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}."""
+"""{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}; and in a sparse
+run "sparsity": the updater's state (masks), without the optimizer's inside it."""
 
 
 def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
@@ -22,43 +23,57 @@ def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: config.build(jax.random.key(0), rules)))
 
 
-def state_maker(config, rules: Rules, optimizer: optax.GradientTransformation, mesh) -> Callable:
-    """The function seed -> state, which creates every array sharded as it will stay.
-
-    Raises:
-      UserError: the mesh does not divide a parameter.
-    """
+def check_layout(config, rules: Rules, mesh) -> None:
+    """Raises a UserError where the mesh does not divide a parameter."""
     for path, param in nnx.to_flat_state(split_model(config, rules)[1]):
         rules.check(mesh, param.get_metadata("axes"), param.shape, ".".join(path))
 
-    def make(seed):
-        params = nnx.to_pure_dict(nnx.state(config.build(jax.random.key(seed), rules)))
-        return {
-            "step": jnp.zeros((), jnp.int32),
-            "params": params,
-            "optimizer": optimizer.init(params),
-        }
 
-    return make
+def new_params(config, rules: Rules, seed) -> Any:
+    """Random parameters of a model: a nested dict of arrays, each created sharded."""
+    return nnx.to_pure_dict(nnx.state(config.build(jax.random.key(seed), rules)))
 
 
-def abstract_state(make: Callable) -> State:
-    """Shapes, dtypes and shardings of the state, for restoring it; makes no array."""
+def new_state(params, optimizer: optax.GradientTransformation, updater=None) -> State:
+    """The state before the first step."""
+    optimizer_state = optimizer.init(params)
+    state = {"step": jnp.zeros((), jnp.int32), "params": params}
+    return state | split(optimizer_state, updater)
+
+
+def abstract(make: Callable, *args) -> Any:
+    """Shapes, dtypes and shardings of what `make(*args)` gives; makes no array."""
     mesh = jax.sharding.get_mesh()
 
     def concrete(x):
         spec = x.sharding.spec if x.sharding else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(concrete, jax.eval_shape(make, 0))
+    return jax.tree.map(concrete, jax.eval_shape(make, *args))
 
 
-def forward_params(params):
-    """The parameters as the forward pass sees them.
+def weights(state: State, updater=None) -> Any:
+    """The parameters as the forward pass reads them: of a sparse run, masked."""
+    if updater is None:
+        return state["params"]
+    return updater.weights(state["params"], state["sparsity"])
 
-    Here a recipe of `sparsity` will mask or quantize them; the gradients go to `params`.
-    """
-    return params
+
+def split(optimizer_state, updater) -> State:
+    """What the wrapped optimizer keeps, apart from what the updater keeps for the forward pass."""
+    if updater is None:
+        return {"optimizer": optimizer_state}
+    return {
+        "optimizer": optimizer_state.inner_state,
+        "sparsity": optimizer_state._replace(inner_state=None),
+    }
+
+
+def joined(state: State) -> Any:
+    """The inverse of `split`."""
+    if "sparsity" not in state:
+        return state["optimizer"]
+    return state["sparsity"]._replace(inner_state=state["optimizer"])
 
 
 def train_step(
@@ -67,11 +82,14 @@ def train_step(
     schedule: Callable,
     loss: Callable,
     accumulate: int = 1,
+    updater=None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
 
     Args:
       graph: of the model.
+      optimizer: wrapped by the updater, where there is one.
+      updater: what `build` of a recipe of `sparsity` gave; None trains dense.
       loss: (model, batch) -> (sum of losses, sum of weights).
       accumulate: the batch goes through in this many parts, whose gradients are summed: the update
         is that of the whole batch, with the activations of a part in memory.
@@ -80,11 +98,13 @@ def train_step(
     the state keeps its parameters and moments, only steps are counted on.
     """
 
-    def summed(params, part):
-        total, weight = loss(nnx.merge(graph, forward_params(params)), part)
-        return total, weight
+    def gradients(state, batch):
+        params = state["params"]
 
-    def gradients(params, batch):
+        def summed(params, part):
+            model = nnx.merge(graph, weights(state | {"params": params}, updater))
+            return loss(model, part)
+
         if accumulate == 1:
             (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
         else:
@@ -98,15 +118,15 @@ def train_step(
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
-        value, grads = gradients(state["params"], batch)
+        value, grads = gradients(state, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        params, optimizer_state = _update(optimizer, grads, state["optimizer"], state["params"])
-        new = {"params": params, "optimizer": optimizer_state}
-        old = {"params": state["params"], "optimizer": state["optimizer"]}
+        params, optimizer_state = _update(optimizer, grads, joined(state), state["params"], updater)
+        new = {"params": params, **split(optimizer_state, updater)}
+        old = {name: state[name] for name in new}
 
         def keep(new, old):  # counts go on, so that the schedule stays with the step
-            counts = jnp.issubdtype(new.dtype, jnp.integer)
+            counts = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)
             return new if counts else jnp.where(finite, new, old)
 
         kept = jax.tree.map(keep, new, old)
@@ -122,15 +142,15 @@ def train_step(
 
 
 def eval_step(graph: nnx.GraphDef, loss: Callable) -> Callable:
-    """The function (params, batch, (losses, weights)) -> these sums with those of the batch."""
+    """The function (weights, batch, (losses, counts)) -> these sums with those of the batch."""
 
-    def step(params, batch, sums):
-        return jax.tree.map(jnp.add, sums, loss(nnx.merge(graph, forward_params(params)), batch))
+    def step(weights, batch, sums):
+        return jax.tree.map(jnp.add, sums, loss(nnx.merge(graph, weights), batch))
 
     return step
 
 
-def _update(optimizer, grads, optimizer_state, params):
+def _update(optimizer, grads, optimizer_state, params, updater):
     """New parameters and optimizer state, sharded as the old ones.
 
     The optimizer is not ours and says nothing of shardings: the partitioner chooses inside it.
@@ -138,7 +158,10 @@ def _update(optimizer, grads, optimizer_state, params):
 
     def apply(grads, optimizer_state, params):
         updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-        return optax.apply_updates(params, updates), optimizer_state
+        params = optax.apply_updates(params, updates)
+        if updater is not None:
+            params = updater.post_gradient_update(params, optimizer_state)
+        return params, optimizer_state
 
     if not has_mesh():
         return apply(grads, optimizer_state, params)

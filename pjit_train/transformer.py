@@ -20,11 +20,12 @@ from pjit_train.blocks import (
     Initializer,
     Norm,
     gathered,
+    gathered_for_tokens,
     rotary_angles,
     run_layers,
 )
 from pjit_train.errors import UserError
-from pjit_train.sharding import Rules, out_sharding, spec_of
+from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class TransformerConfig(BlockConfig):
 
     Attributes:
       max_len: longest sequence; with learned positions, the number of their embeddings.
+      rope_scaling: (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of
+        Llama 3.1's rotary frequencies; see `rotary_angles`.
       position_offset: index of the embedding of position 0 (OPT: 2, below it stand unused rows).
       tie_head: the head is the transposed token embedding.
     """
@@ -41,6 +44,7 @@ class TransformerConfig(BlockConfig):
     max_len: int
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, float, float, int] | None = None
     position_offset: int = 0
     position_init_std: float = 0.02
     tie_head: bool = False
@@ -51,6 +55,19 @@ class TransformerConfig(BlockConfig):
             raise UserError(f"model: positions={self.positions!r} is unknown; use rope or learned")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} is odd; rotary positions need pairs")
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
+            factor, low, high, original = self.rope_scaling
+            if not (factor >= 1 and 0 < low < high and original >= 1):
+                raise UserError(
+                    f"model: rope_scaling={self.rope_scaling} must be (factor >= 1, low > 0, "
+                    "high > low, original length >= 1)"
+                )
+            if self.positions != "rope":
+                raise UserError(
+                    f"model: rope_scaling={self.rope_scaling} is of rotary positions and "
+                    f"positions={self.positions!r}; use rope_scaling=None"
+                )
 
     def check_data(self, *, vocab_size: int, seq_len: int) -> None:
         """Raises a UserError where text of this vocabulary and length does not fit the model."""
@@ -109,10 +126,10 @@ class Transformer(nnx.Module):
         """
         c = self.config
         positions_T = position + jnp.arange(tokens_BT.shape[1])
-        x_BTD = lookup(gathered(self.embedding, self.rules, c.dtype), tokens_BT)
+        x_BTD = lookup(gathered_for_tokens(self.embedding, self.rules, c.dtype), tokens_BT)
         angles = None
         if self.position_embedding is None:
-            angles = rotary_angles(positions_T, c.head_dim, c.rope_theta)
+            angles = rotary_angles(positions_T, c.head_dim, c.rope_theta, c.rope_scaling)
         else:
             table = gathered(self.position_embedding, self.rules, c.dtype)
             first = position + c.position_offset
@@ -124,8 +141,8 @@ class Transformer(nnx.Module):
     def head_kernel(self) -> jax.Array:
         """The head [d_model, vocab], in the dtype of the activations."""
         if self.head is None:
-            return gathered(self.embedding, self.rules, self.config.dtype).T
-        return gathered(self.head, self.rules, self.config.dtype)
+            return gathered_for_tokens(self.embedding, self.rules, self.config.dtype).T
+        return gathered_for_tokens(self.head, self.rules, self.config.dtype)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [batch, tokens, vocab]."""
@@ -157,12 +174,14 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     Each device looks up the ids that it holds, and a sum over the vocabulary's axis joins them: the
     table is not gathered, and its gradient is made where it is stored.
     """
-    vocab, _ = spec_of(table_VD)
+    spec = spec_of(table_VD)
+    vocab, _ = spec.partitions
     batch, rows = spec_of(ids_BT)
     if vocab is batch is rows is None:
         return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
 
     def shard(table_VD, ids_BT):
+        table_VD = varying(table_VD, spec_axes(P(batch, rows)))
         if vocab is None:
             return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
         ids_BT = ids_BT - jax.lax.axis_index(vocab) * table_VD.shape[0]
@@ -171,9 +190,7 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         return jax.lax.psum(jnp.where(held[..., None], rows_BTD, 0), vocab)
 
     out = P(batch, rows, None)
-    return jax.shard_map(shard, in_specs=(P(vocab, None), P(batch, rows)), out_specs=out)(
-        table_VD, ids_BT
-    )
+    return jax.shard_map(shard, in_specs=(spec, P(batch, rows)), out_specs=out)(table_VD, ids_BT)
 
 
 def count_params(params) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.configure import build_run
-from launch.directory import check_directory, config_file
+from launch.directory import check_directory, config_file, steps_before
 from pjit_train.errors import UserError
 
 TEXT = build_run(["configs/quickstart.gin"])[1]
@@ -114,3 +114,10 @@ def test_config_file(tmp_path):
     for folder, what in ((tmp_path, "has no config.gin"), (tmp_path / "x", "does not exist")):
         with pytest.raises(UserError, match=what):
             config_file(folder)
+
+
+def test_steps_before_are_those_of_the_directory(tmp_path):
+    assert steps_before(tmp_path / "x") is None
+    assert steps_before(tmp_path) is None
+    text = build_run(["configs/quickstart.gin"], ["run.Run.steps = 77"])[1]
+    assert steps_before(begun(tmp_path / "run", text)) == 77

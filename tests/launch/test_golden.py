@@ -24,9 +24,12 @@ BASE = CONFIGS.pop("base")
 
 
 def build(name: str):
-    """A model is run with the shared defaults; every other configuration is a run by itself."""
-    is_model = CONFIGS[name].parent.name == "models"
-    return build_run([str(path) for path in ([BASE] * is_model + [CONFIGS[name]])])
+    """A model is run with the shared defaults, a recipe with them and the tiny model besides; every
+    other configuration is a run by itself.
+    """
+    before = {"models": [BASE], "recipes": [BASE, CONFIGS["tiny"]]}
+    parts = [*before.get(CONFIGS[name].parent.name, []), CONFIGS[name]]
+    return build_run([str(path) for path in parts])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

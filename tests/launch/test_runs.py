@@ -1,10 +1,12 @@
 """Runs by the command in this process: what a user may get wrong, and what a run leaves."""
 
+import fcntl
 import json
 import re
 from pathlib import Path
 
 import pytest
+import tensorstore
 
 from launch.cli import main
 
@@ -156,3 +158,75 @@ def test_an_exported_run_is_where_another_starts(here, capfd):
     assert main([*base, *start, *options, "--out", "other"]) == 2
     assert "d_ff=32, not 64" in capfd.readouterr().err
     assert not Path("other").exists()
+
+
+def test_a_schedule_that_is_not_as_configured_is_said_at_the_start(here, capfd):
+    def said(*options):
+        assert main(["train", "run.gin", "--out", "out", "--mesh", "data=1", *options]) == 0
+        lines = capfd.readouterr().out.splitlines()
+        return [line for line in lines if "schedule" in line]
+
+    rises = "the learning rate rises through all of them and does not fall"
+    long = f"schedule: warmup_steps=100 exceeds the run's {{}} steps; {rises}".format
+    assert said() == [long(2)]
+    assert said("--steps", "3") == [long(3), "the schedule now spans 3 steps instead of 2"]
+    Path("out/checkpoints/3").rename("elsewhere")
+    assert said("--steps", "3") == [long(3)]  # it resumes, and spans what it did
+
+
+@pytest.fixture
+def trained(here):
+    """A run directory with the checkpoints of steps 1 and 2."""
+    options = [
+        "optimizers.AdamW.learning_rate = 0.3",
+        "checkpoint.CheckpointConfig.every_steps = 1",
+    ]
+    bindings = [word for option in options for word in ("--gin", option)]
+    assert main(["train", "run.gin", "--out", "out", "--mesh", "data=1", *bindings]) == 0
+    return Path("out/checkpoints")
+
+
+def delete_optimizer(checkpoint: Path) -> None:
+    """Deletes the optimizer's arrays from a checkpoint's files."""
+    store = {"driver": "ocdbt", "base": f"file://{checkpoint.resolve()}/state/"}
+    arrays = tensorstore.KvStore.open(store).result()
+    keys = [key for key in arrays.list().result() if key.startswith(b"optimizer.")]
+    assert keys
+    for key in keys:
+        arrays[key] = None
+
+
+def test_a_trained_run_is_used_without_its_optimizer_at_any_step(trained, capfd):
+    for step in ("1", "2"):
+        delete_optimizer(trained / step)
+
+    def output(*argv):
+        capfd.readouterr()
+        assert main(list(argv)) == 0
+        out, err = capfd.readouterr()
+        assert err == ""
+        return out
+
+    losses = [json.loads(output("eval", "out", "--json", "--step", s))["val_loss"] for s in "12"]
+    assert losses[0] != losses[1]
+    assert json.loads(output("eval", "out", "--json"))["val_loss"] == losses[1]
+    sample = ["sample", "out", "--prompt", "a cat", "--tokens", "20", "--seed", "4"]
+    first, second = (output(*sample, "--step", step) for step in "12")
+    assert output(*sample) == second != first
+    assert "after step 1\n" in output("export", "out", "folder", "--step", "1")
+    for command in (["eval", "out"], sample, ["export", "out", "other"]):
+        assert main([*command, "--step", "9"]) == 2
+        assert "has no checkpoint 9; it has [1, 2]" in capfd.readouterr().err
+
+
+def test_a_run_that_is_being_trained_is_evaluated_without_alarm(trained, caplog, capfd):
+    """Its half-written checkpoint is one that is being written."""
+    half = trained / "3.orbax-checkpoint-tmp"
+    half.mkdir()
+    with Path("out/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["eval", "out"]) == 0
+    assert caplog.messages == []
+    assert main(["eval", "out"]) == 0
+    said = f"checkpoint {half.resolve()} is half-written: its save was cut off; ignored"
+    assert caplog.messages == [said]

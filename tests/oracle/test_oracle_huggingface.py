@@ -27,6 +27,10 @@ CONFIGS = {
     "llama": TransformerConfig(
         **TEXT, d_ff=48, num_kv_heads=2, head_dim=16, rope_theta=500_000.0, norm_epsilon=1e-6
     ),
+    # Of the 8 frequencies 2 stay, 2 are interpolated and 4 are divided.
+    "llama3": TransformerConfig(
+        **TEXT, d_ff=48, head_dim=16, rope_theta=100.0, rope_scaling=(8.0, 0.5, 2.0, 24)
+    ),
     "llama_tied": TransformerConfig(**TEXT, d_ff=48, num_kv_heads=1, tie_head=True),
     "opt": TransformerConfig(
         **TEXT,

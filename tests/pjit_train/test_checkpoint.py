@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pjit_train.checkpoint import CheckpointConfig, Checkpoints
@@ -172,6 +173,74 @@ def test_a_step_is_written_once(two, mesh):
         checkpoints.save(3, state)
         checkpoints.save(3, state)
         assert checkpoints.steps() == [1, 2, 3]
+
+
+# A part of the state
+
+PART = ("step", "params")
+
+
+def delete_arrays(checkpoint, prefix):
+    """Deletes every array of a checkpoint whose path begins so, with its metadata."""
+    store = {"driver": "ocdbt", "base": f"file://{checkpoint}/state/"}
+    arrays = tensorstore.KvStore.open(store).result()
+    deleted = [key for key in arrays.list().result() if key.startswith(prefix)]
+    assert deleted
+    for key in deleted:
+        arrays[key] = None
+
+
+def test_a_part_is_restored_alone_and_the_rest_is_not_read(two, mesh, caplog):
+    for prefix in (b"opt.", b"mask", b"packed"):
+        delete_arrays(two / "2", prefix)
+    step, state = restore(two, only=PART)
+    assert step == 2
+    assert_same(state, {name: make_state(2)[name] for name in PART})
+    wanted = abstract({name: make_state()[name] for name in PART}, mesh)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert a.sharding == b.sharding
+    assert warnings_of(caplog) == []
+    assert restore(two)[0] == 1  # whole, the newer one is broken
+    assert "2 is broken: its state cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("array", "seen"),
+    [
+        (lambda state: state["params"]["layers"][1]["w"], True),
+        (lambda state: state["opt"][1][0].mu["layers"][1]["w"], False),
+    ],
+    ids=["parameter", "moment"],
+)
+def test_a_wrong_array_breaks_a_part_only_where_it_is_in_it(two, mesh, caplog, array, seen):
+    wrong = make_state(2)
+    array(wrong)[5, 7] += 1e-3
+    shutil.rmtree(two / "2" / "state")
+    with ocp.StandardCheckpointer() as plain:
+        plain.save(two / "2" / "state", put(wrong, mesh))
+    step, state = restore(two, only=PART)
+    assert step == (1 if seen else 2)
+    assert_same(state, {name: make_state(step)[name] for name in PART})
+    assert ("params/layers/1/w differ from the digests" in caplog.text) == seen
+    assert restore(two)[0] == 1
+
+
+def test_a_part_of_a_different_model_is_refused_and_other_parts_may_differ(two):
+    state = make_state()
+    state["opt"] = {"another": np.ones((4, 4), np.float32)}
+    assert restore(two, state, only=PART)[0] == 2
+    del state["params"]["layers"][0]["b"]
+    with pytest.raises(UserError, match="it has params/layers/0/b that the model lacks; use"):
+        restore(two, state, only=PART)
+
+
+def test_a_checkpoint_known_in_part_is_written_again(two, mesh):
+    """Its other arrays may be broken, and a save must not take it for whole."""
+    delete_arrays(two / "2", b"opt.")
+    with Checkpoints(two, CheckpointConfig()) as checkpoints:
+        checkpoints.restore(abstract(make_state(), mesh), only=PART)
+        checkpoints.save(2, put(make_state(5), mesh))
+    assert_same(restore(two)[1], make_state(5))
 
 
 # When
@@ -438,6 +507,16 @@ with Checkpoints(root, CheckpointConfig()) as checkpoints:
     threading.Thread(target=kill, daemon=True).start()
     checkpoints.save(3, state)
 """
+
+
+def test_a_save_that_another_process_is_at_is_no_defect(two, caplog):
+    half = two / "3.orbax-checkpoint-tmp"
+    half.mkdir()
+    assert restore(two, being_written=True)[0] == 2
+    assert warnings_of(caplog) == []
+    assert restore(two)[0] == 2
+    said = f"checkpoint {half} is half-written: its save was cut off; ignored"
+    assert warnings_of(caplog) == [said]
 
 
 @pytest.mark.slow

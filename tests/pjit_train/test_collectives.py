@@ -1,9 +1,10 @@
 """The collectives of the compiled step, held against the list that each layout needs.
 
 XLA's CPU partitioner writes a reduce-scatter as an all-reduce of the whole array, so a gradient
-that `fsdp` shards is an all-reduce here. The layers are scanned: the collectives of a block stand
-once in the program. Shapes are what a device sees, their dimensions sorted (XLA lays gradients out
-as it likes), and the sizes of `test_sharding` tell all arrays apart.
+that `fsdp` shards is an all-reduce here (tests/oracle compiles for a TPU and sees the former). The
+layers are scanned: the collectives of a block stand once in the program. Shapes are what a device
+sees, their dimensions sorted (XLA lays gradients out as it likes), and the sizes of `test_sharding`
+tell all arrays apart.
 """
 
 import re
@@ -29,21 +30,22 @@ def collectives(text: str) -> Counter:
 
 
 def count(**arrays) -> Counter:
-    kinds = {"gather": "all-gather", "reduce": "all-reduce"}
+    kinds = {"gather": "all-gather", "reduce": "all-reduce", "scatter": "reduce-scatter"}
     return Counter(
         (kinds[kind], tuple(sorted(shape))) for kind, shapes in arrays.items() for shape in shapes
     )
 
 
-def kernels(tensor: int = 1) -> list[tuple[int, ...]]:
+def kernels(tensor: int = 1, fsdp: int = 1) -> list[tuple[int, ...]]:
     """Of a block: query and output, key and value, and three of the feed-forward."""
-    heads = [(D, H // tensor, d)] * 2 + [(D, K // tensor, d)] * 2
-    return heads + [(D, F // tensor)] * 3
+    width = D // fsdp
+    heads = [(width, H // tensor, d)] * 2 + [(width, K // tensor, d)] * 2
+    return heads + [(width, F // tensor)] * 3
 
 
-def tables(tensor: int = 1) -> list[tuple[int, ...]]:
+def tables(tensor: int = 1, fsdp: int = 1) -> list[tuple[int, ...]]:
     """Token embedding and head."""
-    return [(V // tensor, D)] * 2
+    return [(V // tensor, D // fsdp)] * 2
 
 
 NORMS = [(D,)] * 3  # two of a block, and the last one
@@ -71,22 +73,30 @@ LAYOUTS = {
     ),
     # Tensor: no gradient of a parameter is communicated, and no parameter.
     (("tensor", 2),): count(reduce=of_tensor(B, T)),
-    # Sequence: keys and values of all tokens are gathered, their gradients summed; the gradients of
-    # parameters are summed as for data.
+    # Sequence: keys and values of all tokens are gathered, their gradients summed and cut apart;
+    # the gradients of parameters are summed as for data.
     (("sequence", 8),): count(
         gather=[(B, T, K, d)] * 2,
-        reduce=[(B, T, K, d)] * 2 + kernels() + tables() + NORMS,
+        scatter=[(B, T // 8, K, d)] * 2,
+        reduce=kernels() + tables() + NORMS,
     ),
-    # Gradients are summed over fsdp and data at once.
+    # Gradients are summed over fsdp, and what a device keeps of that over data.
     (("data", 2), ("fsdp", 2), ("tensor", 2)): count(
         gather=kernels(2) * 2 + tables(2),
-        reduce=kernels(2) + tables(2) + NORMS + of_tensor(B // 2 // 2 // 2, T),
+        reduce=kernels(2)
+        + tables(2)
+        + kernels(2, fsdp=2)
+        + tables(2, fsdp=2)
+        + NORMS
+        + of_tensor(B // 2 // 2 // 2, T),
     ),
     (("fsdp", 2), ("sequence", 2), ("tensor", 2)): count(
         gather=kernels(2) * 2 + tables(2) + [(B // 2, T, K // 2, d)] * 2,
-        reduce=[(B // 2, T, K // 2, d)] * 2
-        + kernels(2)
+        scatter=[(B // 2, T // 2, K // 2, d)] * 2,
+        reduce=kernels(2)
         + tables(2)
+        + kernels(2, fsdp=2)
+        + tables(2, fsdp=2)
         + of_tensor(B // 2, T // 2)
         # Tokens split along two dimensions: XLA sums these few numbers along one, then the other.
         + NORMS * 2,

@@ -13,8 +13,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from huggingface_folders import (
     FIXTURES,
+    LLAMA,
     NAMES,
     assert_same,
+    random_params,
     shapes_of,
     stored,
 )
@@ -139,6 +141,56 @@ def test_older_spellings_of_config_json(copy):
     assert huggingface.load(folder)[0] == huggingface.load(FIXTURES / "vit")[0]
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 5e5}},
+        {"rope_parameters": {**LLAMA3, "rope_type": "llama3"}, "rope_theta": 5e5},
+        {"rope_scaling": {**LLAMA3, "rope_type": "llama3"}, "rope_theta": 5e5},
+        {"rope_scaling": {**LLAMA3, "type": "llama3"}, "rope_theta": 5e5},
+    ],
+    ids=["rope_parameters", "theta_beside", "rope_scaling", "type"],
+)
+def test_llama_3_1_rotary_scaling_in_every_spelling(changes, copy):
+    original = "original_max_position_embeddings"
+    for spelled in (rope for rope in changes.values() if isinstance(rope, dict)):
+        spelled[original] = 16
+    config = read_config(copy("llama", **{"rope_parameters": None, **changes}) / "config.json")[1]
+    assert (config.rope_theta, config.rope_scaling) == (5e5, (8.0, 1.0, 4.0, 16))
+    assert [type(x) for x in config.rope_scaling] == [float, float, float, int]
+
+
+def test_rotary_scaling_without_its_original_length_is_of_the_longest_sequence(copy):
+    rope = {**LLAMA3, "rope_type": "llama3"}
+    folder = copy("llama", rope_parameters=rope, max_position_embeddings=24)
+    assert read_config(folder / "config.json")[1].rope_scaling == (8.0, 1.0, 4.0, 24)
+
+
+@pytest.mark.parametrize("scaling", [None, (8.0, 1.0, 4.0, 16)])
+def test_rotary_scaling_is_written_in_both_spellings_and_read_again(scaling, tmp_path):
+    config = dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=scaling)
+    huggingface.save(tmp_path / "out", config, random_params(config))
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    theirs = {"rope_type": "default"}
+    if scaling:
+        theirs = {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 16}
+    assert document["rope_parameters"] == {**theirs, "rope_theta": 5e5}
+    assert document["rope_theta"] == 5e5
+    assert document.get("rope_scaling") == (theirs if scaling else None)
+    assert huggingface.load(tmp_path / "out")[0].rope_scaling == scaling
+    del document["rope_parameters"]  # as transformers 4 has it
+    (tmp_path / "out" / "config.json").write_text(json.dumps(document))
+    again = huggingface.load(tmp_path / "out")[0]
+    assert (again.rope_scaling, again.rope_theta) == (scaling, 5e5)
+    with pytest.raises(UserError, match=r"its model has rope_scaling=.*, not \(2.0, 1.0, 4.0, 8\)"):
+        huggingface.load(
+            tmp_path / "out", dataclasses.replace(config, rope_scaling=(2.0, 1.0, 4.0, 8))
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
@@ -148,9 +200,33 @@ def test_older_spellings_of_config_json(copy):
         (
             "llama",
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type='linear' is not supported; only 'default' is",
+            "rope_type='linear' is not supported; default, llama3 are",
         ),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_type='llama3'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}},
+            "rope_type='yarn' is not supported; default, llama3 are",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8}},
+            "rope_parameters.low_freq_factor is missing",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "factor": "8"}},
+            "rope_parameters.factor='8' must be a number",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "beta_fast": 32}},
+            "rope_parameters: beta_fast is not supported",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 0.5}},
+            r"rope_scaling=\(8.0, 1.0, 0.5, 32\) must be \(factor >= 1",
+        ),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_sharding import D, make_batch, make_program, quick_compiles  # noqa: F401
 
 from pjit_train.errors import UserError
 from pjit_train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule, matrix_axes
@@ -42,6 +43,18 @@ def test_wsd_is_stable_and_then_decays():
     assert np.all(got[10:81] == 2.0)
     assert got[90] == pytest.approx(1.0, rel=1e-5)
     assert got[100] == 0
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant", "wsd"])
+def test_a_warm_up_longer_than_the_run_takes_all_of_it_and_says_so(shape):
+    schedule = Schedule(shape=shape, warmup_steps=30)
+    got = [schedule.build(2.0, 5)(step) for step in range(5)]
+    np.testing.assert_allclose(got, 2.0 * (np.arange(5) + 1) / 6, rtol=1e-5)
+    assert schedule.notice(5) == (
+        "schedule: warmup_steps=30 exceeds the run's 5 steps; "
+        "the learning rate rises through all of them and does not fall"
+    )
+    assert schedule.notice(30) is None
 
 
 def test_unknown_schedule_is_one_line():
@@ -114,3 +127,70 @@ def test_matrix_axes_are_inputs_and_outputs():
     query, out = (axes["blocks"]["attention"][n]["kernel"] for n in ("query", "out"))
     assert (query.reduction_axis, query.output_axis) == ((1,), (2, 3))
     assert (out.reduction_axis, out.output_axis) == ((1, 2), (3,))
+
+
+def adafactor_step(grad_LIO, param_LIO, rate):
+    """The first update of Adafactor (Shazeer and Stern, 2018, algorithm 4), layer by layer."""
+    update = np.zeros_like(grad_LIO)
+    for layer, grad in enumerate(grad_LIO):
+        rows, columns = (grad**2).mean(axis=1), (grad**2).mean(axis=0)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                update[layer, i, j] = grad[i, j] / math.sqrt(row * column / rows.mean())
+    update /= max(1.0, math.sqrt((update**2).mean()))
+    return -rate * update * max(1e-3, math.sqrt((param_LIO**2).mean()))
+
+
+def test_adafactor_factors_every_block_kernel_as_matrices():
+    """Heads narrower than the smallest factored axis are one axis with the others."""
+    layers, width, heads, head_dim = 2, 12, 5, 3
+    rng = np.random.default_rng(0)
+    shapes = {
+        "query": (layers, width, heads, head_dim),
+        "out": (layers, heads, head_dim, width),
+        "up": (layers, width, 11),
+    }
+    params, grads = (
+        {"blocks": {n: {"kernel": jnp.asarray(rng.normal(size=s))} for n, s in shapes.items()}}
+        for _ in range(2)
+    )
+    transformation, _ = Adafactor(
+        learning_rate=0.3, schedule=FLAT, min_dim_size_to_factor=10
+    ).build(1)
+    state = transformation.init(params)
+    moments = [x.size for x in jax.tree.leaves(state) if x.size > 1]
+    assert sorted(moments) == sorted(layers * n for n in (width, 15, 15, width, width, 11))
+    updates, _ = transformation.update(grads, state, params)
+    for name, split in (("query", 2), ("out", 3), ("up", 2)):
+        shape = shapes[name]
+        matrix = (layers, math.prod(shape[1:split]), math.prod(shape[split:]))
+        grad, param = (
+            np.asarray(t["blocks"][name]["kernel"]).reshape(matrix) for t in (grads, params)
+        )
+        got = updates["blocks"][name]["kernel"]
+        assert got.shape == shape
+        np.testing.assert_allclose(got.reshape(matrix), adafactor_step(grad, param, 0.3), rtol=1e-4)
+
+
+def test_adafactor_trains_alike_on_a_mesh_and_keeps_its_moments_sharded(quick_compiles):  # noqa: F811
+    adafactor = Adafactor(learning_rate=0.1, schedule=FLAT, min_dim_size_to_factor=20)
+    losses, initial = [], None
+    for mesh in ({}, {"fsdp": 2, "tensor": 2}):
+        program = make_program(mesh=mesh, optimizer=adafactor)
+        initial = initial or jax.device_get(program.new_state())
+        state = jax.device_put(initial, jax.tree.map(lambda x: x.sharding, program.abstract_state))
+        step = program.compile_step(make_batch(program, 0))
+        values = []
+        for i in range(5):
+            state, metrics = step(state, make_batch(program, i))
+            values.append(float(metrics["loss"]))
+        losses.append(values)
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][-1] < 0.95 * losses[0][0]
+    created = jax.tree.leaves(program.new_state()["optimizer"])
+    assert [x.sharding for x in created] == [
+        x.sharding for x in jax.tree.leaves(program.abstract_state["optimizer"])
+    ]
+    sizes = {(x.shape, x.addressable_shards[0].data.shape) for x in created}
+    assert ((3, D), (3, D // 2)) in sizes  # of [layers, d_model] over fsdp
+    assert ((3, 4 * 6), (3, 4 * 6 // 2)) in sizes  # of [layers, heads * head_dim] over tensor

@@ -149,7 +149,7 @@ def test_every_layout_trains_as_one_device_does(model, mesh, accumulate):
 def test_state_is_created_sharded():
     """Neither the state nor the program that makes it holds a sharded parameter whole."""
     program = make_program(mesh={"fsdp": 2, "tensor": 2, "data": 2})
-    make = jax.jit(program._make_state, static_argnums=0)
+    make = jax.jit(lambda seed: program._new_state(program._new_params(seed)), static_argnums=0)
     with jax.set_mesh(program.mesh):
         creation = make.lower(0).compile()
     state, text = creation(), creation.as_text()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sharding import GPT2, LLAMA, T, V, quick_compiles  # noqa: F401
 
+from pjit_train.blocks import rotary_angles
 from pjit_train.errors import UserError
 from pjit_train.loss import cross_entropy
 from pjit_train.sharding import Rules
@@ -84,6 +85,50 @@ def test_rotary_positions_are_relative():
     swapped[:, [0, 1]] = swapped[:, [1, 0]]
     assert np.all(TOKENS[:, 0] != TOKENS[:, 1])
     assert np.max(np.abs(llama(swapped)[:, -1] - llama(TOKENS)[:, -1])) > 1e-3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    factor=st.floats(1, 64),
+    low=st.floats(0.25, 4),
+    ratio=st.floats(1.1, 8),
+    original=st.integers(64, 16384),
+)
+def test_scaled_rotary_frequencies_are_those_of_llama_3_1(factor, low, ratio, original):
+    """By wavelength, case for case, as the model's report and its first code have them."""
+    high, head_dim, theta = low * ratio, 32, 500_000.0
+    want = []
+    for pair in range(head_dim // 2):
+        frequency = theta ** (-2 * pair / head_dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength > original / low:
+            frequency /= factor
+        elif wavelength > original / high:
+            smooth = (original / wavelength - low) / (high - low)
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        want.append(frequency)
+    _, sines = rotary_angles(np.array([0, 1]), head_dim, theta, (factor, low, high, original))
+    # The angles of position 1 are the frequencies, all at most 1.
+    np.testing.assert_allclose(np.arcsin(sines[1]), want, rtol=2e-4)
+
+
+def test_released_llama_3_1_frequencies():
+    """Of 64 pairs the first 29 stay and the last 29 turn eight times more slowly."""
+    at = np.array([1])
+    scaled = np.arcsin(rotary_angles(at, 128, 5e5, (8.0, 1.0, 4.0, 8192))[1][0])
+    plain = np.arcsin(rotary_angles(at, 128, 5e5)[1][0])
+    ratio = plain / scaled
+    assert np.all(ratio[:29] == 1)
+    assert np.all((ratio[29:35] > 1) & (ratio[29:35] < 8))
+    np.testing.assert_allclose(ratio[35:], 8, rtol=1e-4)
+
+
+def test_the_model_turns_by_its_scaled_frequencies():
+    llama = Built(MODELS["llama"])
+    for scaling, same in (((1.0, 1.0, 4.0, 8), True), ((4.0, 1.0, 4.0, 8), False)):
+        scaled = Built(dataclasses.replace(MODELS["llama"], rope_scaling=scaling))
+        difference = np.max(np.abs(scaled(TOKENS) - llama(TOKENS)))
+        assert difference < 1e-4 if same else difference > 1e-2
 
 
 def test_position_offset_leaves_the_first_rows_of_the_table_unused():
@@ -254,6 +299,21 @@ def test_flops_are_those_counted_by_hand():
         (
             {"head_dim": 5},
             "model: head_dim=5 is odd; rotary positions need pairs",
+        ),
+        (
+            {"rope_scaling": (8.0, 4.0, 4.0, 8192)},
+            "model: rope_scaling=(8.0, 4.0, 4.0, 8192) must be (factor >= 1, low > 0, high > low, "
+            "original length >= 1)",
+        ),
+        (
+            {"rope_scaling": (float("nan"), 1.0, 4.0, 8192)},
+            "model: rope_scaling=(nan, 1.0, 4.0, 8192) must be (factor >= 1, low > 0, high > low, "
+            "original length >= 1)",
+        ),
+        (
+            {"rope_scaling": [8.0, 1.0, 4.0, 8192], "positions": "learned"},
+            "model: rope_scaling=(8.0, 1.0, 4.0, 8192) is of rotary positions and "
+            "positions='learned'; use rope_scaling=None",
         ),
         ({"positions": "alibi"}, "model: positions='alibi' is unknown; use rope or learned"),
         ({"norm": "rms"}, "model: norm='rms' is unknown; use rmsnorm, layernorm"),

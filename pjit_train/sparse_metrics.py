@@ -1,0 +1,95 @@
+"""What a sparse run reports besides its loss: how sparse, how settled, how noisy."""
+
+import jax
+import jax.numpy as jnp
+
+from pjit_train.step import State
+
+
+def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
+    """Figures of the masks and of the gradients that they meet; scalars, float32.
+
+    A program of its own, run for the steps that are logged: the step itself has no sum over devices
+    that a dense one lacks.
+
+    Args:
+      updater: of the run's recipe.
+      optimizer: configuration of the optimizer; with `b1` and `b2` it is Adam's.
+      before: the entry "sparsity" of the state before the step.
+      state: after the step.
+
+    Returns:
+      `sparsity/<layer kind>`: fraction of weights that are pruned.
+      `mask_flips`: fraction of the mask entries that the step changed.
+      `gradient_noise/kept`, `gradient_noise/pruned`: mean variance of a weight's gradient,
+        v - m^2 of Adam's unbiased moments (the quantity that progressive gradient flow blames for
+        the loss of quality at high sparsity; Bambhaniya et al., 2024).
+      `autoswitch_z`: STEP's statistic of the change of the variance (Lu et al., 2023).
+    """
+    sparsity, params = state["sparsity"], state["params"]
+    masks = _named(updater.masks(sparsity, params))
+    previous = _named(updater.masks(before, params))
+    if not masks:  # made anew in every forward pass, and not kept
+        return {}
+    figures = {}
+    kinds: dict[str, list[str]] = {}
+    for name in masks:
+        kinds.setdefault(kind(name), []).append(name)
+    for each, names in sorted(kinds.items()):
+        figures[f"sparsity/{each}"] = 1 - _fraction([masks[n] for n in names])
+    flips = [masks[n] != previous[n] for n in masks]
+    figures["mask_flips"] = _fraction(flips)
+    adam = _adam(state["optimizer"])
+    noise = {} if adam is None else _noise(adam, optimizer.b1, optimizer.b2)
+    if noise.keys() >= masks.keys():
+        figures["gradient_noise/kept"] = _mean([noise[n] for n in masks], masks.values())
+        if all(noise[n].shape == mask.shape for n, mask in masks.items()):  # else packed
+            pruned = [mask == 0 for mask in masks.values()]
+            figures["gradient_noise/pruned"] = _mean([noise[n] for n in masks], pruned)
+    if hasattr(adam, "z"):
+        figures["autoswitch_z"] = adam.z[(adam.count - 1) % adam.z.shape[0]]
+    return figures
+
+
+def kind(name: str) -> str:
+    """The kind of a layer, of the name of its kernel: attention/query, feed_forward/up."""
+    parts = [part for part in name.split("/") if part not in ("blocks", "kernel")]
+    return "/".join(parts)
+
+
+def _adam(optimizer_state):
+    """Adam's state inside an optimizer's; None where there is none."""
+    is_adam = lambda x: hasattr(x, "mu") and hasattr(x, "nu")  # noqa: E731
+    return next(filter(is_adam, jax.tree.leaves(optimizer_state, is_leaf=is_adam)), None)
+
+
+def _noise(adam, b1: float, b2: float) -> dict[str, jax.Array]:
+    """Variance of the gradient of every weight."""
+    means, squares = _named(adam.mu), _named(adam.nu)
+    bias1, bias2 = 1 - b1**adam.count, 1 - b2**adam.count
+    return {n: jnp.maximum(squares[n] / bias2 - (means[n] / bias1) ** 2, 0) for n in means}
+
+
+def _named(tree) -> dict[str, jax.Array]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _mean(arrays, masks) -> jax.Array:
+    """Mean of arrays where their masks are not 0; packed arrays have these entries alone."""
+    masks = [
+        mask != 0 if mask.shape == x.shape else True for x, mask in zip(arrays, masks, strict=True)
+    ]
+    total = sum(_total(jnp.where(mask, x, 0)) for x, mask in zip(arrays, masks, strict=True))
+    count = sum(_total(jnp.broadcast_to(m, x.shape)) for x, m in zip(arrays, masks, strict=True))
+    return total / jnp.maximum(count, 1)
+
+
+def _total(x) -> jax.Array:
+    return jnp.sum(x, dtype=jnp.float32)
+
+
+def _fraction(masks) -> jax.Array:
+    return sum(_total(m) for m in masks) / sum(float(m.size) for m in masks)

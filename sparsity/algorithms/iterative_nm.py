@@ -1,0 +1,51 @@
+"""N:M reached weight by weight."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparsity import nm, topk
+from sparsity.algorithms.pruners import MagnitudePruning
+from sparsity.sparsity_types import NByM
+
+
+def iterative_nm_mask(scores: jax.Array, sparsity, sparsity_type: NByM) -> jax.Array:
+    """The entries of the N:M mask first, then the largest others, up to a total sparsity.
+
+    At sparsities below 1 - N/M the groups keep N or more entries, at 1 - N/M exactly N, and above
+    it the mask is N:M with the lowest survivors gone as well.
+
+    Raises:
+      ValueError: as `nm.nm_mask`.
+    """
+    scores = jnp.minimum(scores.astype(jnp.float32), jnp.finfo(jnp.float32).max)
+    kept = nm.nm_mask(scores, sparsity_type.n, sparsity_type.m, axis=sparsity_type.axis)
+    size, groups = scores.size, scores.size // sparsity_type.m
+    keep = topk.keep_count(size, sparsity)
+    first = jnp.where(kept, jnp.inf, scores)
+    within = jnp.where(kept, scores, -jnp.inf)
+    below = keep < groups * sparsity_type.n
+    return topk.topk_mask(jnp.where(below, within, first), keep)
+
+
+@dataclasses.dataclass
+class IterativeNMPruning(MagnitudePruning):
+    """Magnitude pruning along a schedule whose end is N:M.
+
+    The smallest weights beyond the N of each group go first, over the whole parameter; `NByM`
+    under plain magnitude pruning goes the same way group by group. The target sparsity is to be
+    1 - N/M. Other types are pruned as by magnitude.
+    """
+
+    def __post_init__(self):
+        sparsity_type = self.sparsity_type
+        if self.topk_fn is None and isinstance(sparsity_type, NByM):
+            self.topk_fn = lambda scores, sparsity: iterative_nm_mask(
+                scores, sparsity, sparsity_type
+            )
+        super().__post_init__()
+
+
+def add_to_jaxpruner() -> None:
+    """Nothing: the algorithm is registered. JaxPruner's users call this."""

@@ -1,0 +1,270 @@
+"""N:M sparsity: n entries kept of every m consecutive ones along an axis."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity.topk import order_key
+
+Axis = int | tuple[int, ...]
+
+
+def nm_mask(scores: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Array:
+    """The mask of the n largest of every m consecutive scores; of equal ones the first.
+
+    -0 equals +0, and NaN is less than all else.
+
+    Args:
+      scores: floating, integer or bool.
+      n: int, or an int32 scalar from 0 to m that may be traced.
+      m: the size of a group.
+      axis: the axis that is cut into groups; or adjacent axes, in increasing order, that are cut as
+        if they were one.
+
+    Returns:
+      bool, of the shape of the scores.
+
+    Raises:
+      ValueError: n is not in 1 .. m, m does not divide the axis, or the axes are not adjacent.
+    """
+    scores = jnp.asarray(scores)
+    groups, at = split_groups(scores, m, axis, n=n)
+    mask = _mask_of_traced(groups, n, at) if isinstance(n, jax.Array) else _mask(groups, n, at)
+    return mask.reshape(scores.shape)
+
+
+def nm_violations(weights: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Array:
+    """int32 scalar: how many groups of m along the axis have more than n nonzero weights.
+
+    Args and errors are those of `nm_mask`.
+    """
+    groups, at = split_groups(jnp.asarray(weights), m, axis, n=n)
+    return jnp.sum(jnp.sum(groups != 0, axis=at, dtype=jnp.int32) > n, dtype=jnp.int32)
+
+
+def check_nm(n, m: int, size: int, *, ways: int = 1, name: str = "") -> None:
+    """Raises a ValueError, beginning with the name, where n:m does not fit an axis.
+
+    Args:
+      n: not checked where it is traced.
+      size: of the axis.
+      ways: the number of equal shards that the axis is cut into; no shard may cut a group.
+    """
+    start = f"{name}: " if name else ""
+    if m < 1:
+        raise ValueError(f"{start}M={m}; groups have 1 entry or more")
+    if not isinstance(n, jax.Array) and not 1 <= n <= m:
+        raise ValueError(f"{start}{n}:{m} keeps {n} of every {m}; N goes from 1 to M={m}")
+    if size % m:
+        raise ValueError(
+            f"{start}{size} entries are not cut into groups of {m}; "
+            f"use an M that divides {size}, such as {_nearest_divisor(size, m)}"
+        )
+    if size % ways or size // ways % m:
+        entries = f"{size // ways} entries" if size % ways == 0 else f"{size}/{ways} entries"
+        raise ValueError(
+            f"{start}{ways} shards of {entries} cut groups of {m}; "
+            f"use M that divides {size // ways}, or fewer shards"
+        )
+
+
+def split_groups(x: jax.Array, m: int, axis: Axis, *, n=1) -> tuple[jax.Array, int]:
+    """x with the axis in two, [.., groups, m, ..], and the number of the axis of m."""
+    axes = tuple(a + x.ndim if a < 0 else a for a in ((axis,) if np.ndim(axis) == 0 else axis))
+    if not axes or axes[0] < 0 or axes[-1] >= x.ndim or axes != tuple(range(axes[0], axes[-1] + 1)):
+        raise ValueError(f"axis={axis} of {x.ndim} axes; use one, or adjacent increasing ones")
+    if x.shape[axes[-1]] % m == 0 if m > 0 else False:  # no group leaves the last of the axes
+        axes = axes[-1:]
+    size = math.prod(x.shape[a] for a in axes)
+    check_nm(n, m, size, name=f"axis {axis} of {x.shape}")
+    shape = (*x.shape[: axes[0]], size // m, m, *x.shape[axes[-1] + 1 :])
+    return x.reshape(shape), axes[0] + 1
+
+
+def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) -> jax.Array:
+    """2:4 along both axes at once: of every 4 x 4 block, the best 2:4 pattern of rows and columns.
+
+    Of the 90 patterns with two kept in every row and column, the one with the greatest sum of
+    scores, in float32 (Hubara et al., 2021, "transposable masks"); NaN counts as least.
+
+    Args:
+      scores: floating or integer, [.., 4 * A, .., 4 * B, ..].
+      axes: the two axes.
+
+    Returns:
+      bool, of the shape of the scores.
+
+    Raises:
+      ValueError: an axis is not divisible by 4, or the axes are one.
+    """
+    scores = jnp.asarray(scores)
+    row, column = sorted(a % scores.ndim for a in axes)
+    if row == column:
+        raise ValueError(f"axes={axes} are one axis; use two")
+    for axis in (row, column):
+        check_nm(2, 4, scores.shape[axis], name=f"axis {axis} of {scores.shape}")
+    limit = float(np.finfo(np.float32).max) / 32  # sums of eight stay finite
+    x = jnp.nan_to_num(scores.astype(jnp.float32), nan=-limit, posinf=limit, neginf=-limit)
+    x = jnp.clip(x, -limit, limit)
+    blocks, _ = split_groups(x, 4, column)
+    blocks, _ = split_groups(blocks, 4, row)
+    entries = [
+        [_take(_take(blocks, j, column + 2), i, row + 1) for j in range(4)] for i in range(4)
+    ]
+    pairs = [{p: r[p[0]] + r[p[1]] for p in _PAIRS} for r in entries]
+    best = code = None
+    for pattern in _PATTERNS:
+        total = sum(pairs[i][pair] for i, pair in enumerate(pattern))
+        bits = sum(1 << (4 * i + j) for i, pair in enumerate(pattern) for j in pair)
+        if best is None:
+            best, code = total, jnp.full(total.shape, bits, jnp.int32)
+        else:
+            better = total > best
+            best, code = jnp.where(better, total, best), jnp.where(better, bits, code)
+    code = jnp.expand_dims(jnp.expand_dims(code, row + 1), column + 2)
+    place = 4 * _iota(4, row + 1, blocks.ndim) + _iota(4, column + 2, blocks.ndim)
+    return (code >> place & 1).astype(bool).reshape(scores.shape)
+
+
+_PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+_PATTERNS = [
+    (a, b, c, d)
+    for a in _PAIRS
+    for b in _PAIRS
+    for c in _PAIRS
+    for d in _PAIRS
+    if sorted((*a, *b, *c, *d)) == [0, 0, 1, 1, 2, 2, 3, 3]
+]
+
+
+def _nm_mask(groups, n, at: int):
+    """The mask of the n largest along axis `at`, which is one group.
+
+    A threshold for each group is found by a sorting network over its entries as m separate arrays,
+    of which XLA makes one fused loop. (On a CPU this is 50 times faster than bisection.)
+    """
+    m = groups.shape[at]
+    place = _iota(m, at, groups.ndim)
+    if m <= 32:
+        entries = _entries(groups, at)
+        threshold = _largest(entries, n)
+        wanted = n - _total(key > threshold for key in entries)
+        ties, pruned = 0, 0
+        for j, key in enumerate(entries):
+            tie = key == threshold
+            ties += tie.astype(jnp.int32)
+            kept = (key > threshold) | (tie & (ties <= wanted))
+            pruned |= jnp.where(kept, np.uint32(0), np.uint32(1 << j))
+        pruned = _computed_once(pruned) >> place.astype(jnp.uint32)  # all ones only where n is 0
+        return (pruned & 1 == 0) & (n > 0)
+    # Larger networks would take too long to compile.
+    if (m <= 64 or (m <= 128 and isinstance(n, int))) and jnp.issubdtype(
+        groups.dtype, jnp.floating
+    ):
+        threshold = _computed_once(_largest(_entries(groups, at), n))
+    else:
+        threshold = _bisected(_key(groups), n, at)
+    # The barrier has XLA slice the scores anew, in place of keeping m slices for the next loop.
+    again, threshold = jax.lax.optimization_barrier((groups, threshold))
+    entries = _entries(again, at)
+    wanted = n - _total(key > threshold for key in entries)
+    ties, last = 0, 0  # the place of the last tie that is wanted
+    for key in entries:
+        ties += (key == threshold).astype(jnp.int32)
+        last += (ties < wanted).astype(jnp.int32)
+    last = jnp.where(wanted > 0, _computed_once(last), -1)
+    keys = _key(groups)
+    return (keys > threshold) | ((keys == threshold) & (place <= last))
+
+
+_mask = jax.jit(_nm_mask, static_argnums=(1, 2))
+_mask_of_traced = jax.jit(_nm_mask, static_argnums=2)
+
+
+def _largest(entries, n):
+    """The n-th largest of the entries, elementwise; the largest where n is 0."""
+    entries = list(entries)
+    for i, j in _network(len(entries)):
+        entries[i], entries[j] = (
+            jnp.maximum(entries[i], entries[j]),
+            jnp.minimum(entries[i], entries[j]),
+        )
+    if isinstance(n, int):
+        return entries[n - 1]
+    index = jnp.maximum(n - 1, 0)
+    while len(entries) > 1:
+        pairs = zip(entries[::2], [*entries[1::2], entries[-1]], strict=False)
+        entries = [jnp.where(index & 1 == 1, b, a) for a, b in pairs]
+        index >>= 1
+    return entries[0]
+
+
+def _network(size: int):
+    """The comparators of a sorting network: merge exchange (Knuth, vol. 3, algorithm 5.2.2M)."""
+    top = 1 << max(0, (size - 1).bit_length() - 1)
+    p = top
+    while p and size > 1:
+        q, r, d = top, 0, p
+        while True:
+            yield from ((i, i + d) for i in range(size - d) if i & p == r)
+            if q == p:
+                break
+            q, r, d = q >> 1, p, q - p
+        p >>= 1
+
+
+def _bisected(keys, n, at: int):
+    """The n-th largest of each group, by counting what reaches a threshold, a bit at a time."""
+    bits = 8 * keys.dtype.itemsize
+    shape = [1 if a == at else size for a, size in enumerate(keys.shape)]
+    lowest = jnp.full(shape, jnp.iinfo(keys.dtype).min)
+
+    def body(i, found):
+        tried = found + (jnp.ones((), keys.dtype) << (bits - 1 - i).astype(keys.dtype))
+        count = jnp.sum(keys >= tried, axis=at, keepdims=True, dtype=jnp.int32)
+        return jnp.where(count >= jnp.maximum(n, 1), tried, found)
+
+    return jax.lax.fori_loop(0, bits, body, lowest)
+
+
+def _computed_once(x):
+    """x, an integer less than the greatest of its dtype in magnitude.
+
+    XLA's CPU backend repeats a cheap producer for each entry that it is broadcast to, so the whole
+    network m times; but it counts a remainder as dear, and ends the fused loop there.
+    """
+    return jax.lax.rem(x, jnp.full_like(x, jnp.iinfo(x.dtype).max))
+
+
+def _entries(groups, axis: int):
+    """The keys of the slices of size 1 along an axis."""
+    # Sliced first: keys of the whole array would be written to memory.
+    slices = (jax.lax.slice_in_dim(groups, j, j + 1, axis=axis) for j in range(groups.shape[axis]))
+    return [_key(part) for part in slices]
+
+
+def _key(scores):
+    key = order_key(scores)
+    # One width throughout is what XLA's CPU backend vectorizes.
+    return key.astype(jnp.int32) if key.dtype.itemsize < 4 else key
+
+
+def _total(masks):
+    return sum(mask.astype(jnp.int32) for mask in masks)
+
+
+def _take(x, index: int, axis: int):
+    return jax.lax.index_in_dim(x, index, axis, keepdims=False)
+
+
+def _iota(size: int, axis: int, ndim: int):
+    shape = [1] * ndim
+    shape[axis] = size
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _nearest_divisor(size: int, m: int) -> int:
+    divisors = (d for d in range(1, size + 1) if size % d == 0)
+    return min(divisors, key=lambda d: (abs(d - m), d))

@@ -1,0 +1,131 @@
+"""A pruning algorithm by its name, for a model and a run: what `Recipe` is for N:M training."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from sparsity.api import create_updater_from_config
+from sparsity.base_updater import BaseUpdater, SparseState
+from sparsity.layers import assign, names
+
+DEFAULT_LAYERS = (r"(attention|feed_forward)/.*kernel",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """One of `sparsity.all_algorithm_names()`, its steps given as fractions of a run.
+
+    Attributes:
+      sparsity: fraction of the weights of these layers that is pruned in the end, in [0, 1).
+      sparsity_type: "unstructured", "2:4", "block_4,4" or "channel_-1"; N:M is along the contraction
+        axis of a kernel.
+      distribution: "uniform", the same for each kernel; or "erk", less for the smaller ones.
+      layers: patterns of the names of the parameters that are pruned; see `layers.assign`.
+      start_fraction: of the run, where the first mask is made.
+      end_fraction: of the run, where the last one is made.
+      update_every: steps between two masks.
+      packed_masks: masks take a bit an entry in memory and checkpoints, instead of a byte.
+      options: other fields of the algorithm, such as {"drop_fraction": 0.3} of rigl.
+    """
+
+    algorithm: str = "magnitude"
+    sparsity: float = 0.8
+    sparsity_type: str = "unstructured"
+    distribution: Literal["uniform", "erk"] = "uniform"
+    layers: tuple[str, ...] = DEFAULT_LAYERS
+    start_fraction: float = 0.05
+    end_fraction: float = 0.75
+    update_every: int = 100
+    packed_masks: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not 0 <= self.start_fraction <= self.end_fraction <= 1:
+            raise ValueError(
+                f"pruning: start_fraction={self.start_fraction} and end_fraction="
+                f"{self.end_fraction}; use 0 <= start_fraction <= end_fraction <= 1"
+            )
+        if self.update_every < 1:
+            raise ValueError(f"pruning: update_every={self.update_every}; use 1 or more")
+
+    def build(
+        self,
+        params: Any,
+        *,
+        steps: int,
+        contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]] | None = None,
+    ) -> "PruningUpdater":
+        """The algorithm for a model and a run.
+
+        Args:
+          params: tree of arrays or of `jax.ShapeDtypeStruct`.
+          steps: of the run.
+          contraction: (name, shape) -> the input axes of a kernel; see `Recipe.build`. The axes in
+            front of them stack layers, each of which is pruned by itself. The default has no stacks.
+
+        Raises:
+          ValueError: a pattern of `layers` matches no parameter, or an option is unknown or wrong.
+        """
+        chosen = assign(params, dict.fromkeys(self.layers, True))
+        chosen = {name for name, yes in _items(params, chosen) if yes}
+
+        def stacked(path, leaf):
+            name = "/".join(path)
+            if contraction is None or name not in chosen:
+                return 0
+            axes = contraction(name, leaf.shape)
+            return len(leaf.shape) + (axes if isinstance(axes, int) else axes[0])
+
+        first = math.floor(self.start_fraction * steps)
+        last = math.floor(self.end_fraction * steps)
+        config = {
+            "algorithm": self.algorithm,
+            "sparsity": self.sparsity,
+            "sparsity_type": self.sparsity_type,
+            "dist_type": self.distribution,
+            "filter_fn": lambda path, _: "/".join(path) in chosen,
+            "update_freq": self.update_every,
+            "update_start_step": first,
+            "update_end_step": last,
+            "use_packed_masks": self.packed_masks,
+            "stacked_fn": stacked,
+            **self.options,
+        }
+        return PruningUpdater(create_updater_from_config(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningUpdater:
+    """A `BaseUpdater` with the methods of a `RecipeUpdater`, for a trainer that takes either."""
+
+    updater: BaseUpdater
+    variance = None
+    packs_at = None
+
+    def wrap_optax(
+        self, inner: optax.GradientTransformation, learning_rate: Any = None
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer with the algorithm around it; its state is a `SparseState`."""
+        del learning_rate
+        return self.updater.wrap_optax(inner)
+
+    def weights(self, params: Any, state: SparseState) -> Any:
+        """The parameters that the forward pass reads."""
+        return self.updater.pre_forward_update(params, state)
+
+    def post_gradient_update(self, params: Any, state: SparseState) -> Any:
+        """The parameters to keep after an update."""
+        return self.updater.post_gradient_update(params, state)
+
+    def masks(self, state: SparseState, params: Any) -> Any:
+        """Masks of the state, 1 where kept; None for a parameter that has none there."""
+        return self.updater.unpack(state.masks, params)
+
+
+def _items(params, tree):
+    flat, treedef = jax.tree.flatten(names(params))
+    return zip(flat, treedef.flatten_up_to(tree), strict=True)

@@ -1,0 +1,232 @@
+"""Recipes of `sparsity` in the trainer: their masks, their sharding, their phases, their resume."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from test_collectives import collectives
+from test_loop import MODEL, rows, run, text  # noqa: F401
+from test_sharding import LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
+
+from pjit_train.checkpoint import CheckpointConfig
+from pjit_train.errors import UserError
+from pjit_train.evaluate import evaluate
+from pjit_train.loop import train
+from pjit_train.optimizers import SGD, AdamW, Schedule
+from sparsity import recipes
+from sparsity.autoswitch import AutoSwitch
+from sparsity.kernels import MaskedKernel, dense
+from sparsity.recipes import Recipe
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+# head_dim of the test model is 6, which no group of 4 divides: the output kernel stays dense.
+KERNELS = "(attention/(query|key|value)|feed_forward)/.*kernel"
+MESH = (("data", 2), ("fsdp", 2), ("tensor", 2))
+STEPS = 12
+
+
+def recipe(name: str, layers=None) -> Recipe:
+    """A recipe by its name; groups of 32 are on the way of the geometric one."""
+    geometric = {"attention/(query|key|value)": "1:2"}
+    made = getattr(recipes, name)(
+        layers or (geometric if "geometric" in name else {KERNELS: "2:4"})
+    )
+    if name == "step":
+        switch = AutoSwitch(window=2, min_fraction=0.2, max_fraction=0.4)
+        made = dataclasses.replace(made, variance=switch)
+    return made
+
+
+RECIPES = (
+    "sr_ste",
+    "mask_decay",
+    "structure_decay",
+    "mdgf_linear",
+    "mdgf_exponential",
+    "sdgf_stepwise",
+    "sdgf_geometric",
+    "step",
+    "asp",
+)
+
+
+@functools.cache
+def trained(name: str, mesh=()):
+    """(program, [state after each step on the host], losses) of a short run."""
+    program = make_program(LLAMA, dict(mesh), sparsity=recipe(name), steps=STEPS)
+    state = program.new_state()
+    step = program.compile_step(make_batch(program, 0))
+    states, losses = [jax.device_get(state)], []
+    for i in range(STEPS):
+        state, figures = step(state, make_batch(program, i))
+        states.append(jax.device_get(state))
+        losses.append(float(figures["loss"]))
+    return program, states, losses
+
+
+def kernels(program, state) -> dict[str, np.ndarray]:
+    """The kernels that the recipe is about, as the forward pass reads them."""
+    is_kernel = lambda x: isinstance(x, MaskedKernel)  # noqa: E731
+    leaves = jax.tree.leaves_with_path(program.weights(state), is_leaf=is_kernel)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(dense(leaf))
+        for path, leaf in leaves
+        if is_kernel(leaf)
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_ends_with_the_pattern_along_the_contraction_axis(name):
+    program, states, losses = trained(name)
+    assert losses[-1] < losses[0]
+    n, m = (1, 2) if name == "sdgf_geometric" else (2, 4)
+    found = kernels(program, states[-1])
+    assert len(found) == (3 if name == "sdgf_geometric" else 6)
+    for kernel in found.values():  # [layers, inputs, ...]
+        groups = kernel.reshape(kernel.shape[0], -1, m, *kernel.shape[2:])
+        np.testing.assert_array_equal((groups != 0).sum(2), n)
+
+
+@pytest.mark.parametrize("name", ["sr_ste", "mdgf_linear", "step"])
+def test_a_sharded_run_has_the_masks_and_losses_of_one_device(name):
+    program, states, losses = trained(name)
+    _, sharded_states, sharded_losses = trained(name, MESH)
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+    masks = [program.updater.masks(state["sparsity"]) for state in states]
+    sharded_masks = [program.updater.masks(state["sparsity"]) for state in sharded_states]
+    differ = [
+        max(np.mean(a != b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+        for pair in zip(masks, sharded_masks, strict=True)
+    ]
+    # Sums in another order move weights by their last bit, and a tie with it; no more than that.
+    assert differ[0] == 0
+    assert max(differ) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["sr_ste", "mdgf_linear", "sdgf_geometric"])
+def test_a_recipe_adds_no_collective_to_the_step(name):
+    def lines(sparsity):
+        program = make_program(LLAMA, dict(MESH), sparsity=sparsity, steps=STEPS)
+        hlo = program.compile_step(make_batch(program, 0)).as_text()
+        return collectives(hlo), hlo.count("all-reduce("), hlo.count("all-gather(")
+
+    assert lines(recipe(name)) == lines(None)
+
+
+def test_phases_do_not_retrace_and_masks_settle():
+    _, states, _ = trained("mdgf_linear")
+    masks = [jax.tree.leaves(state["sparsity"].masks) for state in states]
+    ones = [all((np.unpackbits(leaf) == 1).all() for leaf in leaves) for leaves in masks]
+    assert ones[0]  # dense for the first 5 %: one step of twelve
+    assert not ones[1]
+    # fine-tuning for the last 15 %: two steps with the masks that the tenth began with
+    for a, b in itertools.pairwise(masks[10:]):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_observed_figures_are_those_of_the_definitions():
+    program, _, _ = trained("sr_ste")
+    state = program.new_state()
+    step = program.compile_step(make_batch(program, 0))
+    for i in range(3):
+        before = program.masks(state)
+        old = jax.device_get(program.updater.masks(state["sparsity"]))
+        state, _ = step(state, make_batch(program, i))
+    got = {name: float(x) for name, x in program.observe(before, state).items()}
+    new = jax.device_get(program.updater.masks(state["sparsity"]))
+    adam = next(
+        s
+        for s in jax.tree.leaves(state["optimizer"], is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(s, "mu")
+    )
+    flips, size, noise = 0, 0, {True: [], False: []}
+    for path, mask in jax.tree.leaves_with_path(new):
+        at = lambda tree, path=path: functools.reduce(lambda t, k: t[k.key], path, tree)  # noqa: E731
+        flips += np.sum(mask != at(old))
+        size += mask.size
+        m = np.asarray(at(adam.mu), np.float64) / (1 - 0.9**3)
+        v = np.asarray(at(adam.nu), np.float64) / (1 - 0.95**3)
+        for kept in (True, False):
+            noise[kept].append(np.maximum(v - m * m, 0)[mask == kept])
+    assert got["mask_flips"] == pytest.approx(flips / size)
+    assert 0 < got["mask_flips"] < 1
+    for kept, name in ((True, "kept"), (False, "pruned")):
+        mean = np.concatenate(noise[kept]).mean()
+        assert got[f"gradient_noise/{name}"] == pytest.approx(mean, rel=1e-3)
+    assert {name: x for name, x in got.items() if name.startswith("sparsity/")} == {
+        f"sparsity/{kind}": 0.5
+        for kind in (
+            "attention/query",
+            "attention/key",
+            "attention/value",
+            "feed_forward/up",
+            "feed_forward/gate",
+            "feed_forward/down",
+        )
+    }
+
+
+@pytest.mark.parametrize("name", ["mdgf_linear", "step", "sr_ste"])
+def test_a_run_resumed_in_any_phase_goes_on_bit_for_bit(name, run, tmp_path):  # noqa: F811
+    layers = {"(attention|feed_forward)/.*kernel": "2:4"}
+    sparse = dataclasses.replace(
+        run,
+        sparsity=recipe(name, layers),
+        steps=20,
+        eval_every=10,
+        checkpoints=CheckpointConfig(every_steps=1, keep_last=30, keep_best=0),
+    )
+    whole = tmp_path / "whole"
+    train(sparse, whole, config_text="")
+    found = rows(whole)
+    assert [row["step"] for row in found] == list(range(1, 21))
+    assert {"mask_flips", "gradient_noise/kept", "sparsity/feed_forward/up"} <= found[-1].keys()
+    assert ("autoswitch_z" in found[-1]) == (name == "step")
+    assert evaluate(sparse, whole)["val_loss"] == found[-1]["val_loss"]
+    # Before, at and after each change of phase: back to that checkpoint, and on from there.
+    for step in (1, 8, 17):
+        for path in (whole / "checkpoints").iterdir():
+            if path.name.isdigit() and int(path.name) > step:
+                path.rename(tmp_path / f"{step}_{path.name}")
+        train(sparse, whole, config_text="")
+        assert rows(whole) == found
+
+
+def test_recipes_that_do_not_fit_are_one_line():
+    def program(sparsity, mesh=None, **options):
+        return make_program(LLAMA, mesh, sparsity=sparsity, **options)
+
+    with pytest.raises(UserError, match=r"^sparsity: .*'atention'.*matches no parameter"):
+        program(Recipe(layers={"atention": "2:4"}))
+    with pytest.raises(UserError, match=r"^sparsity: .*out/kernel.*groups of 5"):
+        program(Recipe(layers={"attention/out": "2:5"}))
+    with pytest.raises(UserError, match=r"^sparsity: .*fsdp|shards"):
+        program(Recipe(layers={"feed_forward/up": "4:8"}), {"fsdp": 8})
+    with pytest.raises(UserError, match=r"freezes Adam's variance and SGD has none; use AdamW"):
+        program(recipe("step"), optimizer=SGD(learning_rate=1e-2))
+    with pytest.raises(ValueError, match=r"recipe: .*keeps 5 of every 4"):
+        Recipe(layers={KERNELS: "5:4"})
+
+
+def test_a_step_that_is_not_finite_leaves_masks_and_parameters_alone():
+    program = make_program(
+        LLAMA,
+        sparsity=recipe("sr_ste"),
+        steps=STEPS,
+        optimizer=AdamW(learning_rate=1e-2, schedule=Schedule(warmup_steps=2)),
+    )
+    state = program.new_state()
+    step = program.compile_step(make_batch(program, 0))
+    state, _ = step(state, make_batch(program, 0))
+    state["params"]["norm"]["scale"] = state["params"]["norm"]["scale"] * np.float32(np.nan)
+    before = jax.device_get(state)
+    state, figures = step(state, make_batch(program, 1))
+    assert not figures["finite"]
+    after = jax.device_get(state)
+    for name in ("params",):
+        jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
+    jax.tree.map(np.testing.assert_array_equal, after["sparsity"].masks, before["sparsity"].masks)
+    assert int(after["sparsity"].count) == int(before["sparsity"].count) + 1

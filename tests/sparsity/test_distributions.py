@@ -1,0 +1,110 @@
+"""Distributions: ERK against an independent solver, filters, custom maps, stacks of layers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsity import sparsity_distributions as distributions
+from sparsity.sparsity_distributions import Stacked, erk, get_sparsities_erdos_renyi, uniform
+
+
+def solved(shapes, sparsity, copies=None):
+    """Densities min(1, epsilon p_i) whose kept weights are the budget, epsilon by bisection."""
+    layers = np.array([math.prod(shape) for shape in shapes.values()])
+    count = np.array([(copies or {}).get(key, 1) for key in shapes])
+    sizes = layers * count
+    p = np.array([sum(s) / math.prod(s) for s in shapes.values()])
+    budget = np.sum((layers - np.floor(layers * sparsity)) * count)
+    low, high = 0.0, 1 / p.min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        if np.sum(np.minimum(1, middle * p) * sizes) < budget:
+            low = middle
+        else:
+            high = middle
+    return dict(zip(shapes, 1 - np.minimum(1, high * p), strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(
+        st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6
+    ),
+    sparsity=st.floats(0, 0.99),
+    stack=st.integers(1, 5),
+)
+def test_erk_against_a_solver(shapes, sparsity, stack):
+    shapes = dict(enumerate(shapes))
+    ours = get_sparsities_erdos_renyi(shapes, sparsity, copies={0: stack})
+    expected = solved(shapes, sparsity, {0: stack})
+    for key in shapes:
+        assert ours[key] == pytest.approx(expected[key], abs=1e-6)
+
+
+def test_erk_by_hand():
+    # p = (2 + 8) / 16 and (4 + 4) / 16; half of the 32 weights: epsilon (10 + 8) = 16.
+    tree = {"a": np.zeros((2, 8)), "b": np.zeros((4, 4))}
+    assert erk(tree, 0.5) == pytest.approx({"a": 1 - 16 / 18 * 10 / 16, "b": 1 - 16 / 18 / 2})
+
+
+def test_erk_of_a_stack_is_erk_of_its_layers():
+    apart = {f"layer{i}": np.zeros((8, 24)) for i in range(3)} | {"head": np.zeros((8, 100))}
+    stacked = {"layers": Stacked((8, 24), jnp.float32, 3), "head": np.zeros((8, 100))}
+    expected, ours = erk(apart, 0.7), erk(stacked, 0.7)
+    assert ours["layers"] == pytest.approx(expected["layer1"])
+    assert ours["head"] == pytest.approx(expected["head"])
+
+
+def test_custom_layers_stay_out_of_the_budget():
+    shapes = {"a": (10, 10), "b": (20, 10), "c": (10, 10)}
+    ours = get_sparsities_erdos_renyi(shapes, 0.5, {"c": 0.9, "unknown": 0.1})
+    assert set(ours) == set(shapes)
+    assert ours["c"] == 0.9
+    assert 100 * ours["a"] + 200 * ours["b"] == pytest.approx(150)
+    assert get_sparsities_erdos_renyi(shapes, 0.5, dict.fromkeys(shapes, 0.3)) == dict.fromkeys(
+        shapes, 0.3
+    )
+
+
+def test_filters_see_keys_and_one_layer():
+    tree = {
+        "embed": np.zeros((16, 8)),
+        "block": {"kernel": np.zeros((8, 8)), "bias": np.zeros(8)},
+        "scales": Stacked((8,), jnp.float32, 4),
+        "list": [np.zeros((2, 2)), np.zeros(2)],
+    }
+    assert uniform(tree, 0.5) == {
+        "embed": 0.5,
+        "block": {"kernel": 0.5, "bias": None},
+        "scales": None,
+        "list": [0.5, None],
+    }
+    kernels = uniform(tree, 0.5, distributions.KERNEL_FILTER_FN)
+    assert [x for x in jax.tree.leaves(kernels)] == [0.5]
+    assert kernels["block"]["kernel"] == 0.5
+    custom = uniform(tree, 0.5, custom_sparsity_map={("block", "bias"): 0.2, ("embed",): None})
+    assert custom["block"] == {"kernel": 0.5, "bias": 0.2}
+    assert custom["embed"] is None
+    assert uniform(np.zeros((2, 2)), 0.5) == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
+def test_sparsities_outside_the_range(sparsity):
+    tree = {"a": np.zeros((2, 2))}
+    for distribution in (uniform, erk):
+        with pytest.raises(ValueError, match=r"use a fraction of zeros in \[0, 1\)"):
+            distribution(tree, sparsity)
+        with pytest.raises(ValueError, match=r"custom_sparsity_map\[\('a',\)\]"):
+            distribution(tree, 0.5, custom_sparsity_map={("a",): sparsity})
+
+
+def test_erk_needs_something_to_prune():
+    with pytest.raises(ValueError, match="no parameter passes the filter"):
+        erk({"bias": np.zeros(3)}, 0.5)
+    with pytest.raises(ValueError, match="Single parameter"):
+        erk(jnp.zeros((2, 2)), 0.5)
