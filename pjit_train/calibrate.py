@@ -1,0 +1,161 @@
+"""Calibration text on its way through a model, block by block, each changed before the next.
+
+So a block sees what the changed ones before it make of the text, as in SparseGPT (Frantar and
+Alistarh, 2023) and Wanda (Sun et al., 2024). The device holds the parameters of one block at a
+time, and the text as that block is given it.
+
+Letters in names: B batch, T tokens, D model width, I inputs of a kernel, O its outputs.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pjit_train.blocks import Dense
+from pjit_train.data.text import Batches
+from pjit_train.errors import UserError
+
+Change = Callable[[str, np.ndarray, jax.Array], np.ndarray]
+"""(name, kernel [inputs, outputs], X^T X [inputs, inputs] float32) -> the kernel to go on with."""
+
+
+def calibration_batches(batches: Batches, sequences: int) -> list[dict[str, np.ndarray]]:
+    """The first sequences of the training split in the order of training, in equal batches.
+
+    Raises:
+      UserError: the text has fewer.
+    """
+    if sequences < 1:
+        raise UserError(f"calibration: {sequences} sequences; use 1 or more")
+    if sequences > batches.num_train_sequences:
+        raise UserError(
+            f"calibration: the training text has {batches.num_train_sequences} sequences of "
+            f"{batches.seq_len} tokens, not {sequences}; use at most as many as it has"
+        )
+    rows = math.gcd(sequences, batches.batch_size)  # of equal batches, each within one of training
+    places = (divmod(first, batches.batch_size) for first in range(0, sequences, rows))
+    return [batches.train_batch(step, slice(row, row + rows)) for step, row in places]
+
+
+def change_kernels(
+    graph: nnx.GraphDef,
+    params: dict[str, Any],
+    batches: Sequence[dict[str, np.ndarray]],
+    names: Collection[str],
+    change: Change,
+) -> dict[str, Any]:
+    """The parameters with kernels changed in the order in which the text meets them.
+
+    All kernels of a block are given the inputs that they have before any of that block is changed.
+
+    Args:
+      graph: of a `Transformer`, used where no mesh is set.
+      params: of it, arrays of numpy; they are left as they are.
+      batches: `inputs` and, where documents are masked, `segments`: int [batch, tokens].
+      names: of the kernels to change, such as "blocks/attention/query/kernel"; "head" is one.
+      change: called for each of them and each layer.
+
+    Returns:
+      A tree like `params`; what was not changed is shared with it.
+    """
+    model = nnx.merge(graph, params)
+    block_graph = nnx.graphdef(model.blocks)
+    # One shape of a block, so each is compiled once.
+    forward = jax.jit(functools.partial(_forward, block_graph), static_argnames="causal")
+    products = jax.jit(functools.partial(_products, block_graph), static_argnames="causal")
+    entered = [_enter(model, batch) for batch in batches]
+    hidden, inputs = [x for x, _ in entered], [rest for _, rest in entered]
+
+    stacked = jax.tree.map(np.copy, params["blocks"])
+    wanted = [name.split("/")[1:] for name in names if name.startswith("blocks/")]
+    for layer in range(model.config.num_layers):
+        block = jax.tree.map(lambda x, layer=layer: x[layer], stacked)  # views
+        if wanted:
+            sums, on_device = None, jax.tree.map(jnp.array, block)
+            for x, rest in zip(hidden, inputs, strict=True):
+                found = products(on_device, x, **rest)
+                sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+            for path in wanted:
+                name = "/".join(["blocks", *path])
+                *parents, last = path
+                holder = functools.reduce(lambda tree, key: tree[key], parents, block)
+                products_II = sums["/".join(parents)]
+                matrix_IO = holder[last].reshape(len(products_II), -1)
+                new = np.asarray(change(name, matrix_IO, products_II))
+                holder[last][...] = new.reshape(holder[last].shape)
+        on_device = jax.tree.map(jnp.array, block)
+        hidden = [forward(on_device, x, **rest) for x, rest in zip(hidden, inputs, strict=True)]
+    changed = params | {"blocks": stacked}
+    if "head" in names:
+        products_DD = sum(_gram(model.norm(x)) for x in hidden)
+        changed["head"] = np.asarray(change("head", params["head"], products_DD))
+    return changed
+
+
+def num_inputs(dense: Dense) -> int:
+    """How many axes of a Dense's kernel its einsum sums over; they lead."""
+    x_axes, kernel_axes, y_axes = re.split(",|->", dense.equation)
+    return sum(axis in x_axes and axis not in y_axes for axis in kernel_axes)
+
+
+class _Tap:
+    """A Dense that notes X^T X of what it is applied to."""
+
+    def __init__(self, dense: Dense, note: Callable[[jax.Array], None]):
+        self.dense, self.note, self.rules = dense, note, dense.rules
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = math.prod(x.shape[x.ndim - num_inputs(self.dense) :])
+        self.note(_gram(x.reshape(-1, inputs)))
+        return self.dense(x)
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """X^T X, float32 [inputs, inputs], of rows [..., inputs]."""
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _forward(graph, params, x_BTD, **inputs):
+    return nnx.merge(graph, params)(x_BTD, **inputs)[0]
+
+
+def _products(graph, params, x_BTD, **inputs):
+    """{"attention/query": X^T X} of every Dense of a block."""
+    block, found = nnx.merge(graph, params), {}
+    taps = [(path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Dense)]
+    for path, module in taps:
+        parent = functools.reduce(getattr, path[:-1], block)
+        note = functools.partial(found.__setitem__, "/".join(path))
+        setattr(parent, path[-1], _Tap(module, note))
+    block(x_BTD, **inputs)
+    return found
+
+
+class _Entrance(nnx.Module):
+    """Stands in place of a model's blocks and notes what the first one would be given."""
+
+    def __init__(self, note: Callable):
+        self.note = note
+
+    def __call__(self, x_BTD, **inputs):
+        self.note(x_BTD, inputs)
+        return x_BTD, None
+
+
+def _enter(model, batch) -> tuple[jax.Array, dict[str, Any]]:
+    """What the first block is given for a batch: the embedded text, and the other inputs."""
+    noted = []
+    entrance = nnx.clone(model)
+    entrance.blocks = _Entrance(lambda x, inputs: noted.append((x, inputs)))
+    entrance.config = dataclasses.replace(model.config, num_layers=1, layers="unroll", remat="none")
+    entrance.hidden(jnp.asarray(batch["inputs"]), segments=batch.get("segments"))
+    return noted[0]

@@ -1,0 +1,323 @@
+"""Pruning a trained kernel in one shot, by magnitude, Wanda or SparseGPT, and keeping it pruned.
+
+A kernel is seen as a matrix [inputs, outputs], y = x W. A pattern is "N:M", N weights kept of every
+M consecutive inputs of an output, or a number or its text such as "0.5", the fraction to prune.
+(Wanda's and SparseGPT's own programs count the zeros of a group; here N counts what is kept.)
+
+Letters in names: I inputs, O outputs.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparsity.layers import assign
+from sparsity.nm import check_nm, nm_mask, transposable_mask
+from sparsity.sparsity_types import NByM
+from sparsity.topk import keep_count, topk_mask
+
+Pattern = str | float | NByM
+
+
+def parse_pattern(pattern: Pattern) -> NByM | float:
+    """A pattern as a type of `sparsity_types` along the inputs, or as the fraction to prune.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if isinstance(pattern, NByM):
+        return pattern
+    if groups := re.fullmatch(r"(\d+):(\d+)", str(pattern)):
+        n, m = map(int, groups.groups())
+        if not 1 <= n <= m:
+            raise ValueError(
+                f"pattern {pattern}: cannot keep {n} of every {m}; use N:M with 1 <= N <= M, "
+                "such as 2:4"
+            )
+        return NByM(n, m, axis=-2)
+    try:
+        fraction = float(pattern)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction < 1:
+        raise ValueError(
+            f"pattern {pattern!r} is unknown; use N:M, kept of every so many inputs, such as 2:4, "
+            "or the fraction to prune, from 0 to below 1, such as 0.5"
+        )
+    return fraction
+
+
+def check_pattern(
+    pattern: Pattern, inputs: int, outputs: int, *, transposable: bool = False, name: str = ""
+) -> None:
+    """Raises a ValueError, begun with `name`, where a kernel cannot have the pattern."""
+    pattern = parse_pattern(pattern)
+    if isinstance(pattern, NByM):
+        check_nm(pattern.n, pattern.m, inputs, name=name)
+    if transposable:
+        if pattern != NByM(2, 4, axis=-2):
+            raise ValueError("transposable: only 2:4 is kept along both axes; use pattern 2:4")
+        check_nm(2, 4, outputs, name=f"{name} (its outputs)" if name else "")
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "transposable"))
+def magnitude_mask(
+    kernel_IO: jax.Array, pattern: Pattern, *, transposable: bool = False
+) -> jax.Array:
+    """The mask of the largest weights: of each group of M, or of the whole kernel.
+
+    At 2:4 it is the mask of ASP (Mishra et al., 2021), the best by total magnitude of the six
+    patterns of a group.
+
+    Args:
+      transposable: 2:4 along inputs and outputs at once, so that the transposed kernel of the
+        backward pass is 2:4 too: of each 4 x 4 block the best of the 90 patterns (Hubara et al.,
+        2021).
+
+    Returns:
+      bool [inputs, outputs], True = kept.
+
+    Raises:
+      ValueError: the pattern is unknown or does not fit the kernel.
+    """
+    return _select(jnp.abs(kernel_IO), pattern, transposable)
+
+
+@jax.jit
+def wanda_scores(kernel_IO: jax.Array, input_norms_I: jax.Array) -> jax.Array:
+    """|W_ij| * |X_i|_2, float32 [inputs, outputs] (Sun et al., 2024, equation 1).
+
+    Args:
+      input_norms_I: 2-norm of each input over the tokens of the calibration text, [inputs].
+    """
+    return jnp.abs(kernel_IO.astype(jnp.float32)) * input_norms_I[:, None]
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "transposable"))
+def wanda_mask(
+    kernel_IO: jax.Array,
+    input_norms_I: jax.Array,
+    pattern: Pattern,
+    *,
+    transposable: bool = False,
+) -> jax.Array:
+    """The mask of the largest `wanda_scores`: of each group of M, or of the inputs of each output.
+
+    Arguments besides, result and errors are those of `magnitude_mask`.
+    """
+    scores = wanda_scores(kernel_IO, input_norms_I)
+    return _select(scores, pattern, transposable, per_output=True)
+
+
+def sparsegpt(
+    kernel_IO: jax.Array,
+    hessian_II: jax.Array,
+    *,
+    pattern: Pattern,
+    transposable: bool = False,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> jax.Array:
+    """The kernel pruned by SparseGPT, what it keeps moved to make up for it.
+
+    Inputs are gone through in order. Pruning weight w of input j costs w^2 / U_jj^2, U the upper
+    Cholesky factor of H^-1, and moves the later weights of its output by -w U_j,: / U_jj, the
+    optimal brain surgeon's update (Frantar and Alistarh, 2023, algorithm 1).
+
+    Args:
+      hessian_II: X^T X over the calibration text, up to a factor. Weights of inputs that were
+        always 0 become 0.
+      pattern: an N:M mask is chosen when its group is reached; to prune a fraction, the mask of a
+        whole block is chosen at its start, over all outputs together (exactly so many weights,
+        where the authors' program also prunes those equal to the threshold).
+      transposable: see `magnitude_mask`.
+      block_size: inputs whose updates are gathered before they are applied to the inputs after
+        them: for N:M a matter of speed alone; it is rounded to a multiple of M.
+      damping: times the mean of the Hessian's diagonal, added to it.
+
+    Returns:
+      [inputs, outputs] in the dtype of the kernel; pruned weights are exactly 0.
+
+    Raises:
+      ValueError: the pattern is unknown or does not fit, or the Hessian is not finite.
+    """
+    check_pattern(pattern, *kernel_IO.shape, transposable=transposable)
+    factor_II, dead_I = inverse_factor(hessian_II, damping)
+    pattern = parse_pattern(pattern)
+    group = pattern.m if isinstance(pattern, NByM) else 1
+    size = max(block_size // group, 1) * group
+    return _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size)
+
+
+def inverse_factor(hessian_II: jax.Array, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """U, upper triangular with U^T U = (H + damping * mean(diag H))^-1, and which inputs are dead.
+
+    Computed by numpy in float64: in float32, all that a TPU has, the Hessian of many correlated
+    inputs is often not positive definite, and its inverse has few right digits.
+
+    Returns:
+      float32 [inputs, inputs], bool [inputs].
+    """
+    hessian = np.array(hessian_II, np.float64)
+    if not np.isfinite(hessian).all():
+        raise ValueError("hessian: has entries that are not finite; use inputs that are")
+    diagonal = np.einsum("ii->i", hessian)  # a view
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += damping * diagonal.mean()
+    # H = R R^T with R upper triangular, by Cholesky's factor of H read backwards; then U = R^-1.
+    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    return _inverse(upper).astype(np.float32), dead
+
+
+def _inverse(upper: np.ndarray) -> np.ndarray:
+    """The inverse of an upper triangular matrix, by halves: numpy's own inverts any matrix."""
+    if len(upper) <= 64:
+        return np.linalg.inv(upper)
+    h = len(upper) // 2
+    first, last = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
+    return np.block([[first, -first @ upper[:h, h:] @ last], [np.zeros_like(upper[h:, :h]), last]])
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "transposable", "size"))
+def _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size):
+    inputs = kernel_IO.shape[0]
+    weights = jnp.where(dead_I[:, None], 0, kernel_IO.astype(jnp.float32))
+
+    def block(start, size, weights):
+        return _prune_block(weights, factor_II, start, size, pattern, transposable)
+
+    whole, rest = divmod(inputs, size)
+    if whole:
+        weights = jax.lax.fori_loop(0, whole, lambda b, w: block(b * size, size, w), weights)
+    if rest:
+        weights = block(whole * size, rest, weights)
+    return weights.astype(kernel_IO.dtype)
+
+
+def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
+    """Prunes `size` inputs from `start` on, and moves the weights of all after them."""
+    outputs = weights_IO.shape[1]
+    block = jax.lax.dynamic_slice(weights_IO, (start, 0), (size, outputs))
+    rows = jax.lax.dynamic_slice(factor_II, (start, 0), (size, factor_II.shape[1]))
+    local = jax.lax.dynamic_slice(rows, (0, start), (size, size))
+    diagonal = jnp.diagonal(local)
+    group = pattern.m if isinstance(pattern, NByM) else size  # inputs whose mask is chosen at once
+
+    def prune_input(i, carry):
+        block, errors, kept, first = carry
+        j = first + i
+        error = jnp.where(kept[i], 0, block[j] / diagonal[j])
+        block -= local[j][:, None] * error  # the factor is 0 for inputs before j
+        block = block.at[j].set(jnp.where(kept[i], block[j], 0))
+        return block, errors.at[j].set(error), kept, first
+
+    def prune_group(g, carry):
+        block, errors = carry
+        first = g * group
+        w = jax.lax.dynamic_slice(block, (first, 0), (group, outputs))
+        d = jax.lax.dynamic_slice(diagonal, (first,), (group,))
+        kept = _select((w / d[:, None]) ** 2, pattern, transposable)
+        return jax.lax.fori_loop(0, group, prune_input, (block, errors, kept, first))[:2]
+
+    carry = block, jnp.zeros_like(block)
+    block, errors = jax.lax.fori_loop(0, size // group, prune_group, carry)
+    after = jnp.arange(factor_II.shape[1]) >= start + size
+    moved = jnp.matmul(jnp.where(after, rows, 0).T, errors, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0))
+
+
+def _select(scores_IO, pattern, transposable, *, per_output=False):
+    """The mask of the best scores by a pattern; a fraction counts per output, or over all."""
+    check_pattern(pattern, *scores_IO.shape, transposable=transposable)
+    pattern = parse_pattern(pattern)
+    if transposable:
+        return transposable_mask(scores_IO)
+    if isinstance(pattern, NByM):
+        return nm_mask(scores_IO, pattern.n, pattern.m, axis=pattern.axis)
+    if per_output:
+        return topk_mask(scores_IO.T, keep_count(scores_IO.shape[0], pattern), stacked=1).T
+    return topk_mask(scores_IO, keep_count(scores_IO.size, pattern))
+
+
+class KeepZerosState(NamedTuple):
+    """State of the optimizer that `KeepZerosUpdater.wrap_optax` makes: the inner one's alone."""
+
+    masks: None
+    inner_state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepZeros:
+    """A recipe that trains what one-shot pruning left: weights that are 0 stay 0.
+
+    So any pattern is kept, also one that differs by layer, without its being stored.
+
+    Attributes:
+      layers: regular expressions; a parameter that none matches trains as usual.
+    """
+
+    layers: Sequence[str]
+
+    def build(self, params: Any, **_) -> "KeepZerosUpdater":
+        """The updater for a tree of parameters; what recipes are told besides, it has no use for.
+
+        Raises:
+          ValueError: an expression matches no parameter.
+        """
+        return KeepZerosUpdater(assign(params, dict.fromkeys(self.layers, True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepZerosUpdater:
+    """Keeps the zeros of some parameters, with the methods of a `RecipeUpdater`.
+
+    Attributes:
+      chosen: tree like the parameters, True where zeros are kept and None elsewhere.
+    """
+
+    chosen: Any
+
+    variance = None
+    packs_at = None
+
+    def wrap_optax(self, inner: optax.GradientTransformation, learning_rate=None):
+        """The inner transformation, which sees no gradient of a zero and cannot move it."""
+
+        def update(grads, state, params, **extra):
+            grads = self._where_nonzero(params, grads)
+            updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+            return self._where_nonzero(params, updates), KeepZerosState(None, inner_state)
+
+        inner = optax.with_extra_args_support(inner)
+        init = lambda params: KeepZerosState(None, inner.init(params))  # noqa: E731
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _where_nonzero(self, params, tree):
+        masks = self.masks(None, params)
+        keep = lambda m, x: x if m is None else jnp.where(m, x, 0)  # noqa: E731
+        return jax.tree.map(keep, masks, tree, is_leaf=lambda x: x is None)
+
+    def masks(self, state, params):
+        """Tree of bool masks, True where a weight is not 0; None where zeros are not kept."""
+        return jax.tree.map(
+            lambda chosen, w: None if chosen is None else w != 0,
+            self.chosen,
+            params,
+            is_leaf=lambda x: x is None,
+        )
+
+    def weights(self, params, state):
+        """The parameters as they are."""
+        return params
+
+    def post_gradient_update(self, params, state):
+        """The parameters as they are."""
+        return params
