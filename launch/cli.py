@@ -6,6 +6,7 @@ Whatever is slow to import (JAX, gin, the data libraries) is imported by the com
 import argparse
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     args = parser().parse_args(argv)
     try:
-        if argv is None and args.command is _train and args.configs:
+        trains = args.command is _study or (args.command is _train and args.configs)
+        if argv is None and trains:
             from launch.process import use_huge_pages
 
             use_huge_pages()
@@ -53,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, TrainingError) as error:
         print("torsion:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # whoever read the output, such as head, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as if by SIGPIPE
     except KeyboardInterrupt:
         print("torsion: interrupted", file=sys.stderr)
         return 130
@@ -170,6 +175,29 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--json", action="store_true", help="print one JSON object")
     compress.set_defaults(mesh=None, devices=None)
 
+    study = add(
+        _study,
+        "study",
+        "train and compare the published N:M recipes",
+        "Each run of the study is a run directory in --out, named by recipe, pattern and seed. Run "
+        "again with the same --out, it goes on where it was; several such commands at once share "
+        "the runs. At the end, table.md, results.json and recipes.png are in --out.",
+    )
+    study.add_argument("what", choices=("recipes",), help="which study")
+    study.add_argument(
+        "--size",
+        default="small",
+        metavar="SIZE",
+        help="small (default), overnight, or a gin file like those in configs/studies",
+    )
+    study.add_argument("--seeds", type=int, metavar="N", help="runs of each kind (as configured)")
+    study.add_argument(
+        "--table", action="store_true", help="train nothing: table and figure of what is there"
+    )
+    study.add_argument(
+        "--out", metavar="DIR", help="of the runs (default: runs/study- and the gin file's name)"
+    )
+
     tokenizer = add(
         _tokenizer, "tokenizer", "train a byte-level BPE tokenizer on .txt and .jsonl files"
     )
@@ -234,9 +262,15 @@ def _eval(args, began: float) -> int:
     figures = evaluate(run, Path(args.run), step=args.step)
     if args.json:
         print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<20} {value:.6g}" if isinstance(value, float) else f"{name:<20} {value}")
+        return 0
+    kernels = figures.pop("kernels", {})
+    for name, value in figures.items():
+        print(f"{name:<20} {value:.6g}" if isinstance(value, float) else f"{name:<20} {value}")
+    if kernels:
+        print(f"\n{'kernel':<36} pattern  zeros    groups with too many nonzeros")
+    for name, row in kernels.items():
+        wrong = "-" if row["groups"] is None else f"{row['violations']} of {row['groups']}"
+        print(f"{name:<36} {row['pattern']:<8} {row['sparsity']:<8.2%} {wrong}")
     return 0
 
 
@@ -298,7 +332,7 @@ def _compress(args, began: float) -> int:
 
     layers.setdefault(KERNELS, args.pattern)
     patterns = kernel_patterns(run.model, layers, transposable=args.transposable)
-    kept = [f"^{name}$" for name in patterns]
+    kept = {f"^{name}$": pattern for name, pattern in patterns.items()}
     binding = (
         "from sparsity import one_shot\n"
         "run.Run.sparsity = @one_shot.KeepZeros()\n"
@@ -330,6 +364,18 @@ def _compress(args, began: float) -> int:
     for name, value in report["before"].items():
         print(f"{name:<20} {value:<9.5g} {report['after'][name]:.5g}")
     return 0
+
+
+def _study(args, began: float) -> int:
+    from launch import process
+
+    process.prepare()
+
+    from launch import study
+
+    file = study.SIZES.get(args.size, args.size)
+    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
+    return study.study_recipes(file, out, seeds=args.seeds, only_table=args.table)
 
 
 def _trained_run(args):
@@ -391,7 +437,8 @@ def _completion(args, began: float) -> int:
     for name, sub in commands.choices.items():
         for action in sub._actions:
             if action.dest == "out":
-                action.complete = shtab.DIRECTORY if name in ("train", "compress") else shtab.FILE
+                folder = name in ("train", "compress", "study")
+                action.complete = shtab.DIRECTORY if folder else shtab.FILE
             elif action.dest in kinds:
                 action.complete = kinds[action.dest]
     print(shtab.complete(top, args.shell))

@@ -266,14 +266,18 @@ class Dense(nnx.Module):
         return y if self.bias is None else y + gathered(self.bias, rules, self.config.dtype)
 
 
-def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes of a kernel that its matmul sums over, counted from the end (stacked or not).
+
+    None for what no matmul sums over: scales of norms and biases.
 
     Args:
       name: of the parameter, such as "blocks/attention/query/kernel".
       shape: of it.
     """
-    layer = name.split("/")[-2:][0]
+    *_, layer, parameter = ("", *name.split("/"))
+    if parameter in ("scale", "bias"):
+        return None
     if layer == "out":  # [heads, head_dim, d_model]
         return (-3, -2)
     if layer in ("query", "key", "value"):  # [d_model, heads, head_dim]

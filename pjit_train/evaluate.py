@@ -3,6 +3,9 @@
 import fcntl
 import math
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.text import Batches
@@ -67,9 +70,21 @@ def _is_training(directory: Path) -> bool:
     return False
 
 
-def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str, float]:
-    """Validation figures of a run directory's newest good checkpoint, and its `step`."""
+def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Validation figures of a run directory's newest good checkpoint, and its `step`.
+
+    Of a run with a recipe of `sparsity` also what was counted in the weights that were evaluated:
+    `kernels`, a `sparsity.validity.Validity` by name as a dictionary, and `sparse`, whether all of
+    them are as sparse as the recipe says.
+    """
     program = Program(run, make_mesh(run.mesh))
     batches = run.data.prepare(run.seed)
     step, weights = restore_weights(program, directory, step)
-    return {"step": step, **validate(program, weights, batches)}
+    figures = {"step": step, **validate(program, weights, batches)}
+    if program.updater is None:
+        return figures
+    with jax.set_mesh(program.mesh):
+        counted = program.updater.validity(weights)
+    sparse = all(kernel.holds for kernel in counted.values())
+    kernels = {name: kernel._asdict() for name, kernel in counted.items()}
+    return {**figures, "sparse": sparse, "kernels": kernels}

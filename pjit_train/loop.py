@@ -111,11 +111,15 @@ class _Loop:
         with Prefetcher(self._batch, self.start) as self.prefetcher:
             for step, batch in enumerate(self.prefetcher, self.start + 1):
                 if packing := self.program.packs_after(step - 1):
+                    if unread:
+                        self._report(*unread)
+                        unread = None
                     state = self.program.pack(state)
                 if packing or step == self.start + 1:
                     compiling = time.monotonic()
                     train_step = self.program.compile_step(batch, step)
-                    self.extra["compile_seconds"] = time.monotonic() - compiling
+                    self.step_ended = time.monotonic()
+                    self.extra["compile_seconds"] = self.step_ended - compiling
                 self._profile(step, unread)
                 observing = self.program.updater is not None and step % self.run.log_every == 0
                 masks = self.program.masks(state) if observing else None

@@ -119,7 +119,10 @@ class Optimizer:
         else:
             transformation = self._switching(schedule, switch, steps)
         if self.clip_norm is not None:
-            transformation = optax.chain(optax.clip_by_global_norm(self.clip_norm), transformation)
+            clip = optax.clip_by_global_norm(self.clip_norm)
+            if updater is not None:
+                clip = updater.clip_by_global_norm(self.clip_norm)
+            transformation = optax.chain(clip, transformation)
         if updater is not None:
             transformation = updater.wrap_optax(transformation, learning_rate=schedule)
         return transformation, schedule

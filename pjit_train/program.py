@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,8 @@ class Program:
         run.check_mesh(mesh)
         run.model.check_data(vocab_size=run.data.tokenizer.vocab_size, seq_len=run.data.seq_len)
         self.run, self.mesh = run, mesh
-        self._evaluation = self._observe = None
+        self._observe = None
+        self._evaluations: dict[Any, Callable] = {}  # by the structure of the weights
         with jax.set_mesh(mesh):
             check_layout(run.model, run.rules, mesh)
             self.graph, _ = split_model(run.model, run.rules)
@@ -147,10 +149,11 @@ class Program:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             zero = jax.make_array_from_callback((), everywhere, lambda _: np.float32(0))
             sums = zero, zero
-        if self._evaluation is None:
+        structure = jax.tree.structure(weights)
+        if structure not in self._evaluations:
             step = jax.jit(eval_step(self.graph, next_token_loss))
-            self._evaluation = self._compile(step, weights, batch, sums)
-        return self._evaluation(weights, batch, sums)
+            self._evaluations[structure] = self._compile(step, weights, batch, sums)
+        return self._evaluations[structure](weights, batch, sums)
 
     def _compile(self, function, *args) -> Callable:
         with jax.set_mesh(self.mesh):

@@ -130,6 +130,8 @@ def train_step(
             return new if counts else jnp.where(finite, new, old)
 
         kept = jax.tree.map(keep, new, old)
+        if updater is not None and updater.finite_masks:  # they follow the schedule too
+            kept["sparsity"] = new["sparsity"]
         metrics = {
             "loss": value,
             "grad_norm": norm,

@@ -4,7 +4,14 @@ The names of JaxPruner's interface (Lee et al., 2023) mean the same here; docs/j
 what differs.
 """
 
-from sparsity import sparsity_distributions, sparsity_schedules, sparsity_types
+from sparsity import (
+    decay,
+    patterns,
+    recipes,
+    sparsity_distributions,
+    sparsity_schedules,
+    sparsity_types,
+)
 from sparsity.algorithms import (
     ACDC,
     SET,
@@ -28,9 +35,14 @@ from sparsity.api import (
     create_updater_from_config,
     register_algorithm,
 )
+from sparsity.autoswitch import AutoSwitch, scale_by_step_adam
 from sparsity.base_updater import BaseUpdater, NoPruning, SparseState, apply_mask
+from sparsity.kernels import MaskedKernel, PackedKernel, dense, dense_tree
 from sparsity.mask_calculator import get_topk_fn
 from sparsity.nm import check_nm, nm_mask, nm_violations, transposable_mask
+from sparsity.one_shot import sparsegpt, wanda_mask, wanda_scores
+from sparsity.pruning import Pruning
+from sparsity.recipes import Recipe
 from sparsity.sparsity_distributions import erk, uniform
 from sparsity.sparsity_schedules import (
     NoUpdateSchedule,
@@ -48,6 +60,7 @@ __all__ = [
     "ALGORITHM_REGISTRY",
     "SET",
     "AdamBasedFisherPruning",
+    "AutoSwitch",
     "BaseUpdater",
     "Block",
     "Channel",
@@ -55,13 +68,17 @@ __all__ = [
     "GlobalSaliencyPruning",
     "IterativeNMPruning",
     "MagnitudePruning",
+    "MaskedKernel",
     "NByM",
     "NoPruning",
     "NoUpdateSchedule",
     "OneShotSchedule",
+    "PackedKernel",
     "PeriodicSchedule",
     "PolynomialSchedule",
+    "Pruning",
     "RandomPruning",
+    "Recipe",
     "RigL",
     "SaliencyPruning",
     "SparseState",
@@ -75,12 +92,19 @@ __all__ = [
     "apply_mask",
     "check_nm",
     "create_updater_from_config",
+    "decay",
+    "dense",
+    "dense_tree",
     "erk",
     "get_topk_fn",
     "global_topk_masks",
     "nm_mask",
     "nm_violations",
+    "patterns",
+    "recipes",
     "register_algorithm",
+    "scale_by_step_adam",
+    "sparsegpt",
     "sparsity_distributions",
     "sparsity_schedules",
     "sparsity_types",
@@ -89,4 +113,6 @@ __all__ = [
     "topk_mask",
     "transposable_mask",
     "uniform",
+    "wanda_mask",
+    "wanda_scores",
 ]

@@ -34,7 +34,7 @@ from sparsity.sparsity_distributions import (
     uniform,
 )
 from sparsity.sparsity_schedules import NoUpdateSchedule
-from sparsity.sparsity_types import SparsityType, Unstructured
+from sparsity.sparsity_types import NByM, SparsityType, Unstructured
 from sparsity.utils import key_of, map_entries, name_of
 
 __all__ = [
@@ -129,6 +129,8 @@ class BaseUpdater:
       stacked_fn: (keys, parameter) -> number of leading axes that only stack separate layers, as in
         kernels [layers, in, out] of scanned blocks. Masks are then made for each layer by itself,
         and the distribution's filter, ERK and positive axes of `sparsity_type` see one layer.
+      axis_fn: (keys, parameter) -> the axis of N:M, negative, in place of that of `sparsity_type`:
+        kernels with separate heads have theirs elsewhere than others.
     """
 
     scheduler: Any = NoUpdateSchedule()  # noqa: RUF009 (frozen)
@@ -142,12 +144,17 @@ class BaseUpdater:
     use_packed_masks: bool = False
     topk_fn: Callable[[jax.Array, Any], jax.Array] | None = None
     stacked_fn: StackedFnType | None = None
+    axis_fn: Callable[[tuple, Any], int] | None = None
 
     def __post_init__(self):
         if self.topk_fn is None:
-            self.topk_fn = mask_calculator.get_topk_fn(self.sparsity_type)
+            self.topk_fn = self.get_topk_fn(self.sparsity_type)
 
     # What an algorithm gives.
+
+    def get_topk_fn(self, sparsity_type: SparsityType) -> Callable[[jax.Array, Any], jax.Array]:
+        """(scores, sparsity) -> mask, of a type."""
+        return mask_calculator.get_topk_fn(sparsity_type)
 
     def calculate_scores(
         self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
@@ -198,7 +205,7 @@ class BaseUpdater:
             if sparsity is None:
                 return None
             try:
-                return self._layers_mask(score, sparsity, self.stacked(path, score))
+                return self._layers_mask(path, score, sparsity)
             except ValueError as error:
                 raise ValueError(f"{name_of(path)}: {error}") from None
 
@@ -250,6 +257,12 @@ class BaseUpdater:
             )
         return axes
 
+    def type_of(self, path: tuple, param: Any) -> SparsityType:
+        """The type of sparsity of a parameter."""
+        if self.axis_fn is None or not isinstance(self.sparsity_type, NByM):
+            return self.sparsity_type
+        return dataclasses.replace(self.sparsity_type, axis=self.axis_fn(key_of(path), param))
+
     def distribute(self, params: Any) -> Any:
         """The tree of target sparsities, None where there is no distribution."""
         if self.sparsity_distribution_fn is None:
@@ -264,7 +277,8 @@ class BaseUpdater:
             params = jax.tree.map_with_path(layer, params)
         return self.sparsity_distribution_fn(params)
 
-    def _layers_mask(self, score, sparsity, stacked):
+    def _layers_mask(self, path, score, sparsity):
+        stacked = self.stacked(path, score)
         if isinstance(sparsity, int | float):
             check_sparsity(sparsity)
         if self.topk_fn is mask_calculator.topk_mask_calculator:
@@ -272,6 +286,8 @@ class BaseUpdater:
             mask = _topk_mask(score, topk.keep_count(size, sparsity), stacked=stacked)
         else:
             mask_fn = self.topk_fn
+            if (sparsity_type := self.type_of(path, score)) != self.sparsity_type:
+                mask_fn = self.get_topk_fn(sparsity_type)
             for _ in range(stacked):
                 mask_fn = jax.vmap(mask_fn, in_axes=(0, None))
             mask = mask_fn(score, sparsity)

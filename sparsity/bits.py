@@ -25,7 +25,9 @@ def unpack_bits(bits: jax.Array, size: int, *, axis: int = -1) -> jax.Array:
     """The bool mask of which `pack_bits` made the bytes; `size` is that of its axis."""
     axis %= bits.ndim
     mask = jnp.expand_dims(bits, axis + 1) >> _places(axis + 1, bits.ndim + 1) & 1
-    mask = mask.astype(bool).reshape(*bits.shape[:axis], 8 * bits.shape[axis], *bits.shape[axis + 1 :])
+    mask = mask.astype(bool).reshape(
+        *bits.shape[:axis], 8 * bits.shape[axis], *bits.shape[axis + 1 :]
+    )
     return jax.lax.slice_in_dim(mask, 0, size, axis=axis)
 
 

@@ -71,10 +71,13 @@ class KernelPlan:
         )
 
 
-def plan_kernel(name, leaf, text, pattern: Pattern, contraction=None, ways=None) -> KernelPlan:
-    """The plan for one parameter; the arguments are those of `Recipe.build`.
+def plan_kernel(
+    name, leaf, text, pattern: Pattern, contraction=None, ways=None
+) -> KernelPlan | None:
+    """The plan for one parameter; None where it has no contraction axis.
 
     Args:
+      contraction: and `ways`, of `Recipe.build`.
       leaf: array or `jax.ShapeDtypeStruct`.
       text: the target, such as "2:4".
 
@@ -82,12 +85,14 @@ def plan_kernel(name, leaf, text, pattern: Pattern, contraction=None, ways=None)
       ValueError: the groups do not fit the kernel or its shards.
     """
     shape = tuple(leaf.shape)
+    axis = -2 if contraction is None else contraction(name, shape)
+    if axis is None:
+        return None
     if len(shape) < 2:
         raise ValueError(
             f"recipe: {name} of shape {shape} has no input axis for {text}; leave it out with "
             "None before the pattern that matches it"
         )
-    axis = -2 if contraction is None else contraction(name, shape)
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if not all(-len(shape) <= a < 0 for a in axes) or any(
         b - a != 1 for a, b in itertools.pairwise(axes)

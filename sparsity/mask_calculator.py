@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsity.nm import check_nm, nm_mask
+from sparsity.nm import nm_mask, split_groups
 from sparsity.sparsity_types import Block, Channel, NByM, SparsityType, Unstructured
-from sparsity.topk import keep_count, order_key, topk_mask
+from sparsity.topk import keep_count, topk_mask
 
 MASK_DTYPE = "uint8"
 
@@ -60,13 +60,11 @@ def topk_n_by_m_mask_calculator(scores, sparsity, sparsity_type: NByM) -> jax.Ar
       ValueError: as `nm.nm_mask`.
     """
     n, m, axis = sparsity_type.n, sparsity_type.m, sparsity_type.axis
-    scores = jnp.asarray(scores)
-    check_nm(n, m, scores.shape[axis], name=f"axis {axis} of {scores.shape}")
+    groups, at = split_groups(jnp.asarray(scores), m, axis, n=n)
     # 1e-4: a float32 sparsity of 1 - k / m may give a little more than k.
     kept = jnp.maximum(n, jnp.ceil(m * (1 - sparsity) - 1e-4)).astype(jnp.int32)
-    # The last of equal scores are kept where the first are pruned.
-    pruned = nm_mask(~order_key(scores), m - kept, m, axis=axis)
-    return (~pruned).astype(MASK_DTYPE)
+    mask = nm_mask(groups, kept, m, axis=at, ties="last")
+    return mask.reshape(jnp.shape(scores)).astype(MASK_DTYPE)
 
 
 def topk_block_mask_calculator(

@@ -1,6 +1,9 @@
 """N:M sparsity: n entries kept of every m consecutive ones along an axis."""
 
+import functools
 import math
+import operator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +13,32 @@ from sparsity.topk import order_key
 
 Axis = int | tuple[int, ...]
 
+_PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+_PATTERNS = [
+    (a, b, c, d)
+    for a in _PAIRS
+    for b in _PAIRS
+    for c in _PAIRS
+    for d in _PAIRS
+    if sorted((*a, *b, *c, *d)) == [0, 0, 1, 1, 2, 2, 3, 3]
+]
 
-def nm_mask(scores: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Array:
-    """The mask of the n largest of every m consecutive scores; of equal ones the first.
 
-    -0 equals +0, and NaN is less than all else.
+def nm_mask(
+    scores: jax.Array, n, m: int, *, axis: Axis = -1, ties: Literal["first", "last"] = "first"
+) -> jax.Array:
+    """The mask of the n largest of every m consecutive scores.
+
+    -0 equals +0, and NaN is less than all else. An array sharded so that no group is cut is masked
+    without communication.
 
     Args:
       scores: floating, integer or bool.
-      n: int, or an int32 scalar from 0 to m that may be traced.
+      n: int, or an int32 scalar from 0 to m that may be traced (an int is faster above m = 64).
       m: the size of a group.
       axis: the axis that is cut into groups; or adjacent axes, in increasing order, that are cut as
         if they were one.
+      ties: which of equal scores are kept.
 
     Returns:
       bool, of the shape of the scores.
@@ -31,7 +48,10 @@ def nm_mask(scores: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Array:
     """
     scores = jnp.asarray(scores)
     groups, at = split_groups(scores, m, axis, n=n)
-    mask = _mask_of_traced(groups, n, at) if isinstance(n, jax.Array) else _mask(groups, n, at)
+    if isinstance(n, jax.Array):
+        mask = _mask_of_traced(groups, n, at, ties)
+    else:
+        mask = _mask(groups, operator.index(n), at, ties)
     return mask.reshape(scores.shape)
 
 
@@ -105,41 +125,45 @@ def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) ->
         raise ValueError(f"axes={axes} are one axis; use two")
     for axis in (row, column):
         check_nm(2, 4, scores.shape[axis], name=f"axis {axis} of {scores.shape}")
+    return _transposable(scores, row, column)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _transposable(scores, row: int, column: int):
+    blocks, j = split_groups(scores, 4, column)
+    blocks, i = split_groups(blocks, 4, row)
+    j += 1
     limit = float(np.finfo(np.float32).max) / 32  # sums of eight stay finite
-    x = jnp.nan_to_num(scores.astype(jnp.float32), nan=-limit, posinf=limit, neginf=-limit)
-    x = jnp.clip(x, -limit, limit)
-    blocks, _ = split_groups(x, 4, column)
-    blocks, _ = split_groups(blocks, 4, row)
-    entries = [
-        [_take(_take(blocks, j, column + 2), i, row + 1) for j in range(4)] for i in range(4)
+
+    def entry(a, b):
+        x = jax.lax.slice_in_dim(jax.lax.slice_in_dim(blocks, a, a + 1, axis=i), b, b + 1, axis=j)
+        x = x.astype(jnp.float32)
+        return jnp.clip(jnp.where(jnp.isnan(x), -limit, x), -limit, limit)
+
+    entries = [[entry(a, b) for b in range(4)] for a in range(4)]
+    pairs = [{pair: row[pair[0]] + row[pair[1]] for pair in _PAIRS} for row in entries]
+    found = [  # (sum, bits of the pattern)
+        (
+            sum(pairs[a][pair] for a, pair in enumerate(pattern)),
+            np.int32(sum(1 << (4 * a + b) for a, pair in enumerate(pattern) for b in pair)),
+        )
+        for pattern in _PATTERNS
     ]
-    pairs = [{p: r[p[0]] + r[p[1]] for p in _PAIRS} for r in entries]
-    best = code = None
-    for pattern in _PATTERNS:
-        total = sum(pairs[i][pair] for i, pair in enumerate(pattern))
-        bits = sum(1 << (4 * i + j) for i, pair in enumerate(pattern) for j in pair)
-        if best is None:
-            best, code = total, jnp.full(total.shape, bits, jnp.int32)
-        else:
-            better = total > best
-            best, code = jnp.where(better, total, best), jnp.where(better, bits, code)
-    code = jnp.expand_dims(jnp.expand_dims(code, row + 1), column + 2)
-    place = 4 * _iota(4, row + 1, blocks.ndim) + _iota(4, column + 2, blocks.ndim)
-    return (code >> place & 1).astype(bool).reshape(scores.shape)
+    while len(found) > 1:  # a tournament; of equal sums the first pattern wins
+        last = found[len(found) // 2 * 2 :]
+        found = [
+            (jnp.maximum(x, y), jnp.where(y > x, code_y, code_x))
+            for (x, code_x), (y, code_y) in zip(found[::2], found[1::2], strict=False)
+        ] + last
+    place = 4 * _iota(4, i, blocks.ndim) + _iota(4, j, blocks.ndim)
+    mask = _computed_once(found[0][1]) >> place & 1 == 1
+    for axis in (column, row):  # one by one, which explicit shardings follow
+        at = axis + (axis == column)
+        mask = mask.reshape(*mask.shape[:at], -1, *mask.shape[at + 2 :])
+    return mask
 
 
-_PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
-_PATTERNS = [
-    (a, b, c, d)
-    for a in _PAIRS
-    for b in _PAIRS
-    for c in _PAIRS
-    for d in _PAIRS
-    if sorted((*a, *b, *c, *d)) == [0, 0, 1, 1, 2, 2, 3, 3]
-]
-
-
-def _nm_mask(groups, n, at: int):
+def _nm_mask(groups, n, at: int, ties: str):
     """The mask of the n largest along axis `at`, which is one group.
 
     A threshold for each group is found by a sorting network over its entries as m separate arrays,
@@ -147,15 +171,16 @@ def _nm_mask(groups, n, at: int):
     """
     m = groups.shape[at]
     place = _iota(m, at, groups.ndim)
+    order = range(m) if ties == "first" else range(m)[::-1]
     if m <= 32:
         entries = _entries(groups, at)
         threshold = _largest(entries, n)
         wanted = n - _total(key > threshold for key in entries)
-        ties, pruned = 0, 0
-        for j, key in enumerate(entries):
-            tie = key == threshold
-            ties += tie.astype(jnp.int32)
-            kept = (key > threshold) | (tie & (ties <= wanted))
+        met, pruned = 0, 0  # ties met so far, bits of what is pruned
+        for j in order:
+            tie = entries[j] == threshold
+            met += tie.astype(jnp.int32)
+            kept = (entries[j] > threshold) | (tie & (met <= wanted))
             pruned |= jnp.where(kept, np.uint32(0), np.uint32(1 << j))
         pruned = _computed_once(pruned) >> place.astype(jnp.uint32)  # all ones only where n is 0
         return (pruned & 1 == 0) & (n > 0)
@@ -165,22 +190,23 @@ def _nm_mask(groups, n, at: int):
     ):
         threshold = _computed_once(_largest(_entries(groups, at), n))
     else:
-        threshold = _bisected(_key(groups), n, at)
+        threshold = _bisected(groups, n, at)
     # The barrier has XLA slice the scores anew, in place of keeping m slices for the next loop.
     again, threshold = jax.lax.optimization_barrier((groups, threshold))
     entries = _entries(again, at)
     wanted = n - _total(key > threshold for key in entries)
-    ties, last = 0, 0  # the place of the last tie that is wanted
-    for key in entries:
-        ties += (key == threshold).astype(jnp.int32)
-        last += (ties < wanted).astype(jnp.int32)
-    last = jnp.where(wanted > 0, _computed_once(last), -1)
+    met, last = 0, 0  # ties met so far, how far in the last tie stands that is wanted
+    for j in order:
+        met += (entries[j] == threshold).astype(jnp.int32)
+        last += (met < wanted).astype(jnp.int32)
+    last = _computed_once(last)
+    first_ties = (place <= last) if ties == "first" else (place >= m - 1 - last)
     keys = _key(groups)
-    return (keys > threshold) | ((keys == threshold) & (place <= last))
+    return ((keys > threshold) | ((keys == threshold) & first_ties)) & (n > 0)
 
 
-_mask = jax.jit(_nm_mask, static_argnums=(1, 2))
-_mask_of_traced = jax.jit(_nm_mask, static_argnums=2)
+_mask = jax.jit(_nm_mask, static_argnums=(1, 2, 3))
+_mask_of_traced = jax.jit(_nm_mask, static_argnums=(2, 3))
 
 
 def _largest(entries, n):
@@ -215,18 +241,19 @@ def _network(size: int):
         p >>= 1
 
 
-def _bisected(keys, n, at: int):
-    """The n-th largest of each group, by counting what reaches a threshold, a bit at a time."""
-    bits = 8 * keys.dtype.itemsize
-    shape = [1 if a == at else size for a, size in enumerate(keys.shape)]
-    lowest = jnp.full(shape, jnp.iinfo(keys.dtype).min)
+def _bisected(groups, n, at: int):
+    """What `_largest` gives of each group, by counting what reaches a threshold, bit by bit."""
+    first = _entries(groups, at)[0]
+    bits = 8 * first.dtype.itemsize
 
     def body(i, found):
-        tried = found + (jnp.ones((), keys.dtype) << (bits - 1 - i).astype(keys.dtype))
-        count = jnp.sum(keys >= tried, axis=at, keepdims=True, dtype=jnp.int32)
+        # The barrier has XLA slice the scores in every pass, in place of keeping m slices.
+        groups_now, found = jax.lax.optimization_barrier((groups, found))
+        tried = found + (jnp.ones((), found.dtype) << (bits - 1 - i).astype(found.dtype))
+        count = _total(key >= tried for key in _entries(groups_now, at))
         return jnp.where(count >= jnp.maximum(n, 1), tried, found)
 
-    return jax.lax.fori_loop(0, bits, body, lowest)
+    return jax.lax.fori_loop(0, bits, body, jnp.full_like(first, jnp.iinfo(first.dtype).min))
 
 
 def _computed_once(x):
@@ -253,10 +280,6 @@ def _key(scores):
 
 def _total(masks):
     return sum(mask.astype(jnp.int32) for mask in masks)
-
-
-def _take(x, index: int, axis: int):
-    return jax.lax.index_in_dim(x, index, axis, keepdims=False)
 
 
 def _iota(size: int, axis: int, ndim: int):

@@ -10,7 +10,7 @@ Letters in names: I inputs, O outputs.
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from sparsity.layers import assign
 from sparsity.nm import check_nm, nm_mask, transposable_mask
 from sparsity.sparsity_types import NByM
 from sparsity.topk import keep_count, topk_mask
+from sparsity.validity import Validity, by_name, nm_validity, zeros
 
 Pattern = str | float | NByM
 
@@ -261,18 +262,24 @@ class KeepZeros:
     So any pattern is kept, also one that differs by layer, without its being stored.
 
     Attributes:
-      layers: regular expressions; a parameter that none matches trains as usual.
+      layers: the pattern that a kernel was given, by regular expression over the names of
+        parameters; one that none matches trains as usual.
     """
 
-    layers: Sequence[str]
+    layers: Mapping[str, str]
 
-    def build(self, params: Any, **_) -> "KeepZerosUpdater":
-        """The updater for a tree of parameters; what recipes are told besides, it has no use for.
+    def build(self, params: Any, *, steps=None, contraction=None) -> "KeepZerosUpdater":
+        """The updater for a tree of parameters.
+
+        Args:
+          contraction: (name, shape) -> the input axes of a kernel; see `recipes.Recipe.build`.
 
         Raises:
-          ValueError: an expression matches no parameter.
+          ValueError: an expression matches no parameter, or a pattern is unknown.
         """
-        return KeepZerosUpdater(assign(params, dict.fromkeys(self.layers, True)))
+        for pattern in self.layers.values():
+            parse_pattern(pattern)
+        return KeepZerosUpdater(assign(params, self.layers), contraction or (lambda *_: -2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,13 +287,17 @@ class KeepZerosUpdater:
     """Keeps the zeros of some parameters, with the methods of a `RecipeUpdater`.
 
     Attributes:
-      chosen: tree like the parameters, True where zeros are kept and None elsewhere.
+      chosen: tree like the parameters, the pattern where zeros are kept and None elsewhere.
+      contraction: see `KeepZeros.build`.
     """
 
     chosen: Any
+    contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]]
 
     variance = None
     packs_at = None
+    finite_masks = False
+    clip_by_global_norm = staticmethod(optax.clip_by_global_norm)
 
     def wrap_optax(self, inner: optax.GradientTransformation, learning_rate=None):
         """The inner transformation, which sees no gradient of a zero and cannot move it."""
@@ -313,6 +324,18 @@ class KeepZerosUpdater:
             params,
             is_leaf=lambda x: x is None,
         )
+
+    def validity(self, weights) -> dict[str, Validity]:
+        """What is counted in each kernel whose zeros are kept, by its name."""
+        kernels, counted = by_name(weights), {}
+        for name, pattern in by_name(self.chosen).items():
+            kind, kernel = parse_pattern(pattern), kernels[name]
+            if isinstance(kind, NByM):
+                axis = self.contraction(name, kernel.shape)
+                counted[name] = nm_validity(kernel, kind.n, kind.m, axis)
+            else:
+                counted[name] = Validity(str(kind), zeros(kernel))
+        return counted
 
     def weights(self, params, state):
         """The parameters as they are."""

@@ -1,7 +1,7 @@
 """N:M arrays as their kept values and the places of these within their groups.
 
-Entries are compared with their index and selected, never gathered: this fuses, stays within a
-shard that cuts no group, and keeps every bit of a value (-0, subnormals).
+Entries are selected by comparing indices (where groups are small: larger ones gather), which fuses,
+stays within a shard that cuts no group, and keeps every bit of a value (-0, subnormals).
 """
 
 import jax
@@ -31,18 +31,24 @@ def nm_indices(mask: jax.Array, n: int, m: int, *, axis: int) -> jax.Array:
       axis: of the groups.
     """
     groups, at = split_groups(jnp.asarray(mask), m, axis, n=n)
-    place = _iota(m, at, groups.ndim)
-    found, last = [], -1
-    for _ in range(n):
-        last = jnp.min(jnp.where(groups & (place > last), place, m - 1), axis=at, keepdims=True)
-        found.append(last)
-    return _join(jnp.concatenate(found, axis=at).astype(jnp.uint8), at)
+    # Entry r is as far in as there are entries with r or fewer kept ones up to and with them.
+    r = _iota(n, at, groups.ndim)
+    kept, index = 0, 0
+    for j in range(m):
+        kept += jax.lax.slice_in_dim(groups, j, j + 1, axis=at).astype(jnp.int32)
+        index += (kept <= r).astype(jnp.int32)
+    return _join(index.astype(jnp.uint8), at)
 
 
 def gather_nm(x: jax.Array, indices: jax.Array, n: int, m: int, *, axis: int) -> jax.Array:
     """The entries of x [.., groups * m, ..] at the indices uint8 [.., groups * n, ..]."""
     groups, at = split_groups(x, m, axis, n=n)
     indices, _ = split_groups(indices, n, axis)
+    if m > 16:  # m selections take longer than a gather
+        values = jnp.take_along_axis(
+            groups, indices.astype(jnp.int32), axis=at, mode="promise_in_bounds"
+        )
+        return _join(values, at)
     values = jnp.broadcast_to(jax.lax.slice_in_dim(groups, 0, 1, axis=at), indices.shape)
     for j in range(1, m):
         values = jnp.where(indices == j, jax.lax.slice_in_dim(groups, j, j + 1, axis=at), values)
@@ -50,7 +56,7 @@ def gather_nm(x: jax.Array, indices: jax.Array, n: int, m: int, *, axis: int) ->
 
 
 def unpack_nm(values: jax.Array, indices: jax.Array, n: int, m: int, *, axis: int) -> jax.Array:
-    """The array [.., groups * m, ..] of values [.., groups * n, ..] at their indices, else zeros."""
+    """Zeros [.., groups * m, ..] with the values [.., groups * n, ..] at their indices."""
     groups, at = split_groups(values, n, axis)
     indices, _ = split_groups(indices, n, axis)
     place = _iota(m, at, groups.ndim)

@@ -7,10 +7,11 @@ beside log2(m) bits for the place of each. 2:4 with AdamW in float32 falls from 
 
 An optimizer that works weight by weight does the same to the values as it did to the kernel, so
 that training goes on with the same numbers. What it is chained with may look at all of a gradient:
-the sum of `optax.clip_by_global_norm` is then over the same numbers without their zeros, and where
-it clips, its rounding may differ.
+the sum of `optax.clip_by_global_norm` is then over the same numbers without their zeros, in another
+order; `clip_by_global_norm` here sums in one that packing does not change.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from sparsity.kernels import PackedKernel, indices_of
+from sparsity.nm import split_groups
 from sparsity.packed import encode_indices, gather_nm, nm_indices, pack_nm, unpack_nm
 
 WEIGHT_BY_WEIGHT = (
+    "ClipState",
     "ScaleByAdamState",
     "StepAdamState",
     "ScaleByLionState",
@@ -51,6 +54,46 @@ class PackedState(NamedTuple):
     codes: Any
     masked_from: jax.Array
     inner_state: optax.OptState
+
+
+class ClipState(NamedTuple):
+    """State of `clip_by_global_norm`: int32 [], updates done."""
+
+    count: jax.Array
+
+
+def clip_by_global_norm(max_norm: float, updater) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with the same bits for packed gradients and for masked ones.
+
+    Each group is summed by itself, in the order of its entries, where a zero changes nothing.
+
+    Args:
+      updater: a `RecipeUpdater`.
+    """
+
+    def squares(plan, x, count):
+        total = rounded(jnp.square(x.astype(jnp.float32)), count)
+        if plan is not None and isinstance(plan.axis, int):
+            size = plan.target[1] if x.shape == plan.shape else plan.target[0]
+            groups, axis = split_groups(total, size, plan.axis)
+            parts = (jax.lax.index_in_dim(groups, i, axis, keepdims=False) for i in range(size))
+            total = functools.reduce(jnp.add, parts)
+        return jnp.sum(total)
+
+    def init(params):
+        del params
+        return ClipState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        leaves = zip(updater.plans, updater.treedef.flatten_up_to(updates), strict=True)
+        norm = jnp.sqrt(sum(squares(plan, x, state.count) for plan, x in leaves))
+        updates = jax.tree.map(
+            lambda x: jnp.where(norm < max_norm, x, x / norm.astype(x.dtype) * max_norm), updates
+        )
+        return updates, ClipState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def pack(updater, params: Any, state) -> tuple[Any, PackedState]:
@@ -83,9 +126,9 @@ def pack(updater, params: Any, state) -> tuple[Any, PackedState]:
     def statistic(plan, x, bits):
         return gather_nm(x, indices(plan, bits), *plan.target, axis=plan.axis)
 
-    codes = updater._map(code, state.masks)
+    codes = updater.map_kernels(code, state.masks)
     inner_state = _map_statistics(updater, statistic, params, state.inner_state, state.masks)
-    params = updater._map(values, params, state.masks)
+    params = updater.map_kernels(values, params, state.masks)
     return params, PackedState(state.count, codes, state.masked_from, inner_state)
 
 
@@ -96,12 +139,12 @@ def unpack(updater, params: Any, state: PackedState) -> tuple[Any, Any, optax.Op
         places = _indices(plan, x.shape, code)
         return unpack_nm(x, places, *plan.target, axis=plan.axis)
 
-    def bits(plan, w, code):
+    def bits(plan, code, w):
         return plan.bits(spread(plan, jnp.ones(w.shape, jnp.uint8), code) > 0)
 
-    masks = updater._masks_tree(bits, params, state.codes)
+    masks = updater.map_kernels(bits, state.codes, params)
     inner_state = _map_statistics(updater, spread, params, state.inner_state, state.codes)
-    return updater._map(spread, params, state.codes), masks, inner_state
+    return updater.map_kernels(spread, params, state.codes), masks, inner_state
 
 
 def weights(updater, params: Any, state: PackedState) -> Any:
@@ -111,7 +154,7 @@ def weights(updater, params: Any, state: PackedState) -> Any:
         n, m = plan.target
         return PackedKernel(values=w, code=code, n=n, m=m, axis=plan.axis, code_axis=plan.code_axis)
 
-    return updater._map(packed, params, state.codes)
+    return updater.map_kernels(packed, params, state.codes)
 
 
 def masks(updater, state: PackedState) -> Any:
@@ -124,7 +167,7 @@ def masks(updater, state: PackedState) -> Any:
         ones = jnp.ones(shape, jnp.uint8)
         return unpack_nm(ones, _indices(plan, shape, code), n, m, axis=plan.axis) > 0
 
-    return updater._map(mask, state.codes)
+    return updater.map_kernels(mask, state.codes)
 
 
 def rounded(x: jax.Array, count: jax.Array) -> jax.Array:

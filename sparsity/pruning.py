@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import jax
 import optax
 
 from sparsity.api import create_updater_from_config
 from sparsity.base_updater import BaseUpdater, SparseState
-from sparsity.layers import assign, names
+from sparsity.layers import assign
+from sparsity.validity import Validity, by_name, zeros
 
 DEFAULT_LAYERS = (r"(attention|feed_forward)/.*kernel",)
 
@@ -21,8 +21,8 @@ class Pruning:
 
     Attributes:
       sparsity: fraction of the weights of these layers that is pruned in the end, in [0, 1).
-      sparsity_type: "unstructured", "2:4", "block_4,4" or "channel_-1"; N:M is along the contraction
-        axis of a kernel.
+      sparsity_type: "unstructured", "2:4", "block_4,4" or "channel_-1"; N:M is along the
+        contraction axis of a kernel.
       distribution: "uniform", the same for each kernel; or "erk", less for the smaller ones.
       layers: patterns of the names of the parameters that are pruned; see `layers.assign`.
       start_fraction: of the run, where the first mask is made.
@@ -65,20 +65,26 @@ class Pruning:
           params: tree of arrays or of `jax.ShapeDtypeStruct`.
           steps: of the run.
           contraction: (name, shape) -> the input axes of a kernel; see `Recipe.build`. The axes in
-            front of them stack layers, each of which is pruned by itself. The default has no stacks.
+            front of them stack layers, each of which is pruned by itself. None: nothing is stacked.
 
         Raises:
           ValueError: a pattern of `layers` matches no parameter, or an option is unknown or wrong.
         """
         chosen = assign(params, dict.fromkeys(self.layers, True))
-        chosen = {name for name, yes in _items(params, chosen) if yes}
+        leaves = by_name(params)
+        chosen = {
+            name
+            for name, yes in by_name(chosen).items()
+            if yes and (contraction is None or contraction(name, leaves[name].shape) is not None)
+        }
+
+        def inputs(path, leaf) -> tuple[int, ...]:
+            axes = -2 if contraction is None else contraction("/".join(path), leaf.shape)
+            return (axes,) if isinstance(axes, int) else axes
 
         def stacked(path, leaf):
-            name = "/".join(path)
-            if contraction is None or name not in chosen:
-                return 0
-            axes = contraction(name, leaf.shape)
-            return len(leaf.shape) + (axes if isinstance(axes, int) else axes[0])
+            pruned = "/".join(path) in chosen
+            return len(leaf.shape) + inputs(path, leaf)[0] if pruned and contraction else 0
 
         first = math.floor(self.start_fraction * steps)
         last = math.floor(self.end_fraction * steps)
@@ -93,18 +99,28 @@ class Pruning:
             "update_end_step": last,
             "use_packed_masks": self.packed_masks,
             "stacked_fn": stacked,
+            "axis_fn": lambda path, leaf: inputs(path, leaf)[-1],
             **self.options,
         }
-        return PruningUpdater(create_updater_from_config(config))
+        return PruningUpdater(create_updater_from_config(config), self.sparsity, frozenset(chosen))
 
 
 @dataclasses.dataclass(frozen=True)
 class PruningUpdater:
-    """A `BaseUpdater` with the methods of a `RecipeUpdater`, for a trainer that takes either."""
+    """A `BaseUpdater` with the methods of a `RecipeUpdater`, for a trainer that takes either.
+
+    Attributes:
+      sparsity: of the pruned parameters together, in the end.
+      chosen: their names.
+    """
 
     updater: BaseUpdater
+    sparsity: float
+    chosen: frozenset[str]
     variance = None
     packs_at = None
+    finite_masks = False  # scores are of the gradients too
+    clip_by_global_norm = staticmethod(optax.clip_by_global_norm)
 
     def wrap_optax(
         self, inner: optax.GradientTransformation, learning_rate: Any = None
@@ -125,7 +141,9 @@ class PruningUpdater:
         """Masks of the state, 1 where kept; None for a parameter that has none there."""
         return self.updater.unpack(state.masks, params)
 
-
-def _items(params, tree):
-    flat, treedef = jax.tree.flatten(names(params))
-    return zip(flat, treedef.flatten_up_to(tree), strict=True)
+    def validity(self, weights: Any) -> dict[str, Validity]:
+        """What is counted in all pruned parameters together."""
+        kernels = [w for name, w in by_name(weights).items() if name in self.chosen]
+        size = sum(kernel.size for kernel in kernels)
+        share = sum(zeros(kernel) * kernel.size for kernel in kernels) / size
+        return {"all": Validity(str(self.sparsity), share)}

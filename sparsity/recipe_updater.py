@@ -17,6 +17,7 @@ from sparsity.autoswitch import AutoSwitch
 from sparsity.kernel_plan import KernelPlan
 from sparsity.kernels import MaskedKernel, dense_tree
 from sparsity.packed_state import PackedState
+from sparsity.validity import Validity, by_name, nm_validity
 
 if TYPE_CHECKING:
     from sparsity.recipes import Recipe
@@ -61,6 +62,9 @@ class RecipeUpdater:
     dense_steps: int
     fine_tune_start: int
     steps: int
+
+    finite_masks = True
+    """A step whose numbers are not finite makes masks too, of finite ones."""
 
     @property
     def variance(self) -> AutoSwitch | None:
@@ -139,9 +143,9 @@ class RecipeUpdater:
             def rounded(_, x):
                 return packed_state.rounded(x, state.count)
 
-            updates = self._map(rounded, updates)
+            updates = self.map_kernels(rounded, updates)
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
-            return self._map(rounded, updates), inner_state
+            return self.map_kernels(rounded, updates), inner_state
 
         def update(updates, state, params=None, **extra):
             if params is None:
@@ -158,7 +162,7 @@ class RecipeUpdater:
                     g = g + (recipe.sr_ste * jnp.where(mask, 0, w)).astype(g.dtype)
                 return g if self.freezes_at is None else jnp.where(frozen & ~mask, 0, g)
 
-            updates = self._map(gradient, updates, params, state.masks)
+            updates = self.map_kernels(gradient, updates, params, state.masks)
             updates, inner_state = inner_update(updates, state, params, **extra)
             if decoupled:
                 rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -167,7 +171,7 @@ class RecipeUpdater:
                 def shrink(plan, u, w, bits):
                     return u - (scale * jnp.where(plan.mask(bits), 0, w)).astype(u.dtype)
 
-                updates = self._map(shrink, updates, params, state.masks)
+                updates = self.map_kernels(shrink, updates, params, state.masks)
             count = optax.safe_increment(state.count)
             masked_from = self._switched_at(inner_state)
             masks = self._next_masks(params, updates, state.masks, count, masked_from)
@@ -178,7 +182,7 @@ class RecipeUpdater:
                 def settle(plan, u, w, bits):  # w - w is exactly 0
                     return jnp.where(frozen & ~plan.mask(bits), -w.astype(u.dtype), u)
 
-                updates = self._map(settle, updates, params, masks)
+                updates = self.map_kernels(settle, updates, params, masks)
             return updates, new
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -200,7 +204,7 @@ class RecipeUpdater:
                 weight=w, bits=bits, decay=decay, gradient=scale, axis=plan.bits_axis
             )
 
-        return self._map(masked, params, state.masks)
+        return self.map_kernels(masked, params, state.masks)
 
     def pre_forward_update(self, params: Any, state: RecipeState | PackedState) -> Any:
         """The parameters as a forward pass reads them, all of them arrays.
@@ -222,7 +226,7 @@ class RecipeUpdater:
         def settle(plan, w, bits):
             return jnp.where(frozen & ~plan.mask(bits), 0, w)
 
-        return self._map(settle, params, state.masks)
+        return self.map_kernels(settle, params, state.masks)
 
     def masks(self, state: RecipeState | PackedState, params: Any = None) -> Any:
         """A tree like the parameters of bool masks, True where kept; None outside the recipe.
@@ -232,7 +236,26 @@ class RecipeUpdater:
         """
         if isinstance(state, PackedState):
             return packed_state.masks(self, state)
-        return self._map(lambda plan, bits: plan.mask(bits), state.masks)
+        return self.map_kernels(lambda plan, bits: plan.mask(bits), state.masks)
+
+    def clip_by_global_norm(self, max_norm: float) -> optax.GradientTransformation:
+        """Clipping for the inner optimizer; packed or not, the same bits where masks get fixed."""
+        if self.freezes_at is None:
+            return optax.clip_by_global_norm(max_norm)
+        return packed_state.clip_by_global_norm(max_norm, self)
+
+    def validity(self, weights: Any) -> dict[str, Validity]:
+        """What is counted in each kernel of the recipe, by its name.
+
+        Args:
+          weights: what `weights` or `pre_forward_update` gives.
+        """
+        kernels = by_name(dense_tree(weights))
+        return {
+            plan.name: nm_validity(kernels[plan.name], *plan.target, plan.axis)
+            for plan in self.plans
+            if plan is not None
+        }
 
     def pack(self, params: Any, state: RecipeState) -> tuple[Any, PackedState]:
         """Keeps only the kept weights, and the optimizer's statistics of them; see `packed_state`.
@@ -263,7 +286,7 @@ class RecipeUpdater:
         params, masks, inner_state = packed_state.unpack(self, params, state)
         return params, RecipeState(state.count, masks, state.masked_from, inner_state)
 
-    def _map(self, function: Callable, tree: Any, *rest: Any) -> Any:
+    def map_kernels(self, function: Callable, tree: Any, *rest: Any) -> Any:
         """`function(plan, *leaves)` for the kernels of the recipe; other leaves of `tree` stay."""
         trees = [self.treedef.flatten_up_to(t) for t in (tree, *rest)]
         leaves = [
@@ -324,12 +347,13 @@ class RecipeUpdater:
         else:
             stage = 0
 
-        def bits(plan, w):
+        def bits(plan, _, w):
             if stage is None:
                 return plan.bits(jnp.ones_like(w, bool))
             return plan.bits_at(stage, jnp.abs(w))
 
-        return self._masks_tree(bits, params)
+        none = self.treedef.unflatten([None] * len(self.plans))
+        return self.map_kernels(bits, none, params)
 
     def _next_masks(self, params, updates, masks, count, masked_from) -> Any:
         """The masks of params + updates, where they are due; else those that are."""
@@ -343,14 +367,14 @@ class RecipeUpdater:
         due = (s.phase != DENSE) & jnp.where(s.frozen, since == 0, due)
 
         def fresh(params, updates):
-            def bits(plan, w, u):
+            def bits(plan, _, w, u):
                 # A step whose numbers are not finite is one that a trainer takes back.
                 new = optax.apply_updates(w, u)
                 scores = jnp.abs(jnp.where(jnp.isfinite(new), new, w))
                 stage = self._stage(s, len(plan.stages)) if len(plan.stages) > 1 else 0
                 return plan.bits_at(stage, scores)
 
-            return self._masks_tree(bits, params, updates)
+            return self.map_kernels(bits, masks, params, updates)
 
         if self._always_due():
             return fresh(params, updates)
@@ -363,14 +387,6 @@ class RecipeUpdater:
             and self.dense_steps == 0
             and recipe.variance is None
             and self.freezes_at is None
-        )
-
-    def _masks_tree(self, function, *trees) -> Any:
-        """`function(plan, *leaves)` for the kernels of the recipe, None elsewhere."""
-        trees = [self.treedef.flatten_up_to(tree) for tree in trees]
-        return self.treedef.unflatten(
-            None if plan is None else function(plan, *leaves)
-            for plan, *leaves in zip(self.plans, *trees, strict=True)
         )
 
 

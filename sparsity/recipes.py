@@ -142,8 +142,8 @@ class Recipe:
           steps: of the run.
           contraction: (name, shape) -> the input axis of a kernel, along which groups of M lie, or
             a tuple of adjacent axes that are taken as one; negative numbers, with the axes of
-            stacked layers in front. The default is -2: [in, out], convolutions [h, w, in, out],
-            and stacks of these.
+            stacked layers in front; None for a parameter that is no kernel, which no pattern is
+            for. The default is -2: [in, out], convolutions [h, w, in, out], and stacks of these.
           ways: name -> number of shards along these axes, none of which may cut a group. The
             default reads the shardings of `params`.
 

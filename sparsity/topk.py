@@ -4,14 +4,13 @@ A threshold is bisected on the bits of the scores, so that only counts are reduc
 array, every device counts its own entries, and the counts alone go over the network.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-DIGIT = 3  # bits of the threshold found in a pass over the scores, by counting 2^DIGIT - 1 times
 
 
 def order_key(scores: jax.Array) -> jax.Array:
@@ -114,89 +113,105 @@ def keep_count(size: int, sparsity) -> Any:
     return jnp.maximum(1, size - pruned)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
     sizes = [math.prod(leaf.shape[stacked:]) for leaf in leaves]
     if sum(sizes) >= 1 << 31:
         raise ValueError(f"{sum(sizes)} scores; fewer than 2^31 can be compared with one another")
-    keys = [order_key(leaf) for leaf in leaves]
     stack = leaves[0].shape[:stacked]
-    keep = jnp.minimum(jnp.asarray(keep, jnp.int32), sum(sizes))
+    keys = [order_key(leaf) for leaf in leaves]
+    firsts = np.cumsum([0, *sizes[:-1]])
+    keep = jnp.minimum(keep, sum(sizes))
 
-    def total(hits):
-        """[leaves][thresholds] bool arrays -> int32 [thresholds, *stack]."""
-        return sum(jnp.stack([_count(hit, stacked) for hit in leaf]) for leaf in hits)
+    def count(holds):
+        """int32 [*stack]: of how many keys `holds` is True."""
+        return sum(_count(lambda arrays: holds(*arrays), [key], stacked) for key in keys)
 
-    # The greatest threshold that `keep` scores or more reach.
+    lowest = jnp.full(stack, jnp.iinfo(keys[0].dtype).min, keys[0].dtype)
     threshold = _bisect(
-        lambda tried: total([[key >= _spread(t, key) for t in tried] for key in keys]) >= keep,
-        jnp.full(stack, jnp.iinfo(keys[0].dtype).min, keys[0].dtype),
-        8 * keys[0].dtype.itemsize,
+        lambda tried: count(lambda key: key >= _spread(tried, key)) >= keep,
+        lowest,
+        8 * lowest.dtype.itemsize,
     )
-    above = [key > _spread(threshold, key) for key in keys]
-    equal = [key == _spread(threshold, key) for key in keys]
-    wanted = keep - total([[mask] for mask in above])[0]
-    places = []
-    for key, first in zip(keys, np.cumsum([0, *sizes[:-1]]), strict=True):
-        shape = (1,) * stacked + key.shape[stacked:]
-        place = jnp.full(shape, first, jnp.int32)
-        for axis in range(stacked, key.ndim):
-            stride = math.prod(key.shape[axis + 1 :])
-            place += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * stride
-        places.append(place)
+    wanted = keep - count(lambda key: key > _spread(threshold, key))  # of those equal to it
+    ties = count(lambda key: key == _spread(threshold, key))
 
-    def first_ties():
-        """The greatest index such that no more than the wanted ties stand before it."""
-        return _bisect(
-            lambda tried: (
-                total(
-                    [
-                        [mask & (place < _spread(t, mask)) for t in tried]
-                        for mask, place in zip(equal, places, strict=True)
-                    ]
-                )
-                <= wanted
-            ),
-            jnp.zeros(stack, jnp.int32),
-            31,
-        )
+    def place_after_wanted():
+        def before(tried):
+            def holds(arrays):
+                key, place = arrays
+                return (key == _spread(threshold, key)) & (place < _spread(tried, place))
 
-    surplus = jnp.any(total([[mask] for mask in equal])[0] > wanted)
-    end = jax.lax.cond(surplus, first_ties, lambda: jnp.full(stack, (1 << 31) - 1, jnp.int32))
-    return [
-        more | (tie & (place < _spread(end, tie)))
-        for more, tie, place in zip(above, equal, places, strict=True)
-    ]
+            return sum(
+                _count(holds, [key, _places(key.shape, stacked, first)], stacked)
+                for key, first in zip(keys, firsts, strict=True)
+            )
+
+        return _bisect(lambda tried: before(tried) <= wanted, jnp.zeros(stack, jnp.int32), 31)
+
+    end = jax.lax.cond(
+        jnp.any(ties > wanted), place_after_wanted, lambda: jnp.full(stack, (1 << 31) - 1)
+    )
+
+    def mask(key, first):
+        first_ties = _places(key.shape, stacked, first) < _spread(end, key)
+        limit = _spread(threshold, key)
+        return (key > limit) | ((key == limit) & first_ties)
+
+    return [mask(key, first) for key, first in zip(keys, firsts, strict=True)]
 
 
-def _bisect(reached, lowest, bits: int):
-    """The greatest lowest + [0, 2^bits) that `reached` holds of; it holds of the lowest.
-
-    `reached` maps a list of values to a bool array [values, ...].
-    """
-
-    def digit(width, shift, found):
-        tried = [
-            found + (jnp.asarray(i, found.dtype) << shift.astype(found.dtype))
-            for i in range(1, 1 << width)
-        ]
-        steps = jnp.sum(reached(tried), axis=0, dtype=found.dtype)
-        return found + (steps << shift.astype(found.dtype))
+def _bisect(holds, lowest, bits: int):
+    """The greatest lowest + [0, 2^bits) that `holds`, as the lowest does and none above it."""
 
     def body(i, found):
-        return digit(DIGIT, bits - DIGIT * (i + 1), found)
+        tried = found + (jnp.ones((), found.dtype) << (bits - 1 - i).astype(found.dtype))
+        return jnp.where(holds(tried), tried, found)
 
-    found = jax.lax.fori_loop(0, bits // DIGIT, body, lowest)
-    return digit(bits % DIGIT, jnp.zeros((), jnp.int32), found) if bits % DIGIT else found
+    return jax.lax.fori_loop(0, bits, body, lowest)
+
+
+def _count(holds, arrays, stacked: int):
+    """int32 [*stack]: of how many entries of the arrays `holds` is True.
+
+    XLA's CPU backend vectorizes a sum of slices, but no reduction of comparisons. The slices are
+    cut so that the shards of an axis are, as a rule, the shards of each slice.
+    """
+    axis, parts = _slices(arrays[0].shape, stacked)
+    at = axis + 1
+    if parts > 1:
+        arrays = [
+            x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[at:]) for x in arrays
+        ]
+    else:
+        arrays, at = [x[None] for x in arrays], 0
+
+    def part(i):
+        return holds([jax.lax.index_in_dim(x, i, at, keepdims=False) for x in arrays])
+
+    hits = sum(part(i).astype(jnp.int32) for i in range(parts))
+    return jnp.sum(hits, axis=tuple(range(stacked, hits.ndim)))
+
+
+def _slices(shape, stacked: int) -> tuple[int, int]:
+    """An axis and the number, 1 to 16, of slices that it is to be cut into."""
+    twos = [(size & -size).bit_length() - 1 for size in shape[stacked:]]
+    if not twos:
+        return 0, 1
+    axis = int(np.argmax(twos))
+    return stacked + axis, 1 << min(4, twos[axis] // 2)
+
+
+def _places(shape, stacked: int, first: int):
+    """int32 [1, ..., *shape[stacked:]]: row-major indices in one of the stack, from `first` on."""
+    shape = (1,) * stacked + shape[stacked:]
+    place = jnp.full(shape, first, jnp.int32)
+    for axis in range(stacked, len(shape)):
+        stride = math.prod(shape[axis + 1 :])
+        place += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * stride
+    return place
 
 
 def _spread(value, like):
     """[*stack] -> [*stack, 1, ...], to stand against an array."""
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
-
-
-def _count(mask, stacked: int):
-    """int32 [*stack]: how many are True in each array of the stack."""
-    # The last axis first: XLA's CPU backend runs a reduction in parallel over what it leaves.
-    last = mask.ndim - 1
-    rows = jnp.sum(mask, axis=last, dtype=jnp.int32) if last >= stacked else mask.astype(jnp.int32)
-    return jnp.sum(rows, axis=tuple(range(stacked, rows.ndim)), dtype=jnp.int32)

@@ -17,6 +17,8 @@ def key_of(path: tuple) -> tuple:
 
     Dictionary keys as they are, attribute names, indices of sequences; ("kernel",) at the root.
     """
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]  # the array within an nnx.Variable
     return tuple(_entry(entry) for entry in path) or ("kernel",)
 
 

@@ -85,7 +85,7 @@ class GlobalPruningMixin(BaseUpdater):
         for path, score in named:
             stacked, sparsity = self.stacked(path, score), custom.get(key_of(path))
             pooled.append(self._normalized(score, stacked) if self._pruned(path, score) else None)
-            masks.append(None if sparsity is None else self._layers_mask(score, sparsity, stacked))
+            masks.append(None if sparsity is None else self._layers_mask(path, score, sparsity))
         size = sum(score.size for score in pooled if score is not None)
         if size:
             kept = _global_topk_masks(pooled, topk.keep_count(size, target_sparsity))

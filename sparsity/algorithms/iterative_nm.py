@@ -1,6 +1,7 @@
 """N:M reached weight by weight."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +39,11 @@ class IterativeNMPruning(MagnitudePruning):
     1 - N/M. Other types are pruned as by magnitude.
     """
 
-    def __post_init__(self):
-        sparsity_type = self.sparsity_type
-        if self.topk_fn is None and isinstance(sparsity_type, NByM):
-            self.topk_fn = lambda scores, sparsity: iterative_nm_mask(
-                scores, sparsity, sparsity_type
-            )
-        super().__post_init__()
+    def get_topk_fn(self, sparsity_type):
+        """(scores, sparsity) -> mask; of N:M, `iterative_nm_mask`."""
+        if isinstance(sparsity_type, NByM):
+            return functools.partial(iterative_nm_mask, sparsity_type=sparsity_type)
+        return super().get_topk_fn(sparsity_type)
 
 
 def add_to_jaxpruner() -> None:

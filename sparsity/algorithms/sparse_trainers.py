@@ -1,6 +1,7 @@
 """Sparse from the start to the end: fixed masks, and masks that move."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,11 @@ class SET(StaticRandomSparse):
         def update(path, param, mask, drop, grow):
             if mask is None:
                 return None
-            layer = lambda m, d, g: self._update_masks(m, d, g, drop_fraction)  # noqa: E731
+            layer = functools.partial(
+                self._update_masks,
+                drop_fraction=drop_fraction,
+                sparsity_type=self.type_of(path, param),
+            )
             for _ in range(self.stacked(path, param)):
                 layer = jax.vmap(layer)
             return layer(mask, drop, grow)
@@ -98,21 +103,21 @@ class SET(StaticRandomSparse):
         key = jax.random.fold_in(as_key(self.rng_seed), sparse_state.count)
         return generate_random_scores(params, key)
 
-    def _update_masks(self, old_mask, drop_score, grow_score, drop_fraction):
+    def _update_masks(self, old_mask, drop_score, grow_score, drop_fraction, sparsity_type):
         """The new mask of one layer, with as many ones as the old one."""
         old = old_mask == 1
-        units = _units(old, self.sparsity_type)
+        units = _units(old, sparsity_type)
         count = jnp.sum(units, dtype=jnp.int32)
         drop_score = jnp.where(old, drop_score.astype(jnp.float32), -jnp.inf)
         # Below infinity, which is what the survivors have.
         grow_score = jnp.minimum(grow_score.astype(jnp.float32), jnp.finfo(jnp.float32).max)
         stay = jnp.maximum(1, jnp.round(count * (1 - drop_fraction)).astype(jnp.int32))
-        if isinstance(self.sparsity_type, NByM):
+        if isinstance(sparsity_type, NByM):
             survivors = topk.topk_mask(drop_score, stay)
-            m = self.sparsity_type.m
-            n = jnp.where(count == old.size, m, self.sparsity_type.n)  # m: a layer left dense
+            m = sparsity_type.m
+            n = jnp.where(count == old.size, m, sparsity_type.n)  # m: a layer left dense
             score = jnp.where(survivors, jnp.inf, grow_score)
-            new = nm.nm_mask(score, n, m, axis=self.sparsity_type.axis)
+            new = nm.nm_mask(score, n, m, axis=sparsity_type.axis)
         elif self.topk_fn is mask_calculator.topk_mask_calculator:
             survivors = topk.topk_mask(drop_score, stay)
             new = topk.topk_mask(jnp.where(survivors, jnp.inf, grow_score), count)

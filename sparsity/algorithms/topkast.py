@@ -20,7 +20,7 @@ class TopKAST(MagnitudePruning):
     A is the top D of each layer (D = 1 - sparsity), B the top D + M; weights outside B do not move
     until a refresh of the sets brings them in. The parameters stay dense, and those of
     `pre_forward_update` have zeros outside A; they pass their gradient straight through. Add
-    `regularization` to the loss: it is what lets other weights overtake those of A.
+    `regularization` to the loss, or give `alpha`: it lets other weights overtake those of A.
 
         def total(params):
             return loss(updater.pre_forward_update(params, state)) + updater.regularization(
@@ -30,11 +30,13 @@ class TopKAST(MagnitudePruning):
       scheduler: its updates refresh the sets; every 100 steps.
       backward_extra_density: M; 0.3, with a sparsity of 0.8, is the paper's 80 % forward and 50 %
         backward.
+      alpha: `wrap_optax` adds the gradient of `regularization` with this factor; 0 does not.
     """
 
     scheduler: Any = PeriodicSchedule(100, 0, None)  # noqa: RUF009 (frozen)
     is_sparse_gradients: bool = True
     backward_extra_density: float = 0.3
+    alpha: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,6 +84,9 @@ class TopKAST(MagnitudePruning):
         masked = super().wrap_optax(inner)
 
         def update(updates, state, params=None, **extra):
+            if self.alpha and params is not None:
+                penalty = jax.grad(self.regularization)(params, state, self.alpha)
+                updates = jax.tree.map(jnp.add, updates, penalty)
             updates, state = masked.update(updates, state, params, **extra)
             # Momentum and weight decay would move them.
             return self.apply_masks(updates, state.backward_masks, is_packed=None), state

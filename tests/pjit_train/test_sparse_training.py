@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from test_collectives import collectives
-from test_loop import MODEL, rows, run, text  # noqa: F401
+from test_loop import rows, run, text  # noqa: F401
 from test_sharding import LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
 
 from pjit_train.checkpoint import CheckpointConfig
@@ -19,6 +19,8 @@ from pjit_train.optimizers import SGD, AdamW, Schedule
 from sparsity import recipes
 from sparsity.autoswitch import AutoSwitch
 from sparsity.kernels import MaskedKernel, dense
+from sparsity.patterns import Geometric
+from sparsity.pruning import Pruning
 from sparsity.recipes import Recipe
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -29,11 +31,13 @@ STEPS = 12
 
 
 def recipe(name: str, layers=None) -> Recipe:
-    """A recipe by its name; groups of 32 are on the way of the geometric one."""
+    """A recipe by its name."""
     geometric = {"attention/(query|key|value)": "1:2"}
     made = getattr(recipes, name)(
         layers or (geometric if "geometric" in name else {KERNELS: "2:4"})
     )
+    if name == "sdgf_geometric":
+        made = dataclasses.replace(made, pattern=Geometric(k=8))  # 32 inputs, 16 on a device
     if name == "step":
         switch = AutoSwitch(window=2, min_fraction=0.2, max_fraction=0.4)
         made = dataclasses.replace(made, variance=switch)
@@ -230,3 +234,84 @@ def test_a_step_that_is_not_finite_leaves_masks_and_parameters_alone():
         jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
     jax.tree.map(np.testing.assert_array_equal, after["sparsity"].masks, before["sparsity"].masks)
     assert int(after["sparsity"].count) == int(before["sparsity"].count) + 1
+
+
+def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path):  # noqa: F811
+    """Clipping, momentum and weight decay at work; stopped and resumed before and after packing."""
+    masked = dataclasses.replace(
+        run,
+        steps=12,
+        eval_every=6,
+        sparsity=dataclasses.replace(recipes.mdgf_linear(), fine_tune_fraction=0.5),
+        optimizer=AdamW(learning_rate=1e-2, clip_norm=0.05, schedule=Schedule(warmup_steps=2)),
+        checkpoints=CheckpointConfig(every_steps=1, keep_last=30, keep_best=0),
+    )
+    packed = dataclasses.replace(masked, sparsity=dataclasses.replace(masked.sparsity, packed=True))
+    train(masked, tmp_path / "masked", config_text="")
+    train(packed, tmp_path / "packed", config_text="")
+    want, got = rows(tmp_path / "masked"), rows(tmp_path / "packed")
+    for one, other in zip(want, got, strict=True):
+        kept = {name: x for name, x in one.items() if not name.startswith("gradient_noise")}
+        assert {name: other[name] for name in kept} == kept
+    assert all(row["grad_norm"] > 0.05 for row in want)
+    last = evaluate(masked, tmp_path / "masked")
+    assert last["sparse"]
+    assert evaluate(packed, tmp_path / "packed") == last
+    for step in (5, 6, 7):  # the state is packed between the sixth step and the seventh
+        for path in (tmp_path / "packed" / "checkpoints").iterdir():
+            if path.name.isdigit() and int(path.name) > step:
+                path.rename(tmp_path / f"{step}_{path.name}")
+        train(packed, tmp_path / "packed", config_text="")
+        assert rows(tmp_path / "packed") == got
+
+
+@pytest.mark.parametrize(("pattern", "bytes_per_weight"), [("2:4", 8.125), ("1:8", 2 + 3 / 64)])
+def test_packed_training_holds_so_many_bytes_a_weight(pattern, bytes_per_weight):
+    """Weight, two moments and gradient in float32, and the indices; 16 bytes where it is dense."""
+    sparsity = dataclasses.replace(recipes.asp({"feed_forward": pattern}), packed=True)
+    program = make_program(LLAMA, sparsity=sparsity)
+    dense_state, state = program.abstract_state, program.abstract_state_after(1)
+
+    def sizes(tree):
+        return [
+            x.size * x.dtype.itemsize
+            for path, x in jax.tree.leaves_with_path(tree)
+            if "'feed_forward'" in jax.tree_util.keystr(path)
+        ]
+
+    weights = sum(sizes(dense_state["params"])) / 4
+    assert sum(sizes(dense_state)) / weights == pytest.approx(12, rel=0.02)
+    gradients = sizes(state["params"])
+    assert (sum(sizes(state)) + sum(gradients)) / weights == pytest.approx(
+        bytes_per_weight, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "magnitude_ste", "topkast", "iterative_nm"])
+def test_pruning_algorithms_train_and_end_sparse(algorithm):
+    nm = algorithm == "iterative_nm"
+    sparsity = Pruning(
+        algorithm=algorithm,
+        sparsity=0.5 if nm else 0.8,
+        sparsity_type="2:4" if nm else "unstructured",
+        layers=(KERNELS,),
+        end_fraction=0.75,
+        update_every=2,
+    )
+    mesh = MESH if algorithm == "rigl" else ()
+    program = make_program(LLAMA, dict(mesh), sparsity=sparsity, steps=STEPS)
+    state = program.new_state()
+    step = program.compile_step(make_batch(program, 0))
+    losses = []
+    for i in range(STEPS):
+        state, figures = step(state, make_batch(program, i))
+        losses.append(float(figures["loss"]))
+    assert losses[-1] < losses[0]
+    weights = program.weights(state)
+    assert all(counted.holds for counted in program.updater.validity(weights).values())
+    assert not program.updater.validity(jax.tree.map(lambda w: w + 1, weights))["all"].holds
+    if nm:  # along the contraction axes, which are not the same for all kernels
+        for path in (("attention", "query"), ("feed_forward", "down")):
+            kernel = np.asarray(weights["blocks"][path[0]][path[1]]["kernel"])
+            groups = kernel.reshape(kernel.shape[0], -1, 4, *kernel.shape[2:])
+            assert ((groups != 0).sum(2) == 2).all()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +92,17 @@ def test_filters_see_keys_and_one_layer():
     assert custom["block"] == {"kernel": 0.5, "bias": 0.2}
     assert custom["embed"] is None
     assert uniform(np.zeros((2, 2)), 0.5) == 0.5
+
+
+def test_keys_of_flax_variables():
+    layer = nnx.state(nnx.eval_shape(lambda: nnx.Linear(4, 8, rngs=nnx.Rngs(0))))
+    shares = uniform({"a": layer}, 0.5, distributions.KERNEL_FILTER_FN)
+    assert jax.tree.leaves(shares) == [0.5]
+    key = ("a", "kernel")
+    assert jax.tree.leaves(uniform({"a": layer}, 0.5, custom_sparsity_map={key: 0.1})) == [0.1]
+    named = {"attention": {"query": np.zeros((2, 2)), "value": np.zeros((2, 2))}}
+    shares = uniform(named, 0.5, lambda key, _: key == ("attention", "value"))
+    assert shares == {"attention": {"query": None, "value": 0.5}}
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])

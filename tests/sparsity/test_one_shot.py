@@ -275,7 +275,7 @@ def test_zeros_are_kept_in_training_and_nothing_else_is():
     params = {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(6)}, "head": jnp.zeros(6)}
     x, y = rng.normal(size=(2, 32, 8)).astype(np.float32)
     y = y[:, :6]
-    updater = one_shot.KeepZeros(layers=["kernel"]).build(params, steps=5)
+    updater = one_shot.KeepZeros(layers={"kernel": "2:4"}).build(params, steps=5)
     optimizer = updater.wrap_optax(optax.adamw(0.1, weight_decay=0.1))
     state = optimizer.init(params)
 
@@ -303,4 +303,4 @@ def test_zeros_are_kept_in_training_and_nothing_else_is():
 
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"'quary' matches no parameter.*query/kernel"):
-        one_shot.KeepZeros(layers=["quary"]).build({"query": {"kernel": jnp.ones((4, 4))}}, steps=1)
+        one_shot.KeepZeros(layers={"quary": "2:4"}).build({"query": {"kernel": jnp.ones((4, 4))}})

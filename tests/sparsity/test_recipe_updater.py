@@ -188,6 +188,7 @@ def test_phases_go_beyond_the_run_without_change():
         ({"sr_ste_where": "weight"}, "sr_ste_where='weight' is unknown; use gradient or decoupled"),
         ({"sr_ste": -1.0}, "sr_ste=-1.0; use 0 or more"),
         ({"update_every": 0}, "update_every=0; use 1 or more"),
+        ({"packed": True}, "packed=True needs masks that stay fixed; use fine_tune_fraction > 0"),
         ({"dense_fraction": 1.5}, "dense_fraction=1.5 is no fraction of the run; use 0 to 1"),
         (
             {"dense_fraction": 0.6, "fine_tune_fraction": 0.5},

@@ -1,0 +1,215 @@
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparsity.nm import check_nm, nm_mask, nm_violations, transposable_mask
+
+COLLECTIVES = re.compile(r"\b(all-|collective-|reduce-scatter)")
+
+
+def sorted_mask(scores, n, m, axis):
+    """The first n of each group in a stable sort: numbers from the greatest, then NaN."""
+    values = np.moveaxis(np.asarray(scores).astype(np.float64), axis, -1)
+    groups = values.reshape(*values.shape[:-1], -1, m)
+    order = np.lexsort((-groups, np.isnan(groups)), axis=-1)
+    mask = np.zeros(groups.shape, bool)
+    np.put_along_axis(mask, order[..., :n], True, axis=-1)
+    return np.moveaxis(mask.reshape(values.shape), -1, axis)
+
+
+def test_the_largest_of_each_group():
+    scores = jnp.array([[1.0, 4.0, 3.0, 2.0, -1.0, -2.0, -3.0, -4.0]])
+    assert nm_mask(scores, 2, 4).astype(int).tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+    assert nm_mask(scores, 1, 8).astype(int).tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]
+    assert nm_mask(scores.T, 2, 4, axis=0)[:, 0].astype(int).tolist() == [0, 1, 1, 0, 1, 1, 0, 0]
+
+
+SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 1.0, -1.0, 3.4e38]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    arrays.arrays(
+        np.float32, (3, 8, 2), elements=st.sampled_from(SPECIAL) | st.floats(-4, 4, width=32)
+    ),
+    st.integers(1, 4),
+)
+def test_any_floats_against_a_stable_sort(scores, n):
+    np.testing.assert_array_equal(nm_mask(scores, n, 4, axis=1), sorted_mask(scores, n, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "traced"),
+    [(1, 1, False), (1, 8, True), (5, 12, False), (4, 32, False), (9, 32, True), (16, 40, False)]
+    + [(16, 40, True), (16, 96, False), (30, 80, True)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_group_sizes_against_a_stable_sort(n, m, traced, dtype):
+    """Small integers: most groups have ties at the threshold."""
+    scores = np.random.default_rng(m).integers(-9, 9, (2, 4 * m, 3)).astype(dtype)
+    mask = nm_mask(scores, jnp.int32(n) if traced else n, m, axis=1)
+    np.testing.assert_array_equal(mask, sorted_mask(scores, n, m, 1))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", "float8_e4m3fn", "uint32", "int8", "bool"]
+)
+def test_dtypes(dtype):
+    scores = np.random.default_rng(0).normal(size=(16, 24)) * 3
+    if dtype == "uint32":  # beyond int32
+        scores = np.abs(scores) * 2.0**29
+    scores = jnp.asarray(scores).astype(dtype)
+    expected = sorted_mask(
+        np.asarray(scores.astype("uint32" if dtype == "uint32" else "float32")), 3, 8, 0
+    )
+    np.testing.assert_array_equal(nm_mask(scores, 3, 8, axis=0), expected)
+
+
+@pytest.mark.parametrize("m", [16, 40])
+def test_extreme_integers(m):
+    """The ends of int32, which no float score reaches."""
+    limits = np.iinfo(np.int32)
+    scores = np.resize([limits.min, limits.max, 0, limits.min, -1], m).astype(np.int32)
+    np.testing.assert_array_equal(nm_mask(scores, m // 2, m), sorted_mask(scores, m // 2, m, 0))
+
+
+@pytest.mark.parametrize("m", [4, 32, 40, 80])
+def test_a_traced_n_goes_from_none_to_all_without_retracing(m):
+    scores = np.random.default_rng(1).integers(0, 5, (3, m)).astype(np.float32)
+    traces = []
+
+    @jax.jit
+    def mask(scores, n):
+        traces.append(n)
+        return nm_mask(scores, n, m)
+
+    for n in (0, 1, m // 2, m):
+        np.testing.assert_array_equal(mask(scores, jnp.int32(n)), sorted_mask(scores, n, m, 1))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("m", [8, 40])
+def test_last_ties(m):
+    scores = np.random.default_rng(2).integers(0, 3, (4, m)).astype(np.float32)
+    expected = sorted_mask(scores[:, ::-1], 3, m, 1)[:, ::-1]
+    np.testing.assert_array_equal(nm_mask(scores, 3, m, ties="last"), expected)
+
+
+def test_adjacent_axes_are_cut_as_one():
+    scores = np.random.default_rng(3).normal(size=(5, 6, 4, 2)).astype(np.float32)
+    expected = sorted_mask(scores.reshape(5, 24, 2), 2, 8, 1).reshape(scores.shape)
+    np.testing.assert_array_equal(nm_mask(scores, 2, 8, axis=(1, 2)), expected)
+    expected = sorted_mask(scores, 2, 4, 2)  # groups within the last of the axes
+    np.testing.assert_array_equal(nm_mask(scores, 2, 4, axis=(-3, -2)), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 4))
+def test_violations_are_counted(seed, n):
+    weights = np.random.default_rng(seed).integers(0, 2, (4, 8, 3)).astype(np.float32)
+    count = sum(
+        np.count_nonzero(weights[a, 4 * g : 4 * g + 4, b]) > n
+        for a, g, b in itertools.product(range(4), range(2), range(3))
+    )
+    assert nm_violations(weights, n, 4, axis=1) == count
+    assert nm_violations(weights * nm_mask(weights, n, 4, axis=1), n, 4, axis=1) == 0
+
+
+def test_mistakes_say_what_would_be_right():
+    scores = jnp.zeros((6, 10))
+    for n, m, message in [
+        (3, 2, "3:2 keeps 3 of every 2; N goes from 1 to M=2"),
+        (0, 2, "0:2 keeps 0 of every 2"),
+        (-1, 2, "-1:2 keeps -1"),
+        (1, 0, "M=0; groups have 1 entry or more"),
+        (2, 4, r"axis 1 of \(6, 10\): 10 entries .* groups of 4; use an M .* 10, such as 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nm_mask(scores, n, m, axis=1)
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda s, n=n, m=m: nm_mask(s, n, m, axis=1))(scores)
+    with pytest.raises(ValueError, match="axis=2 of 2 axes; use one, or adjacent increasing ones"):
+        nm_mask(scores, 1, 2, axis=2)
+    with pytest.raises(ValueError, match="adjacent"):
+        nm_mask(jnp.zeros((2, 2, 2)), 1, 2, axis=(0, 2))
+
+
+def test_shards_must_not_cut_groups():
+    check_nm(2, 4, 24, ways=3)
+    with pytest.raises(ValueError) as error:
+        check_nm(2, 4, 24, ways=4, name="mlp/kernel")
+    assert str(error.value) == (
+        "mlp/kernel: 4 shards of 6 entries cut groups of 4; use M that divides 6, or fewer shards"
+    )
+
+
+def block_patterns():
+    """The 0/1 matrices of 4 x 4 with two ones in every row and column."""
+    matrices = (np.array(bits).reshape(4, 4) for bits in itertools.product((0, 1), repeat=16))
+    return np.array([a for a in matrices if (a.sum(0) == 2).all() and (a.sum(1) == 2).all()])
+
+
+def test_transposable_mask_has_the_best_sum_of_the_90_patterns():
+    patterns = block_patterns()
+    assert len(patterns) == 90
+    scores = np.random.default_rng(4).integers(-1000, 1000, (3, 12, 5, 8)).astype(np.float32)
+    mask = np.asarray(transposable_mask(scores, axes=(1, 3)))
+
+    def blocks(x):
+        return x.reshape(3, 3, 4, 5, 2, 4).transpose(0, 1, 3, 4, 2, 5)
+
+    kept = blocks(mask)
+    assert (kept.sum(-1) == 2).all()
+    assert (kept.sum(-2) == 2).all()
+    sums = np.einsum("...ij,pij->...p", blocks(scores), patterns)
+    np.testing.assert_array_equal((blocks(scores) * kept).sum((-1, -2)), sums.max(-1))
+
+
+def test_transposable_mask_finds_every_pattern():
+    patterns = block_patterns()
+    mask = transposable_mask(jnp.asarray(patterns.astype(np.float32)))
+    np.testing.assert_array_equal(mask, patterns.astype(bool))
+
+
+def test_transposable_mask_avoids_nan_and_takes_infinity():
+    scores = np.zeros((4, 4), np.float32)
+    scores[0, :2], scores[2, 3], scores[1, 1] = np.nan, np.inf, -np.inf
+    mask = transposable_mask(scores)
+    assert mask[0].tolist() == [False, False, True, True]
+    assert mask[2, 3]
+    assert not mask[1, 1]
+    with pytest.raises(ValueError, match="10 entries .* groups of 4"):
+        transposable_mask(jnp.zeros((8, 10)))
+    with pytest.raises(ValueError, match="one axis"):
+        transposable_mask(jnp.zeros((8, 8)), axes=(0, -2))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("n", "m", "axis"), [(2, 4, 1), (2, 4, 2), (4, 32, 1), (8, 48, 2), (2, None, None)]
+)
+def test_a_sharded_mask_needs_no_collective(n, m, axis, kind):
+    """m = None: the transposable mask."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
+    sharding = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    scores = np.random.default_rng(5).normal(size=(2, 128, 192)).astype(np.float32)
+
+    def mask(scores):
+        return transposable_mask(scores) if m is None else nm_mask(scores, n, m, axis=axis)
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(scores, sharding)
+        compiled = jax.jit(mask).lower(sharded).compile()
+        result = compiled(sharded)
+    assert not COLLECTIVES.search(compiled.as_text())
+    assert result.sharding.is_equivalent_to(sharding, 3)
+    np.testing.assert_array_equal(result, jax.jit(mask)(jnp.asarray(scores)))
