@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pjit_train.blocks import contraction_axes
@@ -119,13 +120,10 @@ class Optimizer:
         else:
             transformation = self._switching(schedule, switch, steps)
         if self.clip_norm is not None:
-            clip = optax.clip_by_global_norm(self.clip_norm)
-            if updater is not None:
-                clip = updater.clip_by_global_norm(self.clip_norm)
-            transformation = optax.chain(clip, transformation)
+            transformation = optax.chain(clip_by_global_norm(self.clip_norm), transformation)
         if updater is not None:
             transformation = updater.wrap_optax(transformation, learning_rate=schedule)
-        return transformation, schedule
+        return optax.with_extra_args_support(transformation), schedule
 
     def _transformation(self, schedule) -> optax.GradientTransformation:
         raise NotImplementedError
@@ -241,6 +239,21 @@ class Muon(Optimizer):
             adam_learning_rate=lambda step: scale * schedule(step),
             muon_weight_dimension_numbers=matrix_axes,
         )
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` for a norm that is known already, the argument `norm` of update.
+
+    A product, which XLA fuses into what reads the gradients; the quotients of a division it stores:
+    another copy of all gradients.
+    """
+
+    def update(updates, state, params=None, *, norm=None, **extra):
+        del params, extra
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) if norm is None else norm))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def decayed(params):

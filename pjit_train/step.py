@@ -105,40 +105,36 @@ def train_step(
             model = nnx.merge(graph, weights(state | {"params": params}, updater))
             return loss(model, part)
 
+        def mean(params, batch):
+            total, weight = summed(params, batch)
+            return total / weight
+
         if accumulate == 1:
-            (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
-        else:
+            return jax.value_and_grad(mean)(params, batch)
 
-            def body(sums, part):
-                (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, part)
-                return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
+        def body(sums, part):
+            (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, part)
+            return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
 
-            zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-            (total, weight, grads), _ = jax.lax.scan(body, zeros, _parts(batch, accumulate))
+        zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        (total, weight, grads), _ = jax.lax.scan(body, zeros, _parts(batch, accumulate))
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
         value, grads = gradients(state, batch)
-        norm = optax.tree.norm(grads)
+        if updater is None:
+            norm = optax.tree.norm(grads)
+        else:
+            norm = updater.global_norm(grads, state["step"])
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        params, optimizer_state = _update(optimizer, grads, joined(state), state["params"], updater)
-        new = {"params": params, **split(optimizer_state, updater)}
-        old = {name: state[name] for name in new}
-
-        def keep(new, old):  # counts go on, so that the schedule stays with the step
-            counts = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)
-            return new if counts else jnp.where(finite, new, old)
-
-        kept = jax.tree.map(keep, new, old)
-        if updater is not None and updater.finite_masks:  # they follow the schedule too
-            kept["sparsity"] = new["sparsity"]
+        new = _update(optimizer, grads, norm, state, updater, finite)
         metrics = {
             "loss": value,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
             "finite": finite,
         }
-        return {"step": state["step"] + 1, **kept}, metrics
+        return {"step": state["step"] + 1, **new}, metrics
 
     return step
 
@@ -152,23 +148,42 @@ def eval_step(graph: nnx.GraphDef, loss: Callable) -> Callable:
     return step
 
 
-def _update(optimizer, grads, optimizer_state, params, updater):
-    """New parameters and optimizer state, sharded as the old ones.
+def _update(optimizer, grads, norm, state: State, updater, finite) -> State:
+    """The state without its step after an update, sharded as before.
 
-    The optimizer is not ours and says nothing of shardings: the partitioner chooses inside it.
+    The optimizer is not ours and says nothing of shardings: the partitioner chooses inside it. The
+    choice between the branches is one of whole states, so that arrays are updated in place.
     """
 
-    def apply(grads, optimizer_state, params):
-        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+    def applied(grads, norm, state):
+        params = state["params"]
+        updates, optimizer_state = optimizer.update(grads, joined(state), params, norm=norm)
         params = optax.apply_updates(params, updates)
         if updater is not None:
             params = updater.post_gradient_update(params, optimizer_state)
-        return params, optimizer_state
+        return {"params": params, **split(optimizer_state, updater)}
 
+    def skipped(grads, norm, state):
+        """Counts go on, so that the schedule stays with the step, and masks that follow it."""
+        new = applied(jax.tree.map(jnp.zeros_like, grads), jnp.ones_like(norm), state)
+        if updater is not None:
+            sparsity = updater.skip(state["params"], joined(state))
+            state = state | {"sparsity": sparsity._replace(inner_state=None)}
+
+        def keep(new, old):
+            return new if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else old
+
+        counted = jax.tree.map(keep, new["optimizer"], state["optimizer"])
+        return state | {"optimizer": counted}
+
+    def choose(finite, grads, norm, state):
+        return jax.lax.cond(finite, applied, skipped, grads, norm, state)
+
+    state = {name: x for name, x in state.items() if name != "step"}
     if not has_mesh():
-        return apply(grads, optimizer_state, params)
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, optimizer_state))
-    return auto_axes(apply, out_sharding=specs)(grads, optimizer_state, params)
+        return choose(finite, grads, norm, state)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+    return auto_axes(choose, out_sharding=specs)(finite, grads, norm, state)
 
 
 def _parts(batch, accumulate):

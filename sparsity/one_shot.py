@@ -296,8 +296,6 @@ class KeepZerosUpdater:
 
     variance = None
     packs_at = None
-    finite_masks = False
-    clip_by_global_norm = staticmethod(optax.clip_by_global_norm)
 
     def wrap_optax(self, inner: optax.GradientTransformation, learning_rate=None):
         """The inner transformation, which sees no gradient of a zero and cannot move it."""
@@ -315,6 +313,14 @@ class KeepZerosUpdater:
         masks = self.masks(None, params)
         keep = lambda m, x: x if m is None else jnp.where(m, x, 0)  # noqa: E731
         return jax.tree.map(keep, masks, tree, is_leaf=lambda x: x is None)
+
+    def global_norm(self, grads, count):
+        """`optax.tree.norm`."""
+        return optax.tree.norm(grads)
+
+    def skip(self, params, state):
+        """The state as it is."""
+        return state
 
     def masks(self, state, params):
         """Tree of bool masks, True where a weight is not 0; None where zeros are not kept."""

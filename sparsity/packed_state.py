@@ -8,7 +8,7 @@ beside log2(m) bits for the place of each. 2:4 with AdamW in float32 falls from 
 An optimizer that works weight by weight does the same to the values as it did to the kernel, so
 that training goes on with the same numbers. What it is chained with may look at all of a gradient:
 the sum of `optax.clip_by_global_norm` is then over the same numbers without their zeros, in another
-order; `clip_by_global_norm` here sums in one that packing does not change.
+order; `global_norm` here sums in one that packing does not change.
 """
 
 import functools
@@ -24,7 +24,6 @@ from sparsity.nm import split_groups
 from sparsity.packed import encode_indices, gather_nm, nm_indices, pack_nm, unpack_nm
 
 WEIGHT_BY_WEIGHT = (
-    "ClipState",
     "ScaleByAdamState",
     "StepAdamState",
     "ScaleByLionState",
@@ -56,22 +55,16 @@ class PackedState(NamedTuple):
     inner_state: optax.OptState
 
 
-class ClipState(NamedTuple):
-    """State of `clip_by_global_norm`: int32 [], updates done."""
-
-    count: jax.Array
-
-
-def clip_by_global_norm(max_norm: float, updater) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with the same bits for packed gradients and for masked ones.
+def global_norm(updater, tree: Any, count: jax.Array) -> jax.Array:
+    """`optax.tree.norm`, with the same bits for packed gradients and for masked ones.
 
     Each group is summed by itself, in the order of its entries, where a zero changes nothing.
 
     Args:
-      updater: a `RecipeUpdater`.
+      count: of `rounded`.
     """
 
-    def squares(plan, x, count):
+    def squares(plan, x):
         total = rounded(jnp.square(x.astype(jnp.float32)), count)
         if plan is not None and isinstance(plan.axis, int):
             size = plan.target[1] if x.shape == plan.shape else plan.target[0]
@@ -80,20 +73,8 @@ def clip_by_global_norm(max_norm: float, updater) -> optax.GradientTransformatio
             total = functools.reduce(jnp.add, parts)
         return jnp.sum(total)
 
-    def init(params):
-        del params
-        return ClipState(jnp.zeros((), jnp.int32))
-
-    def update(updates, state, params=None):
-        del params
-        leaves = zip(updater.plans, updater.treedef.flatten_up_to(updates), strict=True)
-        norm = jnp.sqrt(sum(squares(plan, x, state.count) for plan, x in leaves))
-        updates = jax.tree.map(
-            lambda x: jnp.where(norm < max_norm, x, x / norm.astype(x.dtype) * max_norm), updates
-        )
-        return updates, ClipState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(init, update)
+    leaves = zip(updater.plans, updater.treedef.flatten_up_to(tree), strict=True)
+    return jnp.sqrt(sum(squares(plan, x) for plan, x in leaves))
 
 
 def pack(updater, params: Any, state) -> tuple[Any, PackedState]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 import optax
 
 from sparsity.api import create_updater_from_config
@@ -119,8 +120,6 @@ class PruningUpdater:
     chosen: frozenset[str]
     variance = None
     packs_at = None
-    finite_masks = False  # scores are of the gradients too
-    clip_by_global_norm = staticmethod(optax.clip_by_global_norm)
 
     def wrap_optax(
         self, inner: optax.GradientTransformation, learning_rate: Any = None
@@ -128,6 +127,16 @@ class PruningUpdater:
         """The optimizer with the algorithm around it; its state is a `SparseState`."""
         del learning_rate
         return self.updater.wrap_optax(inner)
+
+    def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
+        """`optax.tree.norm`."""
+        del count
+        return optax.tree.norm(grads)
+
+    def skip(self, params: Any, state: SparseState) -> SparseState:
+        """The state after a step whose update is left out: an update of the masks is lost too."""
+        del params
+        return state._replace(count=optax.safe_increment(state.count))
 
     def weights(self, params: Any, state: SparseState) -> Any:
         """The parameters that the forward pass reads."""

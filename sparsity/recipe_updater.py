@@ -63,9 +63,6 @@ class RecipeUpdater:
     fine_tune_start: int
     steps: int
 
-    finite_masks = True
-    """A step whose numbers are not finite makes masks too, of finite ones."""
-
     @property
     def variance(self) -> AutoSwitch | None:
         """The switch that the optimizer's second moments are to be frozen by; None for none."""
@@ -238,11 +235,22 @@ class RecipeUpdater:
             return packed_state.masks(self, state)
         return self.map_kernels(lambda plan, bits: plan.mask(bits), state.masks)
 
-    def clip_by_global_norm(self, max_norm: float) -> optax.GradientTransformation:
-        """Clipping for the inner optimizer; packed or not, the same bits where masks get fixed."""
-        if self.freezes_at is None:
-            return optax.clip_by_global_norm(max_norm)
-        return packed_state.clip_by_global_norm(max_norm, self)
+    def skip(self, params: Any, state: RecipeState | PackedState) -> RecipeState | PackedState:
+        """The state after a step whose update is left out: the schedule goes on."""
+        count = optax.safe_increment(state.count)
+        if isinstance(state, PackedState):
+            return state._replace(count=count)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        masks = self._next_masks(params, zeros, state.masks, count, state.masked_from)
+        return state._replace(count=count, masks=masks)
+
+    def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
+        """`optax.tree.norm`, with the same bits for packed gradients and for masked ones.
+
+        Args:
+          count: int32 [], not negative, which the compiler does not know.
+        """
+        return packed_state.global_norm(self, grads, count)
 
     def validity(self, weights: Any) -> dict[str, Validity]:
         """What is counted in each kernel of the recipe, by its name.

@@ -23,11 +23,24 @@ def test_texts(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2", "4:2", "0:4", "2:4:8", "nm_2", "nm", "block_4", "block_0,4", "channel", "channel_x"]
-    + ["unstructured_1", "nm_2:4"],
+    [
+        "",
+        "2",
+        "4:2",
+        "0:4",
+        "2:4:8",
+        "nm_2",
+        "nm",
+        "nm_2:4",
+        "block_4",
+        "block_0,4",
+        "channel",
+        "channel_x",
+        "unstructured_1",
+    ],
 )
 def test_others_say_what_would_be_right(text):
-    with pytest.raises(ValueError, match="is unknown; use unstructured, N:M .* block.* channel"):
+    with pytest.raises(ValueError, match=r"is unknown; use unstructured, N:M .* block.* channel"):
         parse_sparsity_type(text)
 
 
