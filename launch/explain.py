@@ -21,6 +21,12 @@ STANDARD = (
     "pjit_train.run",
     "pjit_train.sharding",
     "pjit_train.transformer",
+    "sparsity.autoswitch",
+    "sparsity.decay",
+    "sparsity.one_shot",
+    "sparsity.patterns",
+    "sparsity.pruning",
+    "sparsity.recipes",
 )
 IMPORT = {m.rpartition(".")[2]: "from {} import {}".format(*m.rsplit(".", 1)) for m in STANDARD}
 

@@ -182,8 +182,9 @@ def _nm_mask(groups, n, at: int, ties: str):
             met += tie.astype(jnp.int32)
             kept = (entries[j] > threshold) | (tie & (met <= wanted))
             pruned |= jnp.where(kept, np.uint32(0), np.uint32(1 << j))
-        pruned = _computed_once(pruned) >> place.astype(jnp.uint32)  # all ones only where n is 0
-        return (pruned & 1 == 0) & (n > 0)
+        code = jnp.uint8 if m <= 8 else jnp.uint16 if m <= 16 else jnp.uint32
+        pruned = _computed_once(pruned.astype(code))  # all ones, its greatest, only where n is 0
+        return ((pruned >> place.astype(code)) & 1 == 0) & (n > 0)
     # Larger networks would take too long to compile.
     if (m <= 64 or (m <= 128 and isinstance(n, int))) and jnp.issubdtype(
         groups.dtype, jnp.floating
