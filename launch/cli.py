@@ -207,6 +207,20 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="tokenizer.json", metavar="PATH", help="where to write (tokenizer.json)"
     )
 
+    slice = add(
+        _slice,
+        "slice",
+        "say what the interconnect of a TPU v4 slice gives",
+        "Distances, bisection, and all-to-all throughput as an exact optimum with its proof.",
+    )
+    slice.add_argument("shape", metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted")
+    slice.add_argument(
+        "--failed-ocs",
+        metavar="D,I,J",
+        help="an optical switch that fails, such as x,0,0: dimension and in-face position",
+    )
+    slice.add_argument("--json", action="store_true", help="print one JSON document")
+
     completion = add(
         _completion,
         "completion",
@@ -376,6 +390,14 @@ def _study(args, began: float) -> int:
     file = study.SIZES.get(args.size, args.size)
     out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
     return study.study_recipes(file, out, seeds=args.seeds, only_table=args.table)
+
+
+def _slice(args, began: float) -> int:
+    from launch.slices import describe, report
+
+    found = report(args.shape, args.failed_ocs)
+    print(json.dumps(found) if args.json else describe(found))
+    return 0
 
 
 def _trained_run(args):
