@@ -143,9 +143,8 @@ def check_member(directory: Path, run: Run, text: str) -> None:
 
 def is_done(directory: Path, run: Run) -> bool:
     """Whether a run has come to its end: its last row and its last checkpoint are there."""
-    return (directory / "checkpoints" / str(run.steps)).is_dir() and _loss(
-        directory, run
-    ) is not None
+    saved = (directory / "checkpoints" / str(run.steps)).is_dir()
+    return saved and _loss(directory, run) is not None
 
 
 def _loss(directory: Path, run: Run) -> float | None:
@@ -162,32 +161,24 @@ def train_members(members: list[Member], out: Path) -> bool:
     for number, member in enumerate(members, 1):
         directory = out / member.name
         run, text = member.build()
-        try:
-            check_member(directory, run, text)
-        except UserError as error:
-            print(f"torsion: {member.name}: {error}", flush=True)
-            continue
-        if is_done(directory, run):
-            continue
-        left = (
-            f", about {_hours(spent / trained * (len(members) - number + 1))} left"
-            if trained
-            else ""
-        )
-        print(f"run {number} of {len(members)}{left}: {member.name}", flush=True)
         began = time.monotonic()
         try:
+            check_member(directory, run, text)
+            if is_done(directory, run):
+                continue
+            left = spent / max(trained, 1) * (len(members) - number + 1)
+            about = f", about {_hours(left)} left" if trained else ""
+            print(f"run {number} of {len(members)}{about}: {member.name}", flush=True)
             train(run, directory, config_text=text, steps_before=steps_before(directory))
         except (UserError, TrainingError) as error:
             print(f"torsion: {member.name}: {' '.join(str(error).splitlines())}", flush=True)
             continue
-        finally:
-            if number % 8 == 0:  # a run's programs are of no use to the next, small ones are
-                jax.clear_caches()
-                gc.collect()
         if not is_done(directory, run):
             return False
         spent, trained = spent + time.monotonic() - began, trained + 1
+        if trained % 8 == 0:  # a run's programs are of no use to the next, but small ones are
+            jax.clear_caches()
+            gc.collect()
     return True
 
 

@@ -278,6 +278,8 @@ def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | Non
     *_, layer, parameter = ("", *name.split("/"))
     if parameter in ("scale", "bias"):
         return None
+    if name == "embedding":  # [vocabulary, d_model]: the head, transposed
+        return (-1,)
     if layer == "out":  # [heads, head_dim, d_model]
         return (-3, -2)
     if layer in ("query", "key", "value"):  # [d_model, heads, head_dim]

@@ -85,6 +85,6 @@ def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str,
         return figures
     with jax.set_mesh(program.mesh):
         counted = program.updater.validity(weights)
-    sparse = all(kernel.holds for kernel in counted.values())
+    sparse = bool(counted) and all(kernel.holds for kernel in counted.values())
     kernels = {name: kernel._asdict() for name, kernel in counted.items()}
     return {**figures, "sparse": sparse, "kernels": kernels}

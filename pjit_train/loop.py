@@ -65,6 +65,11 @@ def train(
         stack.enter_context(_owned(directory))
         checkpoints = Checkpoints(directory / "checkpoints", run.checkpoints)
         stack.enter_context(checkpoints)
+        if program.packs and steps_before not in (None, run.steps) and checkpoints.steps():
+            raise UserError(
+                f"{directory} was trained with steps={steps_before} and a packed recipe, whose "
+                f"masks are fixed by then; use --steps {steps_before}, or another --out"
+            )
         restored = checkpoints.restore(program.abstract_state_after)
         if restored is not None and restored[0] >= run.steps:
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
@@ -108,6 +113,7 @@ class _Loop:
         """Trains to the end, or until asked to stop."""
         last, eval_every = self.run.steps, self.run.eval_every
         unread = None  # (step, figures) of the step that is being computed
+        masks = None if self.program.updater is None else self.program.masks(state)
         with Prefetcher(self._batch, self.start) as self.prefetcher:
             for step, batch in enumerate(self.prefetcher, self.start + 1):
                 if packing := self.program.packs_after(step - 1):
@@ -122,10 +128,10 @@ class _Loop:
                     self.extra["compile_seconds"] = self.step_ended - compiling
                 self._profile(step, unread)
                 observing = self.program.updater is not None and step % self.run.log_every == 0
-                masks = self.program.masks(state) if observing else None
                 state, figures = train_step(state, batch)
                 if observing:
                     figures |= self.program.observe(masks, state)
+                    masks = self.program.masks(state)
                 if unread:
                     self._report(*unread)
                 unread = step, figures

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train import huggingface
+from pjit_train.errors import UserError
 from pjit_train.loss import cross_entropy
 from pjit_train.run import Run
 from pjit_train.sparse_metrics import observe
@@ -61,13 +62,22 @@ class Program:
             check_layout(run.model, run.rules, mesh)
             self.graph, _ = split_model(run.model, run.rules)
             params = abstract(self._new_params, 0)
-            self.updater = run.build_updater(params)
-            self.optimizer, self.schedule = run.optimizer.build(run.steps, self.updater)
-            self.abstract_state = abstract(self._new_state, params)
-            self._packs_at = None if self.updater is None else self.updater.packs_at
-            if self._packs_at is not None:
-                self._abstract_packed = abstract(self._pack, self.abstract_state)
+            try:
+                self._build_optimizer(params)
+            except (TypeError, ValueError) as error:
+                if run.sparsity is None:
+                    raise
+                raise UserError(f"sparsity: {error}") from error
             self._batch_sharding = NamedSharding(mesh, run.rules.spec(("batch", "length")))
+
+    def _build_optimizer(self, params) -> None:
+        """The recipe, the optimizer inside it, and the state that they make of the parameters."""
+        self.updater = self.run.build_updater(params)
+        self.optimizer, self.schedule = self.run.optimizer.build(self.run.steps, self.updater)
+        self.abstract_state = abstract(self._new_state, params)
+        self._packs_at = None if self.updater is None else self.updater.packs_at
+        if self._packs_at is not None:
+            self._abstract_packed = abstract(self._pack, self.abstract_state)
 
     def describe_mesh(self) -> str:
         sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
@@ -94,7 +104,7 @@ class Program:
         return jax.tree.map(jnp.copy, state["sparsity"])
 
     def observe(self, before, state: State) -> dict[str, jax.Array]:
-        """Figures of a sparse run after a step; `before` it `masks` was called."""
+        """Figures of a sparse run; `before` is what `masks` gave at the observation before."""
         if self._observe is None:
             function = functools.partial(observe, self.updater, self.run.optimizer)
             self._observe = jax.jit(auto_axes(function, out_sharding=PartitionSpec()))
@@ -110,6 +120,11 @@ class Program:
         """Shapes, dtypes and shardings of the state after a step: packed, where the recipe says."""
         packed = self._packs_at is not None and step > self._packs_at
         return self._abstract_packed if packed else self.abstract_state
+
+    @property
+    def packs(self) -> bool:
+        """Whether the recipe packs the state at all."""
+        return self._packs_at is not None
 
     def packs_after(self, step: int) -> bool:
         """Whether the state is to be packed between a step and the next."""

@@ -104,14 +104,11 @@ class Run:
           params: abstract, with their shardings.
 
         Raises:
-          UserError: the recipe does not fit the model, the mesh or the length of the run.
+          ValueError: the recipe does not fit the model, the mesh or the length of the run.
         """
         if self.sparsity is None:
             return None
-        try:
-            return self.sparsity.build(params, steps=self.steps, contraction=contraction_axes)
-        except ValueError as error:
-            raise UserError(f"sparsity: {error}") from error
+        return self.sparsity.build(params, steps=self.steps, contraction=contraction_axes)
 
     def check_mesh(self, mesh) -> None:
         """Raises a UserError where the mesh does not divide a batch."""

@@ -15,12 +15,13 @@ def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
     Args:
       updater: of the run's recipe.
       optimizer: configuration of the optimizer; with `b1` and `b2` it is Adam's.
-      before: the entry "sparsity" of the state before the step.
-      state: after the step.
+      before: the entry "sparsity" of the state when it was observed last.
+      state: after a step.
 
     Returns:
       `sparsity/<layer kind>`: fraction of weights that are pruned.
-      `mask_flips`: fraction of the mask entries that the step changed.
+      `mask_flips`: fraction of the mask entries that have changed since; not where masks are made
+        anew in every forward pass.
       `gradient_noise/kept`, `gradient_noise/pruned`: mean variance of a weight's gradient,
         v - m^2 of Adam's unbiased moments (the quantity that progressive gradient flow blames for
         the loss of quality at high sparsity; Bambhaniya et al., 2024).
@@ -28,17 +29,15 @@ def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
     """
     sparsity, params = state["sparsity"], state["params"]
     masks = _named(updater.masks(sparsity, params))
-    previous = _named(updater.masks(before, params))
-    if not masks:  # made anew in every forward pass, and not kept
-        return {}
     figures = {}
     kinds: dict[str, list[str]] = {}
     for name in masks:
         kinds.setdefault(kind(name), []).append(name)
     for each, names in sorted(kinds.items()):
         figures[f"sparsity/{each}"] = 1 - _fraction([masks[n] for n in names])
-    flips = [masks[n] != previous[n] for n in masks]
-    figures["mask_flips"] = _fraction(flips)
+    if jax.tree.leaves(getattr(before, "codes", getattr(before, "masks", None))):
+        previous = _named(updater.masks(before, params))
+        figures["mask_flips"] = _fraction([masks[n] != previous[n] for n in masks])
     adam = _adam(state["optimizer"])
     noise = {} if adam is None else _noise(adam, optimizer.b1, optimizer.b2)
     if noise.keys() >= masks.keys():
@@ -66,7 +65,8 @@ def _adam(optimizer_state):
 def _noise(adam, b1: float, b2: float) -> dict[str, jax.Array]:
     """Variance of the gradient of every weight."""
     means, squares = _named(adam.mu), _named(adam.nu)
-    bias1, bias2 = 1 - b1**adam.count, 1 - b2**adam.count
+    switched_at = getattr(adam, "switched_at", -1)  # where STEP froze the second moments
+    bias1, bias2 = 1 - b1**adam.count, 1 - b2 ** jnp.where(switched_at < 0, adam.count, switched_at)
     return {n: jnp.maximum(squares[n] / bias2 - (means[n] / bias1) ** 2, 0) for n in means}
 
 

@@ -37,6 +37,8 @@ def new_params(config, rules: Rules, seed) -> Any:
 def new_state(params, optimizer: optax.GradientTransformation, updater=None) -> State:
     """The state before the first step."""
     optimizer_state = optimizer.init(params)
+    if updater is not None:
+        params = updater.post_gradient_update(params, optimizer_state)
     state = {"step": jnp.zeros((), jnp.int32), "params": params}
     return state | split(optimizer_state, updater)
 

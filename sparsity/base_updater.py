@@ -328,6 +328,8 @@ class BaseUpdater:
             )
             if self.is_sparse_gradients:
                 updates = self.apply_masks(updates, self.gradient_masks(state), is_packed=None)
+                if "norm" in extra:  # of the gradients, for clipping
+                    extra = {**extra, "norm": optax.tree.norm(updates)}
             updates, inner_state = _cond(
                 due if self.skip_gradients else False,
                 lambda: (jax.tree.map(jnp.zeros_like, updates), state.inner_state),

@@ -107,7 +107,15 @@ def plan_kernel(
     n, m = parse_pattern(text)
     stages = pattern.stages(n, m)
     for stage in stages:
-        check_nm(*stage, size, ways=count, name=name)
+        try:
+            check_nm(*stage, size, ways=count, name=name)
+        except ValueError as error:
+            if stage == (n, m):
+                raise
+            raise ValueError(
+                f"{error}, or a pattern without {stage[0]}:{stage[1]} on the way to {n}:{m}, such "
+                "as patterns.Geometric with a smaller k, or patterns.Fixed"
+            ) from None
     if all(shape[axes[-1]] % size == 0 for _, size in stages):
         axes = axes[-1:]  # the same groups
     values = list(shape)

@@ -95,7 +95,7 @@ def split_groups(x: jax.Array, m: int, axis: Axis, *, n=1) -> tuple[jax.Array, i
     axes = tuple(a + x.ndim if a < 0 else a for a in ((axis,) if np.ndim(axis) == 0 else axis))
     if not axes or axes[0] < 0 or axes[-1] >= x.ndim or axes != tuple(range(axes[0], axes[-1] + 1)):
         raise ValueError(f"axis={axis} of {x.ndim} axes; use one, or adjacent increasing ones")
-    if x.shape[axes[-1]] % m == 0 if m > 0 else False:  # no group leaves the last of the axes
+    if m > 0 and x.shape[axes[-1]] % m == 0:  # no group leaves the last of the axes
         axes = axes[-1:]
     size = math.prod(x.shape[a] for a in axes)
     check_nm(n, m, size, name=f"axis {axis} of {x.shape}")
@@ -167,7 +167,7 @@ def _nm_mask(groups, n, at: int, ties: str):
     """The mask of the n largest along axis `at`, which is one group.
 
     A threshold for each group is found by a sorting network over its entries as m separate arrays,
-    of which XLA makes one fused loop. (On a CPU this is 50 times faster than bisection.)
+    of which XLA makes one fused loop: on a CPU, a tenth of the time of bisection.
     """
     m = groups.shape[at]
     place = _iota(m, at, groups.ndim)
@@ -290,5 +290,5 @@ def _iota(size: int, axis: int, ndim: int):
 
 
 def _nearest_divisor(size: int, m: int) -> int:
-    divisors = (d for d in range(1, size + 1) if size % d == 0)
-    return min(divisors, key=lambda d: (abs(d - m), d))
+    near = (d for gap in range(m) for d in (m - gap, m + gap))
+    return next(d for d in near if size % d == 0)

@@ -10,8 +10,10 @@ import optax
 
 from sparsity.api import create_updater_from_config
 from sparsity.base_updater import BaseUpdater, SparseState
-from sparsity.layers import assign
-from sparsity.validity import Validity, by_name, zeros
+from sparsity.layers import assign, names
+from sparsity.nm import check_nm
+from sparsity.sparsity_types import NByM, parse_sparsity_type
+from sparsity.validity import Validity, by_name, nm_validity, zeros
 
 DEFAULT_LAYERS = (r"(attention|feed_forward)/.*kernel",)
 
@@ -50,6 +52,12 @@ class Pruning:
                 f"pruning: start_fraction={self.start_fraction} and end_fraction="
                 f"{self.end_fraction}; use 0 <= start_fraction <= end_fraction <= 1"
             )
+        kind = parse_sparsity_type(self.sparsity_type)
+        if isinstance(kind, NByM) and abs(self.sparsity - (1 - kind.n / kind.m)) > 1e-6:
+            raise ValueError(
+                f"pruning: sparsity={self.sparsity} is not that of {kind.n}:{kind.m}; use "
+                f"{1 - kind.n / kind.m}"
+            )
         if self.update_every < 1:
             raise ValueError(f"pruning: update_every={self.update_every}; use 1 or more")
 
@@ -78,6 +86,10 @@ class Pruning:
             for name, yes in by_name(chosen).items()
             if yes and (contraction is None or contraction(name, leaves[name].shape) is not None)
         }
+        if not chosen:
+            raise ValueError(
+                f"layers: {self.layers} match no kernel; use for example {DEFAULT_LAYERS}"
+            )
 
         def inputs(path, leaf) -> tuple[int, ...]:
             axes = -2 if contraction is None else contraction("/".join(path), leaf.shape)
@@ -87,8 +99,8 @@ class Pruning:
             pruned = "/".join(path) in chosen
             return len(leaf.shape) + inputs(path, leaf)[0] if pruned and contraction else 0
 
-        first = math.floor(self.start_fraction * steps)
-        last = math.floor(self.end_fraction * steps)
+        first = min(math.floor(self.start_fraction * steps), steps - 1)
+        last = min(math.floor(self.end_fraction * steps), steps - 1)
         config = {
             "algorithm": self.algorithm,
             "sparsity": self.sparsity,
@@ -103,7 +115,12 @@ class Pruning:
             "axis_fn": lambda path, leaf: inputs(path, leaf)[-1],
             **self.options,
         }
-        return PruningUpdater(create_updater_from_config(config), self.sparsity, frozenset(chosen))
+        updater = create_updater_from_config(config)
+        for name in sorted(chosen) if isinstance(updater.sparsity_type, NByM) else ():
+            n, m = updater.sparsity_type.n, updater.sparsity_type.m
+            axis = inputs(name.split("/"), leaves[name])[-1]
+            check_nm(n, m, leaves[name].shape[axis], name=name)
+        return PruningUpdater(updater, self.sparsity, frozenset(chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +164,24 @@ class PruningUpdater:
         return self.updater.post_gradient_update(params, state)
 
     def masks(self, state: SparseState, params: Any) -> Any:
-        """Masks of the state, 1 where kept; None for a parameter that has none there."""
-        return self.updater.unpack(state.masks, params)
+        """Masks, 1 where kept, None for a parameter that is not pruned."""
+        if jax.tree.leaves(state.masks):
+            return self.updater.unpack(state.masks, params)
+        read = self.weights(params, state)  # made anew in every forward pass
+        return jax.tree.map(
+            lambda name, w: w != 0 if name in self.chosen else None, names(params), read
+        )
 
     def validity(self, weights: Any) -> dict[str, Validity]:
-        """What is counted in all pruned parameters together."""
-        kernels = [w for name, w in by_name(weights).items() if name in self.chosen]
+        """What is counted: in each kernel for N:M, else in all pruned parameters together."""
+        named = {name: w for name, w in by_name(weights).items() if name in self.chosen}
+        kind = self.updater.sparsity_type
+        if isinstance(kind, NByM):
+            return {
+                name: nm_validity(w, kind.n, kind.m, self.updater.axis_fn(name.split("/"), w))
+                for name, w in named.items()
+            }
+        kernels = list(named.values())
         size = sum(kernel.size for kernel in kernels)
         share = sum(zeros(kernel) * kernel.size for kernel in kernels) / size
         return {"all": Validity(str(self.sparsity), share)}

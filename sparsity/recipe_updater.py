@@ -369,7 +369,7 @@ class RecipeUpdater:
         s, before = self._settings(count, start), self._settings(count - 1, start)
         stages = {len(plan.stages) for plan in self.plans if plan}
         since = count - jnp.where(s.phase == FINE_TUNE, self.fine_tune_start, start)
-        due = since % self.recipe.update_every == 0
+        due = (since % self.recipe.update_every == 0) | (s.phase != before.phase)
         for n in stages - {1}:
             due |= self._stage(s, n) != self._stage(before, n)
         due = (s.phase != DENSE) & jnp.where(s.frozen, since == 0, due)

@@ -121,6 +121,13 @@ class Recipe:
                 "recipe: packed=True needs masks that stay fixed; use fine_tune_fraction > 0 and "
                 "freeze=True"
             )
+        if self.packed and self.variance is not None and not self.variance.clip:
+            raise ValueError(
+                "recipe: packed=True and an AutoSwitch that may come after the masks are fixed; "
+                "use clip=True"
+            )
+        if before >= 1:
+            raise ValueError(f"recipe: {name}={before} leaves no step to prune in; use less than 1")
         if before + self.fine_tune_fraction > 1 + 1e-9:
             raise ValueError(
                 f"recipe: {name}={before} and fine_tune_fraction={self.fine_tune_fraction} are "
@@ -167,6 +174,16 @@ class Recipe:
         last_start = dense_steps
         if self.variance is not None:
             last_start = self.variance.bounds(steps)[1] if self.variance.clip else steps
+        if self.variance is not None and self.variance.clip and last_start >= fine_tune_start:
+            raise ValueError(
+                f"recipe: AutoSwitch may switch after step {last_start + 1} and fine-tuning begins "
+                f"with step {fine_tune_start}; use a smaller max_fraction or fine_tune_fraction"
+            )
+        if not any(plans):
+            raise ValueError(
+                f"layers: {dict(self.layers)} give no kernel a pattern; use for example "
+                f"{DEFAULT_LAYERS}"
+            )
         if fine_tune_start > last_start:
             check_decay(self.decay, fine_tune_start - last_start, fine_tune_start < steps)
         return RecipeUpdater(

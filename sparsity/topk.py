@@ -56,7 +56,7 @@ def topk_mask(scores: jax.Array, keep, *, stacked: int = 0) -> jax.Array:
     scores = jnp.asarray(scores)
     if not 0 <= stacked <= scores.ndim:
         raise ValueError(f"stacked={stacked} of {scores.ndim} axes; use 0 to {scores.ndim}")
-    return _topk([scores], keep, stacked)[0]
+    return _topk([scores], _int32(keep), stacked)[0]
 
 
 def global_topk_masks(scores: Any, keep) -> Any:
@@ -79,7 +79,7 @@ def global_topk_masks(scores: Any, keep) -> Any:
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     if len({leaf.dtype for leaf in leaves}) > 1:
         leaves = [leaf.astype(jnp.float32) for leaf in leaves]
-    return jax.tree.unflatten(structure, _topk(leaves, keep, 0) if leaves else [])
+    return jax.tree.unflatten(structure, _topk(leaves, _int32(keep), 0) if leaves else [])
 
 
 def keep_count(size: int, sparsity) -> Any:
@@ -161,6 +161,10 @@ def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
     return [mask(key, first) for key, first in zip(keys, firsts, strict=True)]
 
 
+def _int32(keep):
+    return keep if isinstance(keep, jax.Array) else min(keep, (1 << 31) - 1)
+
+
 def _bisect(holds, lowest, bits: int):
     """The greatest lowest + [0, 2^bits) that `holds`, as the lowest does and none above it."""
 
@@ -174,8 +178,7 @@ def _bisect(holds, lowest, bits: int):
 def _count(holds, arrays, stacked: int):
     """int32 [*stack]: of how many entries of the arrays `holds` is True.
 
-    XLA's CPU backend vectorizes a sum of slices, but no reduction of comparisons. The slices are
-    cut so that the shards of an axis are, as a rule, the shards of each slice.
+    XLA's CPU backend vectorizes a sum of slices, but no reduction of comparisons.
     """
     axis, parts = _slices(arrays[0].shape, stacked)
     at = axis + 1
@@ -194,12 +197,15 @@ def _count(holds, arrays, stacked: int):
 
 
 def _slices(shape, stacked: int) -> tuple[int, int]:
-    """An axis and the number, 1 to 16, of slices that it is to be cut into."""
+    """An axis and the number, 1 to 16, of slices that it is to be cut into.
+
+    Each has a multiple of 64 entries, so that up to 64 shards of the axis are those of a slice.
+    """
     twos = [(size & -size).bit_length() - 1 for size in shape[stacked:]]
     if not twos:
         return 0, 1
     axis = int(np.argmax(twos))
-    return stacked + axis, 1 << min(4, twos[axis] // 2)
+    return stacked + axis, 1 << max(0, min(4, twos[axis] - 6))
 
 
 def _places(shape, stacked: int, first: int):

@@ -69,6 +69,19 @@ class AdamBasedFisherPruning(BaseUpdater):
 
         return map_entries(score, params, sparse_state.masks, *moments, what="moments")
 
+    def wrap_optax(
+        self, inner: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """As `BaseUpdater.wrap_optax`; says at once where the optimizer has no moments to read."""
+        wrapped = super().wrap_optax(inner)
+
+        def init(params):
+            state = wrapped.init(params)
+            self.calculate_scores(params, sparse_state=state)
+            return state
+
+        return optax.GradientTransformationExtraArgs(init, wrapped.update)
+
     def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
         """The state with new masks, and zero moments where `reset_adam`."""
         sparse_state = super().update_state(sparse_state, params, grads, **kwargs)

@@ -15,7 +15,7 @@ from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
 from pjit_train.evaluate import evaluate
 from pjit_train.loop import train
-from pjit_train.optimizers import SGD, AdamW, Schedule
+from pjit_train.optimizers import SGD, AdamW, Lion, Muon, Schedule
 from sparsity import recipes
 from sparsity.autoswitch import AutoSwitch
 from sparsity.kernels import MaskedKernel, dense
@@ -211,6 +211,18 @@ def test_recipes_that_do_not_fit_are_one_line():
         program(Recipe(layers={"feed_forward/up": "4:8"}), {"fsdp": 8})
     with pytest.raises(UserError, match=r"freezes Adam's variance and SGD has none; use AdamW"):
         program(recipe("step"), optimizer=SGD(learning_rate=1e-2))
+    packed = dataclasses.replace(recipes.asp({KERNELS: "2:4"}), packed=True)
+    with pytest.raises(UserError, match=r"^sparsity: recipe: pack needs .*weight by weight"):
+        program(packed, optimizer=Muon(learning_rate=1e-2))
+    with pytest.raises(UserError, match=r"^sparsity: .*5"):
+        program(Pruning(sparsity_type="2:5", sparsity=0.6, layers=(KERNELS,)))
+    with pytest.raises(UserError, match=r"^sparsity: .*[Aa]dam"):
+        program(
+            Pruning(algorithm="adam-fisher", layers=(KERNELS,)), optimizer=Lion(learning_rate=1e-3)
+        )
+    for nothing in (Recipe(layers={"norm/scale": "2:4"}), Pruning(layers=("norm/scale",))):
+        with pytest.raises(UserError, match=r"^sparsity: layers: .*kernel"):
+            program(nothing)
     with pytest.raises(ValueError, match=r"recipe: .*keeps 5 of every 4"):
         Recipe(layers={KERNELS: "5:4"})
 
@@ -287,6 +299,13 @@ def test_packed_training_holds_so_many_bytes_a_weight(pattern, bytes_per_weight)
     )
 
 
+def test_a_static_mask_holds_from_the_first_forward_pass_on():
+    sparsity = Pruning(algorithm="static_sparse", layers=(KERNELS,))
+    program = make_program(LLAMA, sparsity=sparsity, steps=STEPS)
+    counted = program.updater.validity(program.weights(program.new_state()))
+    assert counted["all"].sparsity == pytest.approx(0.8, abs=1e-3)
+
+
 @pytest.mark.parametrize("algorithm", ["rigl", "magnitude_ste", "topkast", "iterative_nm"])
 def test_pruning_algorithms_train_and_end_sparse(algorithm):
     nm = algorithm == "iterative_nm"
@@ -309,7 +328,8 @@ def test_pruning_algorithms_train_and_end_sparse(algorithm):
     assert losses[-1] < losses[0]
     weights = program.weights(state)
     assert all(counted.holds for counted in program.updater.validity(weights).values())
-    assert not program.updater.validity(jax.tree.map(lambda w: w + 1, weights))["all"].holds
+    wrong = program.updater.validity(jax.tree.map(lambda w: w + 1, weights))
+    assert not any(counted.holds for counted in wrong.values())
     if nm:  # along the contraction axes, which are not the same for all kernels
         for path in (("attention", "query"), ("feed_forward", "down")):
             kernel = np.asarray(weights["blocks"][path[0]][path[1]]["kernel"])

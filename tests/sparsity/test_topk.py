@@ -31,7 +31,7 @@ def test_any_floats_against_a_stable_sort(scores, keep):
     np.testing.assert_array_equal(topk_mask(scores, keep), sorted_mask(scores, keep))
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (64, 96), (32, 7, 64)])
+@pytest.mark.parametrize("shape", [(), (7,), (64, 96), (5, 512, 3)])
 def test_shapes_and_ties(shape):
     """Small integers: nearly every threshold has ties, of which the first are kept."""
     scores = np.random.default_rng(0).integers(-3, 3, shape).astype(np.float32)
@@ -40,6 +40,8 @@ def test_shapes_and_ties(shape):
 
 
 def test_equal_scores_keep_the_first():
+    assert topk_mask(jnp.zeros((2, 4)), 1 << 40).all()
+    assert topk_mask(jnp.zeros((0, 4)), 5).shape == (0, 4)
     assert topk_mask(jnp.zeros((2, 4)), 5).astype(int).tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
 
 
@@ -115,7 +117,7 @@ def test_too_many_scores():
     jax.eval_shape(lambda x: topk_mask(x, 1, stacked=1), huge)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(FLOATS, min_size=2, max_size=2))
 def test_keys_stand_in_the_order_of_the_scores(pair):
     low, high = order_key(np.array(pair, np.float32)).tolist()
@@ -136,30 +138,35 @@ def test_keep_count():
         keep_count(10, 1.5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 2**31 - 1), st.floats(0, 1, width=32))
 def test_a_traced_sparsity_keeps_the_count_to_1(size, sparsity):
     exact = size * (1 - Fraction(sparsity))
     kept = int(keep_count(size, jnp.float32(sparsity)))
-    assert abs(kept - max(Fraction(1), exact)) <= 1
+    assert abs(kept - max(Fraction(1), exact)) <= 0.75  # 1/2 of rounding, 2^31 / 2^33 of s
 
 
 @pytest.mark.parametrize(
-    ("case", "kind"),
-    [("one", AxisType.Explicit), ("stacked", AxisType.Auto), ("tree", AxisType.Explicit)],
+    ("case", "shape", "axes", "kind"),
+    [
+        ("one", (3, 512, 96), ("fsdp", "tensor"), AxisType.Explicit),
+        ("one", (3, 16, 5), (("fsdp", "tensor"), None), AxisType.Auto),  # two rows a shard
+        ("stacked", (3, 64, 96), ("fsdp", "tensor"), AxisType.Auto),
+        ("tree", (3, 64, 96), ("fsdp", "tensor"), AxisType.Explicit),
+    ],
 )
-def test_a_sharded_mask_reduces_counts_only(case, kind):
+def test_a_sharded_mask_reduces_counts_only(case, shape, axes, kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
-    sharding = NamedSharding(mesh, P(None, "fsdp", "tensor"))
-    scores = np.random.default_rng(4).integers(0, 50, (3, 64, 96)).astype(np.float32)
+    sharding = NamedSharding(mesh, P(None, *axes))
+    scores = np.random.default_rng(4).integers(0, 50, shape).astype(np.float32)
 
     def mask(scores):
         match case:
             case "one":
-                return topk_mask(scores, 1000)
+                return topk_mask(scores, 100)
             case "stacked":
-                return topk_mask(scores, 1000, stacked=1)
-        return global_topk_masks([scores, scores[0]], 1000)[0]
+                return topk_mask(scores, 100, stacked=1)
+        return global_topk_masks([scores, scores[0]], 100)[0]
 
     with jax.set_mesh(mesh):
         sharded = jax.device_put(scores, sharding)
@@ -175,8 +182,8 @@ def test_a_sharded_mask_reduces_counts_only(case, kind):
         assert max(sizes) <= 3  # a count for each array of the stack
     assert result.sharding.is_equivalent_to(sharding, 3)
     if case == "stacked":
-        expected = np.stack([sorted_mask(part, 1000) for part in scores])
+        expected = np.stack([sorted_mask(part, 100) for part in scores])
     else:  # the tree's other leaf comes after the first, and so loses ties
         rows = [*scores, scores[0]] if case == "tree" else [*scores]
-        expected = sorted_mask(np.stack(rows), 1000)[:3]
+        expected = sorted_mask(np.stack(rows), 100)[:3]
     np.testing.assert_array_equal(result, expected)
