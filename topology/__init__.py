@@ -3,13 +3,22 @@
 A library of its own: it needs numpy and scipy, and no JAX.
 """
 
-from topology import fabric, light
+from topology import availability, checkpoint_interval, collectives, fabric, light, throughput
+from topology.collectives import Cost, Network, collective_cost
 from topology.fabric import Changes, Fabric, Placement
+from topology.groups import Groups, groups_of_axes
 from topology.hardware import PODS, TPU_V3, TPU_V4, TPU_V5P
+from topology.layout import Layout, Traffic, lay_mesh, traffic_seconds
 from topology.parts import SWITCHES, Part, Switch
+from topology.pod_simulation import simulate as simulate_pod
+from topology.policies import Policy
+from topology.replay import replay
+from topology.schedules import dimension_rings, hamiltonian_ring, schedule
 from topology.shapes import legal_shapes, nearest_shape, shipped_twist
 from topology.slices import DIRECTIONS, Slice
+from topology.throughput import all_to_all
 from topology.twists import all_twists, ranked_twists
+from topology.workload import FailureRates, Job, Outage
 
 __all__ = [
     "DIRECTIONS",
@@ -19,16 +28,39 @@ __all__ = [
     "TPU_V4",
     "TPU_V5P",
     "Changes",
+    "Cost",
     "Fabric",
+    "FailureRates",
+    "Groups",
+    "Job",
+    "Layout",
+    "Network",
+    "Outage",
     "Part",
     "Placement",
+    "Policy",
     "Slice",
     "Switch",
+    "Traffic",
+    "all_to_all",
     "all_twists",
+    "availability",
+    "checkpoint_interval",
+    "collective_cost",
+    "collectives",
+    "dimension_rings",
     "fabric",
+    "groups_of_axes",
+    "hamiltonian_ring",
+    "lay_mesh",
     "legal_shapes",
     "light",
     "nearest_shape",
     "ranked_twists",
+    "replay",
+    "schedule",
     "shipped_twist",
+    "simulate_pod",
+    "throughput",
+    "traffic_seconds",
 ]
