@@ -22,6 +22,13 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+class _Stderr(logging.Handler):
+    """Writes to what stderr is at the time."""
+
+    def emit(self, record):
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def prepare(devices: int | None = None) -> None:
     """Sets JAX up; call it before anything else of JAX.
 
@@ -39,7 +46,7 @@ def prepare(devices: int | None = None) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)
     log.setLevel(logging.INFO)
     if not log.handlers:
-        log.addHandler(handler := logging.StreamHandler(sys.stderr))
+        log.addHandler(handler := _Stderr())
         handler.setFormatter(logging.Formatter("torsion: %(message)s"))
         log.propagate = False
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))

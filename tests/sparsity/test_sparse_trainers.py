@@ -107,7 +107,7 @@ def test_counts_stay_and_growth_is_where_the_gradient_is_largest(density, fracti
         assert np.abs(grads)[grown].min() >= np.abs(grads)[never].max()
 
 
-MOVE = jit(sparsity.RigL()._update_masks)
+MOVE = jit(functools.partial(sparsity.RigL()._update_masks, sparsity_type=sparsity.Unstructured()))
 
 
 @pytest.mark.parametrize(
