@@ -1,0 +1,83 @@
+"""`torsion train`: trains a model, or goes on with its training."""
+
+import sys
+from pathlib import Path
+
+from launch.commands.common import add_command, add_machine, mesh_bindings
+
+_NO_CONFIG = """\
+torsion train: give it a configuration. A first run, a few minutes on a laptop:
+
+  torsion train configs/quickstart.gin
+
+It trains a tiny model on the text of Python's standard library, in runs/quickstart; stopped, it
+goes on where it was when run again. Any parameter can be changed:
+
+  torsion train configs/quickstart.gin --steps 50 --out runs/short \\
+    --gin 'optimizers.AdamW.learning_rate = 1e-3'
+
+Another model, and the shared defaults: torsion train configs/base.gin configs/models/gpt2.gin
+All options: torsion train --help
+"""
+
+
+def add(commands) -> None:
+    train = add_command(
+        commands,
+        run,
+        "train",
+        "train a model, or go on with its training",
+        "The run is what the gin files describe, in their order, changed by --gin, changed by the "
+        "other options. Files are looked for here, then in the checkout and its configs/. "
+        "Run again with the same --out, it resumes from its newest checkpoint.",
+    )
+    train.set_defaults(trains=True)
+    train.add_argument("configs", nargs="*", metavar="CONFIG.gin", help="what to train")
+    train.add_argument(
+        "--gin",
+        action="append",
+        default=[],
+        metavar="BINDING",
+        help="change a parameter, such as 'run.Run.eval_every = 50'; may be repeated",
+    )
+    train.add_argument("--steps", type=int, metavar="N", help="updates of the whole run")
+    train.add_argument("--log-every", type=int, metavar="N", help="steps between rows of metrics")
+    train.add_argument("--seed", type=int, metavar="N", help="of parameters, data and samples")
+    add_machine(train)
+    train.add_argument(
+        "--out",
+        metavar="DIR",
+        help="run directory (default: runs/ and the name of the last CONFIG)",
+    )
+    group = train.add_argument_group("several processes, started by hand, alike but for their id")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+
+
+def run(args, began: float) -> int:
+    if not args.configs:
+        print(_NO_CONFIG, end="", file=sys.stderr)
+        return 2
+    from launch import process
+
+    mesh = mesh_bindings(args.mesh)
+    processes = args.coordinator, args.process_id, args.num_processes
+    process.check_processes(*processes)
+    process.prepare(args.devices)
+
+    from launch.configure import build_run
+    from launch.directory import check_directory, steps_before
+
+    options = {"steps": args.steps, "log_every": args.log_every, "seed": args.seed}
+    short = [f"run.Run.{name} = {value}" for name, value in options.items() if value is not None]
+    run, config_text = build_run(args.configs, args.gin + short + mesh)
+    directory = Path(args.out or Path("runs") / Path(args.configs[-1]).stem)
+    check_directory(directory, config_text)
+    before = steps_before(directory)
+    process.join(*processes)
+
+    from pjit_train.loop import train
+
+    train(run, directory, config_text=config_text, steps_before=before, began=began)
+    return 0
