@@ -173,7 +173,9 @@ def _update(optimizer, grads, norm, state: State, updater, finite) -> State:
             state = state | {"sparsity": sparsity._replace(inner_state=None)}
 
         def keep(new, old):
-            return new if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else old
+            counts = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)
+            # Not the step that something happened at, which a zero gradient may have brought about.
+            return jnp.where(new == old + 1, new, old) if counts else old
 
         counted = jax.tree.map(keep, new["optimizer"], state["optimizer"])
         return state | {"optimizer": counted}

@@ -151,9 +151,12 @@ class PruningUpdater:
         return optax.tree.norm(grads)
 
     def skip(self, params: Any, state: SparseState) -> SparseState:
-        """The state after a step whose update is left out: an update of the masks is lost too."""
+        """The state after a step whose update is left out: the schedule of the masks waits for it.
+
+        So no mask is made of a gradient that is not finite, and none is left out.
+        """
         del params
-        return state._replace(count=optax.safe_increment(state.count))
+        return state
 
     def weights(self, params: Any, state: SparseState) -> Any:
         """The parameters that the forward pass reads."""

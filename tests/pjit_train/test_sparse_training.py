@@ -6,6 +6,7 @@ import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from test_collectives import collectives
 from test_loop import rows, run, text  # noqa: F401
@@ -246,6 +247,47 @@ def test_a_step_that_is_not_finite_leaves_masks_and_parameters_alone():
         jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
     jax.tree.map(np.testing.assert_array_equal, after["sparsity"].masks, before["sparsity"].masks)
     assert int(after["sparsity"].count) == int(before["sparsity"].count) + 1
+
+
+def skip_one_step(sparsity):
+    """(the state before a step whose loss is not finite, the one after it, the one after another)"""
+    program = make_program(
+        LLAMA, sparsity=sparsity, steps=4, optimizer=AdamW(learning_rate=1e-2, b2=0.5)
+    )
+    state, batch = program.new_state(), make_batch(program, 0)
+    step = program.compile_step(batch)
+    scale = state["params"]["norm"]["scale"]
+    state["params"]["norm"]["scale"] = scale * np.float32(np.nan)
+    before = jax.device_get(state)
+    state, figures = step(state, batch)
+    assert not figures["finite"]
+    skipped = jax.device_get(state)
+    state["params"]["norm"]["scale"] = scale * 0 + 1
+    state, figures = step(state, batch)
+    assert figures["finite"]
+    return before, skipped, jax.device_get(state)
+
+
+def test_masks_that_were_due_in_a_step_that_is_not_finite_are_made_in_the_next():
+    due_at_once = Pruning(
+        algorithm="magnitude", sparsity=0.5, layers=(KERNELS,), start_fraction=0, end_fraction=0
+    )
+    before, skipped, after = skip_one_step(due_at_once)
+    jax.tree.map(np.testing.assert_array_equal, skipped["sparsity"], before["sparsity"])
+    kernel = after["params"]["blocks"]["feed_forward"]["up"]["kernel"]
+    assert np.mean(kernel == 0) == 0.5
+
+
+def test_a_step_that_is_not_finite_switches_no_autoswitch():
+    always = AutoSwitch(window=1, threshold=1e9, min_fraction=0, max_fraction=0.9)
+    made = dataclasses.replace(recipe("step"), variance=always)
+    before, skipped, after = skip_one_step(made)
+    switched = [
+        int(optax.tree_utils.tree_get(state["optimizer"], "switched_at"))
+        for state in (before, skipped, after)
+    ]
+    assert switched == [-1, -1, 2]
+    assert [int(s["sparsity"].masked_from) for s in (before, skipped, after)] == [-1, -1, 2]
 
 
 def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path):  # noqa: F811
