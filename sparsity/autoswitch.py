@@ -29,7 +29,8 @@ class AutoSwitch:
       window: updates; None for floor(1 / (1 - b2)). Nothing is decided before it is full.
       min_fraction: T_min as a fraction of the run.
       max_fraction: T_max as a fraction of the run.
-      clip: whether T_min and T_max count.
+      clip: whether T_min and T_max count. Without them a run that does not settle stays dense until
+        its fine-tuning phase.
     """
 
     option: Literal["arithmetic", "geometric"] = "arithmetic"
