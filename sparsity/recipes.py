@@ -51,7 +51,7 @@ class Recipe:
       sr_ste: lambda of SR-STE (Zhou et al., 2021): a decay of pruned weights only.
       sr_ste_where: lambda W is added to the "gradient", as in the paper, where an adaptive
         optimizer divides it by its second moments; or "decoupled", learning rate times lambda W
-        subtracted from the weight. A trainer that clips takes the norm of the loss's gradient alone.
+        subtracted from the weight. A trainer clips by the norm of the loss's gradient alone.
       variance: with an AutoSwitch the dense phase ends when it says (STEP), and the optimizer is to
         be built with `scale_by_step_adam`.
       dense_fraction: of the run, at its beginning.
