@@ -1,0 +1,152 @@
+"""What the dataflow model computes: the attention and the other matmuls of a transformer block.
+
+The models are those of the FLAT paper (Kao et al., ASPLOS 2023, arXiv 2107.06419), with the sizes
+of their published configurations.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+BATCH = 64  # of the paper
+SEQUENCES = tuple(512 * 2**i for i in range(8))  # 512 .. 64K
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Logits = Q K^T, softmax over whole rows, output = softmax(logits) V.
+
+    Attributes:
+      batch: sequences; heads: of queries, each.
+      kv_heads: of keys and values; None: as many as heads.
+      rows: queries of a head; columns: keys, None: as many as rows.
+      bytes_per_element: of Q, K, V and the output.
+      bytes_per_logit: None: the same.
+
+    Raises:
+      ValueError: a size is not positive, or kv_heads does not divide heads.
+    """
+
+    batch: int
+    heads: int
+    rows: int
+    head_dim: int
+    columns: int | None = None
+    kv_heads: int | None = None
+    bytes_per_element: int = 2
+    bytes_per_logit: int | None = None
+
+    def __post_init__(self):
+        for name, default in (
+            ("columns", self.rows),
+            ("kv_heads", self.heads),
+            ("bytes_per_logit", self.bytes_per_element),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of keys and values in all sequences: what a tile's loop runs over."""
+        return self.batch * self.kv_heads
+
+    @property
+    def head_rows(self) -> int:
+        """Rows that share the keys and values of a head."""
+        return self.rows * (self.heads // self.kv_heads)
+
+    @property
+    def logits(self) -> int:
+        return self.num_heads * self.head_rows * self.columns
+
+    @property
+    def macs(self) -> int:
+        """Multiplications and additions of both matmuls."""
+        return 2 * self.logits * self.head_dim
+
+    @property
+    def compulsory_bytes(self) -> int:
+        """Q, K and V read once, the output written once."""
+        elements = 2 * self.num_heads * (self.head_rows + self.columns) * self.head_dim
+        return elements * self.bytes_per_element
+
+
+class Matmul(NamedTuple):
+    """`count` products of [m, k] and [k, n]."""
+
+    name: str
+    count: int
+    m: int
+    k: int
+    n: int
+
+    @property
+    def macs(self) -> int:
+        return self.count * self.m * self.k * self.n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Sizes of a transformer; `source` says whose."""
+
+    name: str
+    heads: int
+    d_model: int
+    head_dim: int
+    d_ff: int
+    source: str
+
+    def attention(self, sequence: int, batch: int = BATCH) -> Attention:
+        """The attention of a layer."""
+        return Attention(batch=batch, heads=self.heads, rows=sequence, head_dim=self.head_dim)
+
+    def matmuls(self, sequence: int, batch: int = BATCH) -> tuple[Matmul, ...]:
+        """The other matmuls of a layer: projections of queries, keys, values, output; both of
+        the feed-forward network."""
+        tokens, wide = batch * sequence, self.heads * self.head_dim
+        return (
+            Matmul("query, key, value", 3, tokens, self.d_model, wide),
+            Matmul("output", 1, tokens, wide, self.d_model),
+            Matmul("feed-forward up", 1, tokens, self.d_model, self.d_ff),
+            Matmul("feed-forward down", 1, tokens, self.d_ff, self.d_model),
+        )
+
+
+_ROWS = "sizes in the independent model's rows (FPSG-UIUC/micro24-fusemax-artifact)"
+
+MODELS: Mapping[str, Model] = {
+    model.name: model
+    for model in (
+        Model(name="BERT", heads=12, d_model=768, head_dim=64, d_ff=3072, source=_ROWS),
+        Model(name="TrXL", heads=16, d_model=1024, head_dim=64, d_ff=4096, source=_ROWS),
+        Model(
+            name="FlauBERT",
+            heads=12,
+            d_model=768,
+            head_dim=64,
+            d_ff=3072,
+            source="flaubert-base (Le et al., LREC 2020); that the paper took base: assumption",
+        ),
+        Model(name="T5", heads=8, d_model=512, head_dim=64, d_ff=2048, source=_ROWS),
+        Model(name="XLM", heads=16, d_model=2048, head_dim=128, d_ff=8192, source=_ROWS),
+    )
+}
+
+
+def model(name: str) -> Model:
+    """The model of a name, in any case of letters.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    for known in MODELS.values():
+        if known.name.lower() == name.lower():
+            return known
+    raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
