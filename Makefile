@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := test
 ARGS ?=
 
-.PHONY: setup train test lint format test-oracle bench clean
+.PHONY: setup train test browser lint format test-oracle bench clean
 
 setup: .venv/.ready
 
@@ -17,8 +17,12 @@ setup: .venv/.ready
 train: setup
 	$(BIN)/torsion train configs/quickstart.gin $(ARGS)
 
-test: lint
+test: lint browser
 	$(BIN)/pytest -n 2 $(ARGS)
+
+# The pages are tested in a real browser; without root the tests of them say what to install.
+browser:
+	@command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium) || true
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,8 +12,10 @@ import time
 from launch.commands import (
     completion,
     compress,
+    dataflow,
     evaluate,
     export,
+    fabric,
     sample,
     slice,
     study,
@@ -22,7 +24,19 @@ from launch.commands import (
 )
 from pjit_train.errors import TrainingError, UserError
 
-COMMANDS = (train, evaluate, sample, export, compress, study, tokenizer, slice, completion)
+COMMANDS = (
+    train,
+    evaluate,
+    sample,
+    export,
+    compress,
+    study,
+    tokenizer,
+    slice,
+    dataflow,
+    fabric,
+    completion,
+)
 
 _DESCRIPTION = """\
 Torsion trains sparse and quantized language models on a sharded mesh.

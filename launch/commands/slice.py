@@ -1,4 +1,4 @@
-"""`torsion slice`: what the interconnect of a TPU v4 slice gives."""
+"""`torsion slice`: what the interconnect of a TPU v4 slice gives, and how it looks."""
 
 import json
 
@@ -10,7 +10,7 @@ def add(commands) -> None:
         commands,
         run,
         "slice",
-        "say what the interconnect of a TPU v4 slice gives",
+        "say what the interconnect of a TPU v4 slice gives, and draw it",
         "Distances, bisection, and all-to-all throughput as an exact optimum with its proof.",
     )
     slice.add_argument("shape", metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted")
@@ -19,12 +19,38 @@ def add(commands) -> None:
         metavar="D,I,J",
         help="an optical switch that fails, such as x,0,0: dimension and in-face position",
     )
+    slice.add_argument(
+        "--failed",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PART",
+        help="parts that fail: ocs:x,0,0 port:x,0,0,1 block:1 host:1,3 chip:1,0,1,3 "
+        "link:1,0,1,3,+x, with blocks counted in the slice",
+    )
+    add_draw(slice, "SHAPE")
     slice.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def run(args, began: float) -> int:
-    from launch.slices import describe, report
+def add_draw(sub, name: str) -> None:
+    sub.add_argument(
+        "--draw",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="write an interactive page and a picture, PATH.html and PATH.png (default: "
+        f"{name}.html and {name}.png here)",
+    )
 
-    found = report(args.shape, args.failed_ocs)
+
+def run(args, began: float) -> int:
+    from launch.slices import describe, draw, report
+
+    found = report(args.shape, args.failed_ocs, args.failed)
+    if args.draw is not None:
+        files = draw(args.shape, found, args.draw, args.failed_ocs, args.failed)
+        found["drawn"] = [str(file) for file in files]
     print(json.dumps(found) if args.json else describe(found))
+    if args.draw is not None and not args.json:
+        print(f"wrote {' and '.join(found['drawn'])}")
     return 0

@@ -47,6 +47,11 @@ def test_a_failed_switch_costs_what_it_costs(capsys):
         (["4x4"], "not a slice"),
         (["4x4x8", "--failed-ocs", "w,0,0"], "'w' is no dimension"),
         (["2x2x1", "--failed-ocs", "x,0,0"], "has no optical link in dimension x"),
+        (["4x4x8", "--failed", "block:2"], "whose blocks are 0 .. 1"),
+        (["4x4x8", "--failed", "cable:2"], "no such kind; write for example block:12"),
+        (["4x4x8", "--draw", "slice.svg"], "give it as NAME.html"),
+        (["4x4x8", "--draw", "/proc/slice"], "cannot write here"),
+        (["4x4x8_twist:0,0,2/0,0,0/0,0,0", "--draw"], "in place of 2 of x take 0"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
@@ -56,9 +61,47 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_the_command_needs_no_jax():
+def test_failed_parts_are_counted_and_named(capsys):
+    parts = ["ocs:x,0,0", "ocs:y,1,2"]
+    assert main(["slice", "4x4x8", "--failed", *parts, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == parts
+    # A switch of x, and one of y, joins each of the two blocks with itself.
+    assert (found["lost_chips"], found["lost_links"]) == (0, 4)
+    assert 0.9 < found["all_to_all_kept"] <= 1
+    assert main(["slice", "4x4x8", "--failed", "chip:1,0,0,0"]) == 0
+    assert "chip:1,0,0,0: lost 1 chip: the slice needs another block" in capsys.readouterr().out
+    assert main(["slice", "16x16x16", "--failed", "port:x,0,0,17"]) == 0
+    assert "lost 1 link; the optimum around what is left takes minutes" in capsys.readouterr().out
+
+
+def test_draw_writes_a_page_and_a_picture_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for shape, name in [
+        ("4x4x4", "4x4x4"),
+        ("4x4x8_twist:0,0,4/0,0,0/0,0,0", "4x4x8_twist-0,0,4_0,0,0_0,0,0"),
+    ]:
+        for _ in range(2):  # once more replaces its own
+            assert main(["slice", shape, "--draw"]) == 0
+            last = capsys.readouterr().out.splitlines()[-1]
+            assert last == f"wrote {name}.html and {name}.png"
+        assert (tmp_path / f"{name}.html").read_text().startswith("<!doctype html>")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["slice", "2x2x1", "--draw", "here/", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["drawn"] == ["here/2x2x1.html", "here/2x2x1.png"]
+    (tmp_path / "notes.html").write_text("<p>mine</p>")
+    assert main(["slice", "2x2x1", "--draw", "notes"]) == 2
+    assert "notes.html exists and is no drawing of torsion's" in capsys.readouterr().err
+    assert (tmp_path / "notes.html").read_text() == "<p>mine</p>"
+    assert sorted(p.name for p in tmp_path.iterdir() if "notes" in p.name) == ["notes.html"]
+
+
+def test_the_command_needs_no_jax(tmp_path):
     script = "import sys; sys.modules['jax'] = None; from launch.cli import main; "
-    script += "sys.exit(main(['slice', '4x4x8_twisted']))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    script += "sys.exit(main(['slice', '4x4x8_twisted', '--draw', sys.argv[1]]))"
+    command = [sys.executable, "-c", script, str(tmp_path / "it")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "a twisted torus of 128 chips in 2 blocks" in done.stdout
+    assert (tmp_path / "it.png").exists()
