@@ -231,7 +231,7 @@ def _twisted_ways(slice, sources, destinations, weights):
 
     part = np.ones(0)
     if len(chips):
-        mix = best_mix(cheapest, np.ones(3), tolerance=1e-4)
+        mix = best_mix(cheapest, np.ones(3), tolerance=1e-4, smoothing=0.0)
         part = sum(share * way for share, way in zip(mix.shares, mix.ways, strict=True))
     used = part > 1e-9
     chips, vectors, part = chips[used], vectors[used], part[used]

@@ -14,11 +14,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from topology.boxes import boxes
 from topology.collectives import Cost, Network, check_kind, collective_cost
 from topology.groups import Groups, groups_of_axes
+from topology.routing import short_vectors
 from topology.slices import Slice
 
 _IMPROVED = 8  # of the best factorisations, so many have the order of their factors improved
@@ -88,14 +91,6 @@ class Layout:
     traffic_seconds: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Box:
-    """Chips as sums of `vectors`, each `sizes` times; every chip once."""
-
-    vectors: tuple[tuple[int, int, int], ...]
-    sizes: tuple[int, ...]
-
-
 def lay_mesh(
     slice: Slice,
     mesh: Mapping[str, int],
@@ -118,16 +113,20 @@ def lay_mesh(
     _check_mesh(slice, mesh, traffic)
     search = _Search(slice, mesh, traffic, network)
     best, limit = {}, math.inf  # the limit is the seconds of the worst in `best`, once it is full
-    for b, box in enumerate(search.boxes):
-        for factors in _factorisations(box.sizes, tuple(mesh.values())):
-            for order in search.first_orders(factors):
-                seconds = search.seconds(b, factors, order, limit)
-                if seconds < limit:
-                    best[b, factors, order] = seconds
-                    if len(best) > _IMPROVED:
-                        del best[max(best, key=best.get)]
-                    if len(best) == _IMPROVED:
-                        limit = max(best.values())
+    candidates = [
+        (b, factors, order)
+        for b, box in enumerate(search.boxes)
+        for factors in _factorisations(box.sizes, tuple(mesh.values()))
+        for order in search.first_orders(factors)
+    ]
+    for candidate in sorted(candidates, key=lambda candidate: search.least(*candidate)):
+        seconds = search.seconds(*candidate, limit)
+        if seconds < limit:
+            best[candidate] = seconds
+            if len(best) > _IMPROVED:
+                del best[max(best, key=best.get)]
+            if len(best) == _IMPROVED:
+                limit = max(best.values())
     improved = [search.improve(*candidate) for candidate in sorted(best, key=best.get)]
     b, factors, order = min(improved, key=lambda candidate: search.seconds(*candidate))
     digits = search.digits(b, factors, order)
@@ -172,43 +171,6 @@ def traffic_seconds(
         )
         for one in traffic
     )
-
-
-def boxes(slice: Slice) -> list[Box]:
-    """The boxes as which a slice can be read; the first is its shape.
-
-    On a twisted slice, dimensions in every order: each is as long as it takes to come back to the
-    chips of those before. Where it comes back to another chip than it left, a vector that also
-    goes along the earlier dimensions can close the ring; both are boxes.
-    """
-    unit = np.eye(3, dtype=int)
-    found = [Box(tuple(map(tuple, unit.tolist())), slice.shape)]
-    if not slice.is_twisted:
-        return found
-    for order in itertools.permutations(range(3)):
-        before, sizes, options = np.zeros((1, 3), int), [], []
-        for i, d in enumerate(order):
-            there = set(slice.index(slice.reduce(before)).tolist())
-            steps = range(1, slice.num_chips + 1)
-            n = next(n for n in steps if int(slice.index(slice.reduce(n * unit[d]))) in there)
-            closed = [
-                vector
-                for turns in itertools.product((0, 1, -1), repeat=i)
-                for vector in [
-                    unit[d] + sum(t * unit[e] for t, e in zip(turns, order, strict=False))
-                ]
-                if not slice.reduce(n * vector).any()
-            ]
-            closed.sort(key=lambda vector: np.abs(vector).sum())
-            options.append({tuple(v.tolist()): None for v in [unit[d], *closed[:1]]})
-            sizes.append(n)
-            before = (before[:, None] + np.arange(n)[:, None] * unit[d]).reshape(-1, 3)
-        for vectors in itertools.product(*options):
-            pairs = sorted(zip(vectors, sizes, strict=True), reverse=True)
-            box = Box(*map(tuple, zip(*pairs, strict=True)))
-            if box not in found:
-                found.append(box)
-    return found
 
 
 class _Search:
@@ -257,14 +219,53 @@ class _Search:
 
     def seconds(self, b, factors, order, limit=math.inf):
         """Of all the traffic; infinite as soon as it is known to be no less than the limit."""
-        digits = self.digits(b, factors, order)
-        total = sum(least for *_, least in self.entries)
-        for one, axes, least in self.entries:
-            mine = [d for a in axes for d in digits[a]]
-            total += one._seconds(self.cost(one.kind, b, mine), self.network) - least
+        parts = self._parts(b, factors, order)
+        total = sum(least for *_, least in parts)
+        for one, mine, least in parts:
             if total >= limit:
                 return math.inf
+            total += one._seconds(self.cost(one.kind, b, mine), self.network) - least
         return total
+
+    def least(self, b, factors, order):
+        """Seconds that all the traffic takes at least; known at once."""
+        return sum(least for *_, least in self._parts(b, factors, order))
+
+    def _parts(self, b, factors, order):
+        """(entry, its digits, the seconds that it takes at least) of all entries."""
+        digits, parts = self.digits(b, factors, order), []
+        for one, axes, least in self.entries:
+            mine = [d for a in axes for d in digits[a]]
+            if one.kind == "all_to_all" and self.slice.is_twisted:
+                bound = self._all_to_all_bound(b, self._alike(mine))
+                least = max(least, one._seconds(Cost(0, bound), self.network))
+            parts.append((one, mine, least))
+        return parts
+
+    def _all_to_all_bound(self, b, digits):
+        """Load that an all-to-all of a byte has at least: its paths cost as much as the cheapest
+        ones, at any prices of the links, and the most loaded link carries the mean at least."""
+        key = "bound", b, tuple(digits)
+        if key not in self.costs:
+            apart, pairs = np.zeros((1, 3), int), np.ones(1)
+            for i, stride, size in digits:
+                ahead = np.arange(1 - size, size)
+                steps = ahead[:, None] * (stride * np.array(self.boxes[b].vectors[i]))
+                apart = (apart[:, None] + steps).reshape(-1, 3)
+                pairs = np.outer(pairs, (size - np.abs(ahead)) / size**2).ravel()
+            costs = self.path_costs[:, self.slice.index(self.slice.reduce(apart))]
+            self.costs[key] = float((costs @ pairs).max())
+        return self.costs[key]
+
+    @cached_property
+    def path_costs(self):
+        """float [7, N]: of the cheapest path to each chip of a torus, at some prices of x, y and z
+        at which the links of a chip cost 1."""
+        chips, vectors = short_vectors(self.slice)
+        starts = np.searchsorted(chips, np.arange(self.slice.num_chips))
+        prices = np.array(list(itertools.product((0, 1), repeat=3))[1:])
+        costs = np.abs(vectors) @ (prices / (2 * prices.sum(axis=1, keepdims=True))).T
+        return np.minimum.reduceat(costs, starts).T
 
     def _least(self, one, n):
         """Seconds that one entry takes at least: what a chip receives, over all its links; in an
@@ -277,6 +278,11 @@ class _Search:
         return one._seconds(Cost(0, received / n / degree), self.network)
 
     def cost(self, kind, b, digits):
+        if kind == "reduce_scatter":  # an all-gather backwards, and an all-reduce is both
+            return self.cost("all_gather", b, digits)
+        if kind == "all_reduce":
+            half = self.cost("all_gather", b, digits)
+            return Cost(2 * half.hops, 2 * half.load)
         if kind != "permute":
             digits = self._alike(digits)
         key = kind, b, tuple(digits)

@@ -15,6 +15,8 @@ def add(commands) -> None:
     )
     studies = study.add_subparsers(title="studies", metavar="WHAT", required=True)
     _add_recipes(studies)
+    _add_pod(studies)
+    _add_flat(studies)
 
 
 def _add_recipes(studies) -> None:
@@ -53,3 +55,44 @@ def _run_recipes(args, began: float) -> int:
     file = study.SIZES.get(args.size, args.size)
     out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
     return study.study_recipes(file, out, seeds=args.seeds, only_table=args.table)
+
+
+def _add_pod(studies) -> None:
+    pod = add_command(
+        studies,
+        _run_pod,
+        "pod",
+        "put the published figures of the TPU v4 pod beside ours",
+        "The gain of twisted slices, goodput, bisection, switches and their failures; then every "
+        "twist that the wiring can make, Monte Carlo against closed forms, a year of a pod's "
+        "events, and checkpoint intervals. A few minutes on two cores. table.md, results.json and "
+        "figures are in --out.",
+    )
+    pod.add_argument("--json", action="store_true", help="print one JSON document")
+    pod.add_argument("--out", metavar="DIR", default="runs/study-pod", help="(runs/study-pod)")
+
+
+def _run_pod(args, began: float) -> int:
+    from launch.pod_study import study_pod
+
+    return study_pod(Path(args.out), as_json=args.json)
+
+
+def _add_flat(studies) -> None:
+    flat = add_command(
+        studies,
+        _run_flat,
+        "flat",
+        "put the published figures of the FLAT dataflow beside ours",
+        "Speed and energy of fused attention over the best unfused one, with the softmax charged "
+        "and not, the buffers that either needs, and what changes them. A minute or two. table.md, "
+        "results.json and figures are in --out.",
+    )
+    flat.add_argument("--json", action="store_true", help="print one JSON document")
+    flat.add_argument("--out", metavar="DIR", default="runs/study-flat", help="(runs/study-flat)")
+
+
+def _run_flat(args, began: float) -> int:
+    from launch.flat_study import study_flat
+
+    return study_flat(Path(args.out), as_json=args.json)

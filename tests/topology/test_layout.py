@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
 
-from topology import Slice
+from topology import Slice, layout
 from topology.collectives import KINDS, Network
 from topology.layout import Digit, Traffic, boxes, lay_mesh, traffic_seconds
 
@@ -217,6 +217,38 @@ def test_digits_are_the_devices():
     assert all(isinstance(d, Digit) for digits in layout.axes.values() for d in digits)
     chips = slice.index(slice.reduce(vectors["a"][:, None] + vectors["b"]))
     np.testing.assert_array_equal(layout.devices, chips)
+
+
+def test_no_candidate_costs_less_than_is_known_at_once():
+    # Candidates are taken in the order of these bounds, and left out by them.
+    slice, network = Slice.parse("4x4x12_twist:0,0,4/0,0,4/0,0,0"), Network(hop_latency=0)
+    mesh = {"data": 4, "fsdp": 12, "tensor": 4}
+    traffic = [Traffic(kind="all_to_all", axes=("fsdp",), bytes=1e8)]
+    search = layout._Search(slice, mesh, traffic, network)
+    found, tight = [], 0
+    for b, box in enumerate(search.boxes):
+        for factors in layout._factorisations(box.sizes, tuple(mesh.values())):
+            for order in search.first_orders(factors):
+                seconds, least = (f(b, factors, order) for f in (search.seconds, search.least))
+                assert least <= seconds * (1 + 1e-4)
+                tight += least > 0.9 * seconds
+                found.append(seconds)
+    assert tight > len(found) / 4
+    assert lay_mesh(slice, mesh, traffic, network).seconds <= min(found) * (1 + 1e-4)
+
+
+def test_an_fsdp_whose_scatters_are_all_reduces():
+    slice, mesh = Slice.parse("4x4x4"), {"fsdp": 64}
+    devices = np.arange(64)
+    as_sum = Traffic(kind="all_reduce", axes=("fsdp",), bytes=1e9)
+    for kind in ("reduce_scatter", "all_gather"):
+        traffic = [
+            Traffic(kind=kind, axes=("fsdp",), bytes=1e9, strategy=strategy)
+            for strategy in (None, "as_all_reduce")
+        ]
+        seconds = traffic_seconds(slice, mesh, devices, [*traffic, as_sum], Network(hop_latency=0))
+        assert seconds[1] == pytest.approx(2 * seconds[0])
+        assert seconds[1] == pytest.approx(seconds[2])
 
 
 def test_latency_counts():

@@ -10,7 +10,7 @@ from topology.slices import Slice
 from topology.throughput import all_to_all, closed_form, switch_links
 from topology.wild_first import candidate_paths, wild_first
 
-CASES = [("4x4x4", 1), ("4x4x8", 2), ("4x4x8", 0), ("4x4x8_twisted", 0)]
+CASES = [("4x4x4", 1), ("4x4x8", 2), ("4x4x8", 0), ("4x4x8_twisted", 0), ("4x8x8", 1)]
 
 
 @pytest.mark.parametrize(("name", "d"), CASES)
@@ -53,9 +53,10 @@ def test_paths_are_wild_first_and_avoid_the_failure(name, d):
 
 
 @pytest.mark.parametrize(
-    ("name", "d", "least"), [("4x4x4", 1, 31 / 32), ("4x4x8", 2, 15 / 16), ("4x4x8", 0, 1)]
+    ("name", "d", "least"),
+    [("4x4x4", 1, 31 / 32), ("4x4x8", 2, 15 / 16), ("4x4x8", 0, 1), ("4x8x8", 1, 15 / 16)],
 )
-def test_wild_first_keeps_the_optimum_of_small_regular_slices(name, d, least):
+def test_wild_first_keeps_the_optimum_of_regular_slices(name, d, least):
     slice = Slice.parse(name)
     result = wild_first(slice, d, 1, 2)
     optimum = all_to_all(slice, switch_links(slice, d, 1, 2))
