@@ -6,6 +6,7 @@ what differs.
 
 from sparsity import (
     decay,
+    formats,
     patterns,
     recipes,
     sparsity_distributions,
@@ -37,11 +38,15 @@ from sparsity.api import (
 )
 from sparsity.autoswitch import AutoSwitch, scale_by_step_adam
 from sparsity.base_updater import BaseUpdater, NoPruning, SparseState, apply_mask
+from sparsity.encoding import Encoded, bits_per_element, decode, encode
+from sparsity.formats import FORMATS, FP8, HBFP, MX, NVFP4, Format, Int, check_blocks, get_format
+from sparsity.interplay import dot_interplay, lost_maxima, tensor_interplay
 from sparsity.kernels import MaskedKernel, PackedKernel, dense, dense_tree
 from sparsity.mask_calculator import get_topk_fn
 from sparsity.nm import check_nm, nm_mask, nm_violations, transposable_mask
 from sparsity.one_shot import sparsegpt, wanda_mask, wanda_scores
 from sparsity.pruning import Pruning
+from sparsity.quantization import block_scales, clipped, fake_quantize, quantize
 from sparsity.recipes import Recipe
 from sparsity.sparsity_distributions import erk, uniform
 from sparsity.sparsity_schedules import (
@@ -58,14 +63,22 @@ __all__ = [
     "ACDC",
     "ALGORITHMS",
     "ALGORITHM_REGISTRY",
+    "FORMATS",
+    "FP8",
+    "HBFP",
+    "MX",
+    "NVFP4",
     "SET",
     "AdamBasedFisherPruning",
     "AutoSwitch",
     "BaseUpdater",
     "Block",
     "Channel",
+    "Encoded",
+    "Format",
     "GlobalMagnitudePruning",
     "GlobalSaliencyPruning",
+    "Int",
     "IterativeNMPruning",
     "MagnitudePruning",
     "MaskedKernel",
@@ -90,17 +103,29 @@ __all__ = [
     "Unstructured",
     "all_algorithm_names",
     "apply_mask",
+    "bits_per_element",
+    "block_scales",
+    "check_blocks",
     "check_nm",
+    "clipped",
     "create_updater_from_config",
     "decay",
+    "decode",
     "dense",
     "dense_tree",
+    "dot_interplay",
+    "encode",
     "erk",
+    "fake_quantize",
+    "formats",
+    "get_format",
     "get_topk_fn",
     "global_topk_masks",
+    "lost_maxima",
     "nm_mask",
     "nm_violations",
     "patterns",
+    "quantize",
     "recipes",
     "register_algorithm",
     "scale_by_step_adam",
@@ -110,6 +135,7 @@ __all__ = [
     "sparsity_types",
     "summarize_intersection",
     "summarize_sparsity",
+    "tensor_interplay",
     "topk_mask",
     "transposable_mask",
     "uniform",
