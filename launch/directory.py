@@ -92,7 +92,7 @@ def _is_foreign(path: Path) -> bool:
     """False for what a start leaves that was killed before it wrote config.gin."""
     if path.name == "checkpoints" and path.is_dir():
         return any(path.iterdir())
-    return path.name not in (".lock", "config.gin.new")
+    return path.name not in (".lock", "config.gin.new", "pod")
 
 
 def _read(path: Path) -> dict[Key, Any]:

@@ -23,9 +23,11 @@ STANDARD = (
     "pjit_train.transformer",
     "sparsity.autoswitch",
     "sparsity.decay",
+    "sparsity.formats",
     "sparsity.one_shot",
     "sparsity.patterns",
     "sparsity.pruning",
+    "sparsity.quantized",
     "sparsity.recipes",
 )
 IMPORT = {m.rpartition(".")[2]: "from {} import {}".format(*m.rsplit(".", 1)) for m in STANDARD}
@@ -36,6 +38,8 @@ def known_parameters() -> list[str]:
     parameters = []
     for name in STANDARD:
         for member in vars(importlib.import_module(name)).values():
+            if not isinstance(member, type):
+                continue
             if dataclasses.is_dataclass(member) and member.__module__ == name:
                 configurable = Configurable(name, member.__name__)
                 parameters += [f"{configurable}.{f.name}" for f in dataclasses.fields(member)]

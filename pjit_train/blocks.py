@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from pjit_train.attention import attention
+from pjit_train.attention import Way, attention
 from pjit_train.errors import UserError
 from pjit_train.sharding import (
     Axes,
@@ -30,6 +30,7 @@ from pjit_train.sharding import (
     spec_of,
 )
 from sparsity.kernels import dense
+from sparsity.quantized_kernels import QuantizedKernel, unquantized
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -50,6 +51,7 @@ class BlockConfig:
         parameters are the same.
       remat: what the backward pass makes again: nothing but gathered parameters, all but the
         outputs of matmuls with parameters ("dots"), or the whole block ("full").
+      attention: the way to run it, its tile_rows, measured and sequence, of `attention.attention`.
       dtype: of activations and matmuls; param_dtype: of parameters and so of optimizer state.
     """
 
@@ -67,11 +69,16 @@ class BlockConfig:
     scale_residual_init: bool = False
     layers: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
+    attention: Way = "auto"
+    attention_tile_rows: int | None = None
+    attention_measured: bool = False
+    attention_sequence: Literal["gather", "ring"] = "gather"
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
     def __post_init__(self):
-        for name in ("d_model", "num_layers", "num_heads", "d_ff", "num_kv_heads", "head_dim"):
+        sizes = ("d_model", "num_layers", "num_heads", "d_ff", "num_kv_heads", "head_dim")
+        for name in (*sizes, "attention_tile_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model: {name}={value}; use a positive number")
@@ -93,6 +100,8 @@ class BlockConfig:
             "activation": ("swiglu", "gelu", "gelu_tanh", "relu"),
             "layers": ("scan", "unroll"),
             "remat": ("none", "dots", "full"),
+            "attention": ("auto", "rows", "flat", "splash", "cudnn"),
+            "attention_sequence": ("gather", "ring"),
             "dtype": ("float32", "bfloat16", "float16"),
             "param_dtype": ("float32", "bfloat16", "float16"),
         }
@@ -139,12 +148,18 @@ def gathered(param: nnx.Param, rules: Rules, dtype: Dtype | None = None) -> jax.
     return _gathered(param.get_value(), rules, param.get_metadata("axes"), dtype)
 
 
-def gathered_for_tokens(param: nnx.Param, rules: Rules, dtype: Dtype) -> jax.Array:
+def gathered_for_tokens(
+    param: nnx.Param, rules: Rules, dtype: Dtype, *, exact: bool = False
+) -> jax.Array:
     """The same for one that meets tokens: its gradient is summed where they are split.
 
     Over `fsdp` with each device keeping its shard, and only of that shard over the other axes.
+
+    Args:
+      exact: of a quantized kernel, what it is made of.
     """
-    return _gathered(param.get_value(), rules, param.get_metadata("axes"), dtype, tokens=True)
+    value = unquantized(param.get_value()) if exact else param.get_value()
+    return _gathered(value, rules, param.get_metadata("axes"), dtype, tokens=True)
 
 
 def _gathered(value, rules: Rules, axes: Axes, dtype: Dtype | None, tokens=False) -> jax.Array:
@@ -186,15 +201,22 @@ def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array
 
     Args:
       equation: batch and tokens lead in the activations and in the output.
-      prepare: makes the kernel of what is stored for it (one shard of an array, a sparse kernel);
-        the backward pass makes it again instead of keeping it.
+      prepare: makes the kernel of what is stored for it (one shard of an array, a sparse kernel,
+        a quantized one), its shards along outputs where `turned`; the backward pass makes it again
+        instead of keeping it.
+      stored: where it is a `QuantizedKernel`, activations and gradients are quantized as it says.
       out_spec: partition of the output, or None where no mesh is set.
     """
-    return jnp.einsum(equation, x, prepare(stored), out_sharding=out_spec)
+    return _project_fwd(equation, prepare, x, stored, out_spec)[0]
 
 
 def _project_fwd(equation, prepare, x, stored, out_spec):
-    return project(equation, prepare, x, stored, out_spec), (x, stored)
+    read = x
+    if isinstance(stored, QuantizedKernel):
+        read = _like(x, stored.inputs(_plain(x)))
+    y = jnp.einsum(equation, read, prepare(stored), out_sharding=out_spec)
+    # What the backward pass reads is kept, and quantized once.
+    return y, (x if _quantizes_gradients(stored) else read, stored)
 
 
 def _project_bwd(equation, prepare, out_spec, residuals, d_y):
@@ -213,7 +235,17 @@ def _project_bwd(equation, prepare, out_spec, residuals, d_y):
         parts = spec.partitions if order is None else [spec.partitions[i] for i in order]
         return PartitionSpec(*parts, unreduced=spec.reduced)
 
-    d_x = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", d_y, kernel, out_sharding=like(x))
+    if not _quantizes_gradients(stored):
+        d_y_by_outputs = d_y
+    else:
+        kernel = prepare(stored, turned=True)
+        plain = _plain(d_y)
+        d_y_by_outputs = _like(d_y, stored.gradients(plain))
+        d_y = _like(d_y, stored.gradients_by_tokens(plain))
+        x = _like(x, stored.inputs_by_tokens(_plain(x)))
+    d_x = jnp.einsum(
+        f"{y_axes},{kernel_axes}->{x_axes}", d_y_by_outputs, kernel, out_sharding=like(x)
+    )
     # XLA:CPU copies the left operand of a sum over tokens into its transpose, slowly: the narrower
     # one goes there, and what is turned afterwards is the small result, behind a barrier that keeps
     # XLA from swapping the operands back.
@@ -231,6 +263,37 @@ def _project_bwd(equation, prepare, out_spec, residuals, d_y):
 
 
 project.defvjp(_project_fwd, _project_bwd)
+
+
+def _quantizes_gradients(stored) -> bool:
+    return isinstance(stored, QuantizedKernel) and stored.formats.gradients is not None
+
+
+def _plain(x: jax.Array) -> jax.Array:
+    """x with a type that says nothing of what its cotangents are; for what has no derivative."""
+    return reshard(x, PartitionSpec(*spec_of(x).partitions))
+
+
+def _like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """y with the sharding of x."""
+    return reshard(y, spec_of(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def straight_through(function, x: jax.Array) -> jax.Array:
+    """function(x), elementwise, with the derivative of the identity; on any kind of sharding."""
+    return _like(x, function(_plain(x)))
+
+
+def _straight_through_fwd(function, x):
+    return straight_through(function, x), None
+
+
+def _straight_through_bwd(function, residuals, d_y):
+    return (d_y,)
+
+
+straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
 
 
 class Dense(nnx.Module):
@@ -258,12 +321,18 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         rules, axes, dtype = self.rules, self.kernel.get_metadata("axes"), self.config.dtype
 
-        def prepare(stored):
+        def prepare(stored, turned=False):
+            stored = stored.turned() if turned else stored
             return _gathered(stored, rules, axes, dtype, tokens=True)
 
         spec = out_sharding(rules.spec(self.out_axes))
         y = project(self.equation, prepare, x, self.kernel.get_value(), spec)
         return y if self.bias is None else y + gathered(self.bias, rules, self.config.dtype)
+
+    def as_operand(self, y: jax.Array) -> jax.Array:
+        """The outputs as an attention product reads them, [batch, tokens, heads, head_dim]."""
+        stored = self.kernel.get_value()
+        return stored.product_operand(y) if isinstance(stored, QuantizedKernel) else y
 
 
 def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -328,13 +397,27 @@ class Attention(nnx.Module):
         q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = self.query.as_operand(q), self.key.as_operand(k), self.value.as_operand(v)
         position = 0
         if cache is not None:
             keys, values, position = cache
             update = jax.lax.dynamic_update_slice_in_dim
             k, v = update(keys, k, position, axis=1), update(values, v, position, axis=1)
         segments = None if segments is None else (segments, segments)
-        out = attention(q, k, v, causal=causal, segments=segments, row_offset=position)
+        c = self.config
+        out = attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            segments=segments,
+            row_offset=position,
+            tile_rows=c.attention_tile_rows,
+            measured=c.attention_measured,
+            # The kernels are for whole sequences, not for a token and a cache.
+            way=c.attention if cache is None else "rows",
+            sequence=c.attention_sequence,
+        )
         return self.out(out), (k, v)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,37 +67,76 @@ def change_kernels(
       A tree like `params`; what was not changed is shared with it.
     """
     model = nnx.merge(graph, params)
-    block_graph = nnx.graphdef(model.blocks)
-    # One shape of a block, so each is compiled once.
-    forward = jax.jit(functools.partial(_forward, block_graph), static_argnames="causal")
-    products = jax.jit(functools.partial(_products, block_graph), static_argnames="causal")
-    entered = [_enter(model, batch) for batch in batches]
-    hidden, inputs = [x for x, _ in entered], [rest for _, rest in entered]
-
-    stacked = jax.tree.map(np.copy, params["blocks"])
+    changed = params | {"blocks": jax.tree.map(np.copy, params["blocks"])}
     wanted = [name.split("/")[1:] for name in names if name.startswith("blocks/")]
-    for layer in range(model.config.num_layers):
-        block = jax.tree.map(lambda x, layer=layer: x[layer], stacked)  # views
-        if wanted:
-            sums, on_device = None, jax.tree.map(jnp.array, block)
-            for x, rest in zip(hidden, inputs, strict=True):
-                found = products(on_device, x, **rest)
-                sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-            for path in wanted:
-                name = "/".join(["blocks", *path])
-                *parents, last = path
-                holder = functools.reduce(lambda tree, key: tree[key], parents, block)
-                products_II = sums["/".join(parents)]
-                matrix_IO = holder[last].reshape(len(products_II), -1)
-                new = np.asarray(change(name, matrix_IO, products_II))
-                holder[last][...] = new.reshape(holder[last].shape)
-        on_device = jax.tree.map(jnp.array, block)
-        hidden = [forward(on_device, x, **rest) for x, rest in zip(hidden, inputs, strict=True)]
-    changed = params | {"blocks": stacked}
+    hidden = _enter_all(model, batches)
+    for block, products in _walk(model, changed["blocks"], hidden, _gram, jnp.add):
+        for path in wanted:
+            name = "/".join(["blocks", *path])
+            *parents, last = path
+            holder = functools.reduce(lambda tree, key: tree[key], parents, block)
+            products_II = products["/".join(parents)]
+            matrix_IO = holder[last].reshape(len(products_II), -1)
+            new = np.asarray(change(name, matrix_IO, products_II))
+            holder[last][...] = new.reshape(holder[last].shape)
     if "head" in names:
-        products_DD = sum(_gram(model.norm(x)) for x in hidden)
+        products_DD = sum(_gram(model.norm(x)) for x, _ in hidden)
         changed["head"] = np.asarray(change("head", params["head"], products_DD))
     return changed
+
+
+def input_maxima(
+    graph: nnx.GraphDef, params: dict[str, Any], batches: Sequence[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The greatest magnitude of every input of every kernel of the blocks, over the text.
+
+    Returns:
+      By name of the kernel, such as "blocks/attention/query/kernel", float32 [layers, inputs].
+
+    Arguments are those of `change_kernels`.
+    """
+    model = nnx.merge(graph, params)
+    layers = [
+        found
+        for _, found in _walk(
+            model, params["blocks"], _enter_all(model, batches), _maxima, jnp.maximum
+        )
+    ]
+    return {
+        f"blocks/{name}/kernel": np.stack([np.asarray(found[name]) for found in layers])
+        for name in layers[0]
+    }
+
+
+Hidden = list[tuple[jax.Array, dict[str, Any]]]
+"""By batch, what a block is given: the activations [batch, tokens, d_model], the other inputs."""
+
+
+def _walk(
+    model, stacked: dict[str, Any], hidden: Hidden, measure: Callable, join: Callable
+) -> Iterator[tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """Every block in order, as views of the stacked arrays, and what is measured of its inputs.
+
+    The text goes on through the block as it is when the next one is asked for; at the end `hidden`
+    holds what the last one made of it.
+
+    Args:
+      measure: of the inputs of a Dense [..., inputs]; `join` joins those of two batches.
+
+    Yields:
+      The block, and the measurements by the name of a Dense, such as "attention/query".
+    """
+    graph = nnx.graphdef(model.blocks)
+    # One shape of a block, so each is compiled once.
+    forward = jax.jit(functools.partial(_forward, graph), static_argnames="causal")
+    look = jax.jit(functools.partial(_measured, graph, measure), static_argnames="causal")
+    for layer in range(model.config.num_layers):
+        block = jax.tree.map(lambda x, layer=layer: x[layer], stacked)  # views
+        on_device = jax.tree.map(jnp.array, block)
+        measured = (look(on_device, x, **rest) for x, rest in hidden)
+        yield block, functools.reduce(functools.partial(jax.tree.map, join), measured)
+        on_device = jax.tree.map(jnp.array, block)
+        hidden[:] = [(forward(on_device, x, **rest), rest) for x, rest in hidden]
 
 
 def num_inputs(dense: Dense) -> int:
@@ -107,14 +146,17 @@ def num_inputs(dense: Dense) -> int:
 
 
 class _Tap:
-    """A Dense that notes X^T X of what it is applied to."""
+    """A Dense that notes what it is applied to, [tokens, inputs]."""
 
     def __init__(self, dense: Dense, note: Callable[[jax.Array], None]):
-        self.dense, self.note, self.rules = dense, note, dense.rules
+        self.dense, self.note = dense, note
+
+    def __getattr__(self, name: str):
+        return getattr(self.dense, name)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = math.prod(x.shape[x.ndim - num_inputs(self.dense) :])
-        self.note(_gram(x.reshape(-1, inputs)))
+        self.note(x.reshape(-1, inputs))
         return self.dense(x)
 
 
@@ -124,17 +166,22 @@ def _gram(x: jax.Array) -> jax.Array:
     return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
 
 
+def _maxima(x: jax.Array) -> jax.Array:
+    """max |X_j|, float32 [inputs], of rows [..., inputs]."""
+    return jnp.max(jnp.abs(x.reshape(-1, x.shape[-1]).astype(jnp.float32)), axis=0)
+
+
 def _forward(graph, params, x_BTD, **inputs):
     return nnx.merge(graph, params)(x_BTD, **inputs)[0]
 
 
-def _products(graph, params, x_BTD, **inputs):
-    """{"attention/query": X^T X} of every Dense of a block."""
+def _measured(graph, measure, params, x_BTD, **inputs):
+    """{"attention/query": measurement} of the inputs of every Dense of a block."""
     block, found = nnx.merge(graph, params), {}
     taps = [(path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Dense)]
     for path, module in taps:
-        parent = functools.reduce(getattr, path[:-1], block)
-        note = functools.partial(found.__setitem__, "/".join(path))
+        parent, name = functools.reduce(getattr, path[:-1], block), "/".join(path)
+        note = lambda x, name=name: found.__setitem__(name, measure(x))  # noqa: E731
         setattr(parent, path[-1], _Tap(module, note))
     block(x_BTD, **inputs)
     return found
@@ -149,6 +196,10 @@ class _Entrance(nnx.Module):
     def __call__(self, x_BTD, **inputs):
         self.note(x_BTD, inputs)
         return x_BTD, None
+
+
+def _enter_all(model, batches) -> Hidden:
+    return [_enter(model, batch) for batch in batches]
 
 
 def _enter(model, batch) -> tuple[jax.Array, dict[str, Any]]:

@@ -192,6 +192,7 @@ class Checkpoints:
         step: int | None = None,
         only: Collection[str] | None = None,
         being_written: bool = False,
+        memory: tuple[int, Callable[[Any], Any]] | None = None,
     ) -> tuple[int, dict[str, Any]] | None:
         """The newest good checkpoint, on the mesh and shardings that are asked for.
 
@@ -205,6 +206,8 @@ class Checkpoints:
           only: entries at the top of the state; the others are neither read nor checked, and are
             not in what is returned. None for all.
           being_written: another process is saving here, whose half-written checkpoint is no defect.
+          memory: (step, function of the abstract state that gives the state of that step), read in
+            place of the disk, and checked like it; the same step on all processes.
 
         Returns:
           (step, state), or None if there is no checkpoint at all.
@@ -224,7 +227,10 @@ class Checkpoints:
             wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
             wanted = {n: x for n, x in wanted.items() if only is None or n in only}
             try:
-                state = self._load(candidate, wanted, whole=only is None)
+                if memory is None or memory[0] != candidate:
+                    state = self._load(candidate, wanted, whole=only is None)
+                else:
+                    state = self._load_copy(candidate, wanted, memory[1])
             except _BrokenError as broken:
                 self._broken.add(candidate)
                 _warn(f"checkpoint {self.directory / str(candidate)} is broken: {broken}")
@@ -241,7 +247,17 @@ class Checkpoints:
             "move them away to start anew, or put back a copy"
         )
 
-    def _load(self, step: int, wanted: dict[str, Any], whole: bool) -> dict[str, Any]:
+    def _load_copy(self, step: int, wanted: dict[str, Any], read: Callable) -> dict[str, Any]:
+        """As `_load`, of the whole state, from a copy; from disk where that is of no use."""
+        try:
+            return self._load(step, wanted, whole=True, read=read)
+        except _BrokenError as broken:
+            _warn(f"the copy of checkpoint {step} in memory is of no use: {broken}")
+            return self._load(step, wanted, whole=True)
+
+    def _load(
+        self, step: int, wanted: dict[str, Any], whole: bool, read: Callable | None = None
+    ) -> dict[str, Any]:
         """The checked state of one checkpoint, or a part of it; _BrokenError or UserError."""
         path = self.directory / str(step)
         leaves = _agreed(lambda: _read_digests(path))["leaves"]
@@ -253,7 +269,10 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(
             wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=not whole
         )
-        state = _agreed(lambda: restore(path / "state", args=args))
+        if read is None:
+            state = _agreed(lambda: restore(path / "state", args=args))
+        else:
+            state = _agreed(lambda: read(wanted))
         found = _describe(state, jax.device_get(digests(state)))
         wrong = [name for name in stored if found.get(name) != stored[name]]
         if wrong:

@@ -1,164 +1,196 @@
-"""From a trained run to a run directory that starts from its pruned parameters."""
+"""From a trained run to a run directory of its pruned and quantized parameters."""
 
+import dataclasses
 import functools
 import json
-import logging
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from safetensors.numpy import save_file
 
-from pjit_train.blocks import BlockConfig, contraction_axes
-from pjit_train.calibrate import calibration_batches, change_kernels
+from pjit_train.calibrate import calibration_batches, change_kernels, input_maxima
 from pjit_train.checkpoint import Checkpoints
+from pjit_train.compress_kernels import (
+    METHODS,
+    QUANTIZERS,
+    REPORT,
+    SCALES,
+    kept_zeros,
+    kernel_bytes,
+    leaf,
+    matrix_shape,
+    parse_format,
+    relative_error,
+    smooth,
+    squares,
+    stored_scales,
+    violations,
+)
 from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights, validate
+from pjit_train.loop import train
 from pjit_train.program import Program
-from pjit_train.run import Run
-from pjit_train.sharding import Rules, make_mesh
-from pjit_train.step import new_state, split_model
+from pjit_train.run import Run, Samples
+from pjit_train.sharding import make_mesh
+from pjit_train.step import new_state
+from sparsity.gptq import Scales
 from sparsity.kernels import dense_tree
-from sparsity.layers import assign, names
-from sparsity.nm import nm_violations
-from sparsity.one_shot import check_pattern, magnitude_mask, parse_pattern, sparsegpt, wanda_mask
-from sparsity.sparsity_types import NByM
 
-log = logging.getLogger("torsion")
-
-KERNELS = r"(attention|feed_forward)/.*kernel"
-"""The kernels of the blocks: what is pruned unless something else is named."""
-
-Step = Callable[[jax.Array, jax.Array, str], jax.Array]
-"""(kernel [inputs, outputs], X^T X of its inputs, its pattern) -> the kernel to go on with."""
+ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
 
 
-def kernel_patterns(
-    model: BlockConfig, layers: Mapping[str, str], *, transposable: bool = False
-) -> dict[str, str]:
-    """The pattern of every kernel that is to be pruned, by its name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What is done to a run's kernels, in this order: smooth, then prune and quantize in theirs.
 
-    Args:
-      layers: pattern ("2:4", "0.5", or "dense" for none) by regular expression; the first that is
-        found in the name of a kernel counts. The kernels are those of the blocks, and the head
-        where it is not the token embedding.
-      transposable: see `sparsity.one_shot.magnitude_mask`.
+    Attributes:
+      patterns: of the kernels that are pruned, by name; see `kernel_patterns`.
+      method: that prunes them, a name of `METHODS`.
+      transposable: 2:4 along inputs and outputs.
+      formats: of the kernels that are quantized, by name; see `kernel_formats`.
+      quantizer: a name of `QUANTIZERS`.
+      order: which comes first.
+      smooth: strength of SmoothQuant, or None.
+      finetune: steps that the pruned model is trained before it is quantized, its zeros kept.
+      activations: format of the inputs of the quantized kernels, or None; for the record: the run
+        that is written has it in its configuration.
+      sequences: of calibration text, from the start of the run's training.
 
     Raises:
-      UserError: a pattern is unknown or does not fit its kernel, or an expression matches no
-        kernel, or no kernel would be pruned.
+      UserError: parts that do not go together.
     """
-    params = nnx.to_pure_dict(split_model(model, Rules())[1])
-    shapes = {
-        name: leaf.shape
-        for name, leaf in zip(jax.tree.leaves(names(params)), jax.tree.leaves(params), strict=True)
-        if name.endswith("/kernel") or name == "head"
-    }
-    try:
-        chosen = {n: p for n, p in assign(dict.fromkeys(shapes, 0), layers).items() if p}
-        for name, pattern in chosen.items():
-            inputs, outputs = _matrix(name, shapes[name])[1:]
-            check_pattern(pattern, inputs, outputs, transposable=transposable, name=name)
-    except ValueError as error:
-        raise UserError(f"compress: {error}") from error
-    if not chosen:
-        raise UserError("compress: every kernel is left dense; give at least one a pattern")
-    return chosen
+
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    method: str = "sparsegpt"
+    transposable: bool = False
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quantizer: str = "gptq"
+    order: Literal["sparsify_then_quantize", "quantize_then_sparsify"] = "sparsify_then_quantize"
+    smooth: float | None = None
+    finetune: int = 0
+    activations: str | None = None
+    sequences: int = 128
+
+    def __post_init__(self):
+        for name, known in (("method", METHODS), ("quantizer", QUANTIZERS), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"compress: {name}={getattr(self, name)} is unknown; use {', '.join(known)}"
+                )
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise UserError(f"compress: smooth={self.smooth}; use 0 to 1, such as 0.5")
+        if not self.patterns and not self.formats:
+            raise UserError("compress: nothing is pruned or quantized; give a pattern or a format")
+        reverse = self.patterns and self.formats and self.order == "quantize_then_sparsify"
+        if reverse and self.method == "sparsegpt":
+            raise UserError(
+                "compress: sparsegpt moves weights, which leaves the format that they were given "
+                "before; use magnitude or wanda, or order sparsify_then_quantize"
+            )
+        if self.finetune < 0:
+            raise UserError(f"compress: finetune={self.finetune}; use 0 or more steps")
+        if self.finetune and (not self.patterns or reverse):
+            raise UserError(
+                "compress: fine-tuning trains what pruning left, before it is quantized; use a "
+                "pattern and order sparsify_then_quantize, or finetune=0"
+            )
+
+    @property
+    def passes(self) -> list[str]:
+        """The passes over the model, "sparsify" and "quantize", in their order."""
+        found = ["sparsify"] * bool(self.patterns) + ["quantize"] * bool(self.formats)
+        return found if self.order == "sparsify_then_quantize" else found[::-1]
 
 
 def compress(
     run: Run,
     directory: Path,
-    sparse_run: Run,
+    new_run: Run,
     out: Path,
     *,
     config_text: str,
-    method: str,
-    patterns: Mapping[str, str],
-    transposable: bool = False,
-    sequences: int = 128,
+    compression: Compression,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Prunes the parameters of a run's checkpoint and writes a run directory of them.
+    """Compresses the parameters of a run's checkpoint and writes a run directory of them.
 
     It holds the parameters as a checkpoint of step 0, with the optimizer's state of a first step:
     training that resumes there repeats the run's schedule on what is left (as ASP does; Mishra et
-    al., 2021). It appears when all of it is written and read back, or not at all.
+    al., 2021). Quantized kernels hold the values of their format, and `SCALES` the scales, by which
+    `compressed_tensors` finds the codes again. The directory appears when all of it is written and
+    read back, or not at all.
 
     Args:
       run: of `directory`, on a mesh of one device.
-      sparse_run: the run of the new directory, on the same mesh; its recipe keeps the zeros.
+      new_run: the run of the new directory, on the same mesh; its recipe keeps the zeros, and with
+        formats its parameters are float32.
       out: the new directory.
-      config_text: the configuration of `sparse_run`.
-      method: a name of `METHODS`.
-      patterns: what `kernel_patterns` gives.
-      sequences: of calibration text, from the start of the run's training.
+      config_text: the configuration of `new_run`.
       step: of the checkpoint; None for the newest good one.
 
     Returns:
-      What `compress.json` in the new directory holds: what was asked for, under "kernels" for every
-      kind of kernel its pattern, the fraction of zeros, the number of groups with more than N
-      nonzeros (None where the pattern is a fraction) and |X W - X W'| / |X W| over the calibration
-      text and all layers, where X are the inputs that the kernel has when it is pruned; the zeros
-      are those of the written checkpoint. And under "before" and "after" the figures of
-      `validate`.
+      What `REPORT` in the new directory holds: what was asked for; under "kernels" for every kind
+      of kernel its pattern, the fraction of zeros, the groups with more than N nonzeros (None where
+      the pattern is a fraction), its format, its bytes, and under "errors" |X W - X W'| / |X W|
+      over the calibration text and all layers, of "sparsity" alone, of "quantization" alone and
+      "together", X the inputs that the kernel has when it is changed and W the kernel before
+      anything but smoothing; after fine-tuning "together" is what quantizing adds to the trained
+      kernel. Under "before", "between" and "after" are the figures of `validate`, those between by
+      the name of what was just done. "bytes" counts all parameters: see `kernel_bytes`. Zeros,
+      violations and figures after are those of the written checkpoint.
 
     Raises:
-      UserError: there is no such checkpoint or too little text, or `out` exists or cannot be
-        written.
+      UserError: there is no such checkpoint or too little text, weights are not finite, training
+        was stopped, or `out` exists or cannot be written.
     """
     if out.exists():
         raise UserError(f"{out} exists; remove it, or use another --out")
     mesh = make_mesh(run.mesh)
-    program, sparse = Program(run, mesh), Program(sparse_run, mesh)
+    program, new = Program(run, mesh), Program(new_run, mesh)
     batches = run.data.prepare(run.seed)
-    text = calibration_batches(batches, sequences)
+    text = calibration_batches(batches, compression.sequences)
     step, weights = restore_weights(program, directory, step)
     with jax.set_mesh(mesh):
         params = jax.tree.map(np.asarray, dense_tree(weights))
-    before = validate(sparse, _on_mesh(sparse, params), batches)
-
-    steps: list[Step] = [functools.partial(METHODS[method], transposable=transposable)]
-    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in patterns}
-
-    def change(name, kernel_IO, products_II):
-        changed = kernel_IO
-        try:
-            for apply in steps:
-                changed = apply(changed, products_II, patterns[name])
-        except ValueError as error:
-            raise UserError(f"compress: {name}: {error}") from error
-        errors[name].append(jax.device_get(_squares(kernel_IO, changed, products_II)))
-        return changed
-
-    params = change_kernels(program.graph, params, text, patterns.keys(), change)
+    params = _as_in(new, params)
+    for name in {**compression.patterns, **compression.formats}:
+        if not np.isfinite(np.asarray(leaf(params, name), np.float32)).all():
+            raise UserError(
+                f"compress: {directory}: {name} of step {step} has entries that are not finite; "
+                "use the --step of an earlier checkpoint"
+            )
 
     temporary = out.parent / f".{out.name}.saving"
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
         temporary.mkdir(parents=True)
         (temporary / "config.gin").write_text(config_text)
-        _save(sparse, params, temporary)
-        written = restore_weights(sparse, temporary)[1]
+        work = _Work(compression, run, new, batches, text, temporary)
+        before = validate(new, weights, batches)
+        params = work.compress(params)
+        save_params(new, params, temporary)
+        if work.scales:
+            save_file(stored_scales(work.scales), temporary / SCALES)
+        weights = restore_weights(new, temporary)[1]
+        with jax.set_mesh(mesh):
+            written = jax.tree.map(np.asarray, dense_tree(weights))
+        asked = dataclasses.asdict(compression)
+        del asked["patterns"], asked["formats"]  # each stands with its kernel
         report = {
             "run": str(directory),
             "step": step,
-            "method": method,
-            "transposable": transposable,
-            "sequences": sequences,
-            "kernels": {
-                name: _describe(name, _leaf(written, name), pattern, transposable, errors[name])
-                for name, pattern in patterns.items()
-            },
+            **asked,
+            **work.describe(written, np.dtype(run.model.param_dtype).itemsize),
             "before": before,
-            "after": validate(sparse, written, batches),
+            "between": work.between,
+            "after": validate(new, weights, batches),
         }
-        (temporary / "compress.json").write_text(json.dumps(report, indent=2) + "\n")
+        (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         temporary.rename(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -168,33 +200,148 @@ def compress(
     return report
 
 
-def _magnitude(kernel_IO, products_II, pattern, *, transposable):
-    return jnp.where(magnitude_mask(kernel_IO, pattern, transposable=transposable), kernel_IO, 0)
+class _Work:
+    """The passes over a model and what is noted on the way.
+
+    Attributes:
+      reference: the parameters that errors together are measured against.
+      errors: what `squares` gave for each layer, by kind of change and name of kernel.
+      scales: of each layer, by name of quantized kernel.
+      between: see `compress`.
+    """
+
+    def __init__(self, compression: Compression, run: Run, new: Program, batches, text, folder):
+        self.compression, self.run, self.new = compression, run, new
+        self.batches, self.text, self.folder = batches, text, folder
+        self.names = list({**compression.patterns, **compression.formats})
+        self.reference: dict[str, Any] = {}
+        self.errors = {kind: defaultdict(list) for kind in ("sparsify", "quantize", "together")}
+        self.scales: dict[str, list[Scales]] = defaultdict(list)
+        self.between: dict[str, dict[str, float]] = {}
+
+    def compress(self, params: dict[str, Any]) -> dict[str, Any]:
+        c = self.compression
+        if c.smooth is not None:
+            params = smooth(params, input_maxima(self.new.graph, params, self.text), c.smooth)
+            self._validate("smooth", params)
+        self.reference = params
+        for number, kind in enumerate(c.passes):
+            last = number + 1 == len(c.passes)
+            params = self._pass(kind, params, first=number == 0, last=last)
+            if not last or self.new.quantizer is not None:  # "after" has quantized activations
+                self._validate(kind, params)
+            if kind == "sparsify" and c.finetune:
+                self.reference = params = self._finetune(params)
+                if not last:
+                    self._validate("finetune", params)
+        return params
+
+    def _pass(self, kind: str, params, *, first: bool, last: bool) -> dict[str, Any]:
+        """Changes every kernel; in the first pass also notes what either change does alone."""
+        layers = Counter()
+        chosen = {"sparsify": self.compression.patterns, "quantize": self.compression.formats}
+
+        def change(name, kernel_IO, products_II):
+            layer = layers[name]
+            layers[name] += 1
+            changed = kernel_IO
+            if name in chosen[kind]:
+                changed, scales = self._apply(kind, name, kernel_IO, products_II)
+                if scales is not None:
+                    self.scales[name].append(scales)
+            for alone in chosen if first else ():
+                if name in chosen[alone]:
+                    other = alone != kind
+                    new = self._apply(alone, name, kernel_IO, products_II)[0] if other else changed
+                    self._note(alone, name, kernel_IO, new, products_II)
+            if last:
+                reference = leaf(self.reference, name)
+                reference_IO = reference.reshape(matrix_shape(name, reference.shape))[layer]
+                self._note("together", name, reference_IO, changed, products_II)
+            return changed
+
+        return change_kernels(self.new.graph, params, self.text, self.names, change)
+
+    def _apply(self, kind: str, name: str, kernel_IO, products_II) -> tuple[Any, Scales | None]:
+        c = self.compression
+        try:
+            if kind == "sparsify":
+                sparsify = functools.partial(METHODS[c.method], transposable=c.transposable)
+                return sparsify(kernel_IO, products_II, c.patterns[name]), None
+            format = parse_format(c.formats[name])
+            return QUANTIZERS[c.quantizer](kernel_IO, products_II, format)
+        except ValueError as error:
+            raise UserError(f"compress: {name}: {error}") from error
+
+    def _note(self, kind: str, name: str, before_IO, after_IO, products_II) -> None:
+        found = squares(before_IO, after_IO, products_II)
+        self.errors[kind][name].append(jax.device_get(found))
+
+    def _validate(self, what: str, params) -> None:
+        self.between[what] = validate(self.new, _on_mesh(self.new, params), self.batches)
+
+    def _finetune(self, params) -> dict[str, Any]:
+        """The parameters after some more steps of the run, its schedule spanning those."""
+        steps, folder = self.compression.finetune, self.folder / "finetune"
+        run = dataclasses.replace(
+            self.new.run,
+            steps=steps,
+            quantization=self.run.quantization,
+            samples=Samples(tokens=0),
+            eval_every=0,
+            profile=None,
+        )
+        program = Program(run, self.new.mesh)
+        save_params(program, params, folder)
+        train(run, folder, config_text="", mesh=self.new.mesh)
+        step, weights = restore_weights(program, folder)
+        if step < steps:
+            raise UserError(f"compress: stopped after {step} of {steps} steps; nothing is written")
+        shutil.rmtree(folder)
+        with jax.set_mesh(self.new.mesh):
+            return jax.tree.map(np.asarray, dense_tree(weights))
+
+    def describe(self, written: dict[str, Any], itemsize: int) -> dict[str, Any]:
+        """The figures of kernels and bytes; see `compress`.
+
+        Args:
+          written: the parameters.
+          itemsize: bytes of a parameter of the run that was compressed.
+        """
+        c, kernels = self.compression, {}
+        kept = kept_zeros(self.new.run)
+        total = sum(x.size for x in jax.tree.leaves(written)) * itemsize
+        whole = {"before": total, "zeros": total, "packed": total}
+        for name in self.names:
+            kernel, pattern, format = leaf(written, name), kept.get(name), c.formats.get(name)
+            parsed = None if format is None else parse_format(format)
+            shape = matrix_shape(name, kernel.shape)
+            size = kernel_bytes(shape, parsed, pattern, itemsize)
+            for how, count in size.items():
+                whole[how] += count - kernel.size * itemsize
+            errors = {"sparsity": "sparsify", "quantization": "quantize", "together": "together"}
+            kernels[name] = {
+                "pattern": pattern,
+                "sparsity": float(np.mean(kernel == 0)),
+                "violations": pattern and violations(name, kernel, pattern, c.transposable),
+                "format": format,
+                "bytes": {"before": kernel.size * itemsize, **size},
+                "errors": {
+                    shown: relative_error(self.errors[kind][name])
+                    for shown, kind in errors.items()
+                    if self.errors[kind][name]
+                },
+            }
+        return {"kernels": kernels, "bytes": whole}
 
 
-def _wanda(kernel_IO, products_II, pattern, *, transposable):
-    norms_I = jnp.sqrt(jnp.diagonal(products_II))
-    mask = wanda_mask(kernel_IO, norms_I, pattern, transposable=transposable)
-    return jnp.where(mask, kernel_IO, 0)
-
-
-def _sparsegpt(kernel_IO, products_II, pattern, *, transposable):
-    return sparsegpt(kernel_IO, products_II, pattern=pattern, transposable=transposable)
-
-
-METHODS = {"magnitude": _magnitude, "wanda": _wanda, "sparsegpt": _sparsegpt}
-
-
-@jax.jit
-def _squares(kernel_IO, changed_IO, products_II) -> tuple[jax.Array, jax.Array]:
-    """|X W - X W'|^2 and |X W|^2, from X^T X."""
-
-    def square(w_IO):
-        w_IO = w_IO.astype(jnp.float32)
-        return jnp.vdot(w_IO, jnp.matmul(products_II, w_IO, precision=jax.lax.Precision.HIGHEST))
-
-    difference = changed_IO.astype(jnp.float32) - kernel_IO.astype(jnp.float32)
-    return square(difference), square(kernel_IO)
+def save_params(program: Program, params, directory: Path) -> None:
+    """Writes parameters as the checkpoint of step 0 of a run directory."""
+    make = functools.partial(new_state, optimizer=program.optimizer, updater=program.updater)
+    with jax.set_mesh(program.mesh):
+        state = jax.jit(make)(_on_mesh(program, params))
+    with Checkpoints(directory / "checkpoints", program.run.checkpoints) as checkpoints:
+        checkpoints.save(0, state)
 
 
 def _on_mesh(program: Program, params):
@@ -203,39 +350,7 @@ def _on_mesh(program: Program, params):
     )
 
 
-def _save(program: Program, params, directory: Path) -> None:
-    """Writes the parameters as the checkpoint of step 0."""
-    make = functools.partial(new_state, optimizer=program.optimizer, updater=program.updater)
-    with jax.set_mesh(program.mesh):
-        state = jax.jit(make)(_on_mesh(program, params))
-    with Checkpoints(directory / "checkpoints", program.run.checkpoints) as checkpoints:
-        checkpoints.save(0, state)
-
-
-def _describe(name, kernel, pattern, transposable, errors) -> dict[str, Any]:
-    """The figures of a kind of kernel; see `compress`."""
-    kernel, pattern_type = np.asarray(kernel), parse_pattern(pattern)
-    violations = None
-    if isinstance(pattern_type, NByM):
-        n, m = pattern_type.n, pattern_type.m
-        axes = (-2, -1) if transposable else (-2,)
-        matrices_LIO = kernel.reshape(_matrix(name, kernel.shape))
-        violations = sum(int(nm_violations(matrices_LIO, n, m, axis=axis)) for axis in axes)
-    lost, whole = np.sum(np.maximum(np.array(errors, np.float64), 0), axis=0)
-    return {
-        "pattern": pattern,
-        "sparsity": float(np.mean(kernel == 0)),
-        "violations": violations,
-        "error": math.sqrt(lost / whole) if whole else 0.0,
-    }
-
-
-def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(layers, inputs, outputs) of a kernel of stacked layers, or of one that is not stacked."""
-    axes = [axis + len(shape) for axis in contraction_axes(name, shape)]
-    first, last = min(axes), max(axes) + 1
-    return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
-
-
-def _leaf(params, name: str):
-    return functools.reduce(lambda tree, key: tree[key], name.split("/"), params)
+def _as_in(program: Program, params):
+    """The parameters in the dtypes of the program's."""
+    like = program.abstract_state["params"]
+    return jax.tree.map(lambda x, like: np.asarray(x).astype(like.dtype), params, like)

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -29,6 +29,24 @@ from pjit_train.step import split_model
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Constants that older files keep beside the weights, and what the class head does not use.
 _IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|^vit\.pooler\.")
+
+
+class Packing(Protocol):
+    """How a quantized model is written: some tensors as several others.
+
+    Attributes:
+      config: `quantization_config` of config.json.
+    """
+
+    config: dict[str, Any]
+
+    def tensors(
+        self, name: str, tensor: Tensor, layer: int | None, array: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What is written of a tensor of theirs, by name."""
+
+    def check(self, folder: Path) -> None:
+        """Raises an error where the files in the folder are not what they should be."""
 
 
 def load(
@@ -102,6 +120,7 @@ def save(
     params: Mapping[str, Any],
     *,
     max_shard_bytes: int = 5 * 2**30,
+    packing: Packing | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads with `from_pretrained`.
 
@@ -112,15 +131,16 @@ def save(
       params: as `config.build` has them, every array whole in this process.
       max_shard_bytes: more than this in parameters goes into several files, none larger unless it
         holds a single tensor; so much is held in memory besides.
+      packing: of a quantized model; see `compressed_tensors.save`.
 
     Raises:
       UserError: the folder has something in it or cannot be written, the parameters are not those
         of the configuration, or `transformers` has no such model.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: there is something already; name a new or an empty folder")
+    folder = check_new(folder)
     family, document = write_config(config)
+    if packing is not None:
+        document["quantization_config"] = packing.config
     expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
     if odd := sorted(expected.keys() ^ flat.keys()):
         raise UserError(f"{folder}: parameters {some(odd)} are not both in model and config")
@@ -136,13 +156,24 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-        _write_tensors(temporary, list(_tensors(family, expected)), flat, max_shard_bytes)
+        tensors = list(_tensors(family, expected))
+        _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
+        if packing is not None:
+            packing.check(temporary)
         temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error
         raise
+
+
+def check_new(folder: str | Path) -> Path:
+    """The folder, where it is new or empty; else a UserError."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: there is something already; name a new or an empty folder")
+    return folder
 
 
 def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
@@ -233,8 +264,10 @@ def _check_tensors(folder: Path, file: _Files, wanted, params, *, tied: bool) ->
             )
 
 
-def _write_tensors(folder: Path, tensors, params: Mapping[str, Any], max_bytes: int) -> None:
-    sizes = {}
+def _write_tensors(
+    folder: Path, tensors, params: Mapping[str, Any], max_bytes: int, packing: Packing | None
+) -> None:
+    sizes, total = {}, 0
     for name, tensor, layer in tensors:
         arrays = [params[path] for path in tensor.paths]
         sizes[name] = sum(a.nbytes // (1 if layer is None else a.shape[0]) for a in arrays)
@@ -248,12 +281,16 @@ def _write_tensors(folder: Path, tensors, params: Mapping[str, Any], max_bytes: 
             parts = (
                 params[path] if layer is None else params[path][layer] for path in tensor.paths
             )
-            held[name] = np.ascontiguousarray(tensor.join([np.asarray(x) for x in parts]))
+            array = np.ascontiguousarray(tensor.join([np.asarray(x) for x in parts]))
+            held |= (
+                {name: array} if packing is None else packing.tensors(name, tensor, layer, array)
+            )
+        total += sum(x.nbytes for x in held.values())
         save_file(held, folder / file, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # safetensors writes for one user
         weight_map |= dict.fromkeys(held, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

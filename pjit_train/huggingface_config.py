@@ -14,6 +14,7 @@ from pjit_train.transformer import TransformerConfig
 # How a model runs or begins, not what it computes.
 _FREE_FIELDS = {
     *("layers", "remat", "dtype", "param_dtype"),
+    *("attention", "attention_tile_rows", "attention_measured", "attention_sequence"),
     *("init_std", "scale_residual_init", "position_init_std"),
 }
 

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +30,11 @@ from pjit_train.transformer import count_params
 log = logging.getLogger("torsion")
 _CORPUS = "corpus.sha256"  # of the tokens, in the run directory
 
+Watch = Callable[[str, dict[str, Any]], None]
+"""Told what the loop does, as (event, figures): "begin" (step: that it starts after), "compiled",
+"step" (step, loss: computed), and before anything is written "write" and "save" (step), then
+"saved" (step, state). What it raises ends the run."""
+
 
 def train(
     run: Run,
@@ -36,6 +43,9 @@ def train(
     config_text: str,
     steps_before: int | None = None,
     began: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    watch: Watch = lambda event, figures: None,
+    memory: tuple[int, Callable[[Any], Any]] | None = None,
 ) -> None:
     """Trains to `run.steps`, from the newest good checkpoint in `directory` if there is one.
 
@@ -45,6 +55,9 @@ def train(
       config_text: the operative configuration that `run` was built from.
       steps_before: the `run.steps` that `directory` was trained with last, None if it was not.
       began: `time.monotonic()` when the command began, for the time to the first step.
+      mesh: to train on; by default that of `run.mesh` over all devices in their order.
+      watch: is told what happens, and may end the run.
+      memory: a copy of a checkpoint in memory, as `Checkpoints.restore` takes it.
 
     Returns when the run is done, or was asked to stop (SIGTERM, SIGINT) and is saved.
 
@@ -55,7 +68,7 @@ def train(
     began = time.monotonic() if began is None else began
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        program = Program(run, make_mesh(run.mesh))
+        program = Program(run, make_mesh(run.mesh) if mesh is None else mesh)
         if run.initial_weights is not None and not (directory / "checkpoints").exists():
             huggingface.check(run.initial_weights, run.model)
         run.samples.check(run.model.max_len, run.data.tokenizer)
@@ -70,10 +83,11 @@ def train(
                 f"{directory} was trained with steps={steps_before} and a packed recipe, whose "
                 f"masks are fixed by then; use --steps {steps_before}, or another --out"
             )
-        restored = checkpoints.restore(program.abstract_state_after)
+        restored = checkpoints.restore(program.abstract_state_after, memory=memory)
         if restored is not None and restored[0] >= run.steps:
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
             return
+        watch("begin", {"step": 0 if restored is None else restored[0]})
         if jax.process_index() == 0:
             _write(directory / "config.gin", config_text)
             _write(directory / _CORPUS, batches.digest + "\n")
@@ -85,20 +99,27 @@ def train(
             f"{batches.tokens_per_epoch:,} training tokens, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
+        if program.quantizer is not None:
+            display.say(program.quantizer.describe())
         if notice := run.optimizer.schedule.notice(run.steps):
             display.say(notice)
         if start:
             display.say(f"resuming after step {start}")
             if steps_before not in (None, run.steps):
                 display.say(f"the schedule now spans {run.steps} steps instead of {steps_before}")
-        loop = _Loop(program, batches, directory, checkpoints, metrics, display, start, began)
+        loop = _Loop(
+            program, batches, directory, checkpoints, metrics, display, start, began, watch
+        )
         loop.steps(state, stop)
 
 
 class _Loop:
     """The steps of a run from one start to its end, and what they report to."""
 
-    def __init__(self, program, batches, directory, checkpoints, metrics, display, start, began):
+    def __init__(
+        self, program, batches, directory, checkpoints, metrics, display, start, began, watch
+    ):
+        self.watch = watch
         self.program, self.run, self.batches = program, program.run, batches
         self.directory, self.checkpoints = directory, checkpoints
         self.metrics, self.display = metrics, display
@@ -113,7 +134,7 @@ class _Loop:
         """Trains to the end, or until asked to stop."""
         last, eval_every = self.run.steps, self.run.eval_every
         unread = None  # (step, figures) of the step that is being computed
-        masks = None if self.program.updater is None else self.program.masks(state)
+        masks = self.program.masks(state)
         with Prefetcher(self._batch, self.start) as self.prefetcher:
             for step, batch in enumerate(self.prefetcher, self.start + 1):
                 if packing := self.program.packs_after(step - 1):
@@ -126,8 +147,9 @@ class _Loop:
                     train_step = self.program.compile_step(batch, step)
                     self.step_ended = time.monotonic()
                     self.extra["compile_seconds"] = self.step_ended - compiling
+                    self.watch("compiled", {"seconds": self.extra["compile_seconds"]})
                 self._profile(step, unread)
-                observing = self.program.updater is not None and step % self.run.log_every == 0
+                observing = self.program.observes and step % self.run.log_every == 0
                 state, figures = train_step(state, batch)
                 if observing:
                     figures |= self.program.observe(masks, state)
@@ -170,7 +192,9 @@ class _Loop:
         if saving:
             began = time.monotonic()
             metrics = {"loss": validation["val_loss"]} if validation else None
+            self.watch("save", {"step": step})
             self.checkpoints.save(step, state, metrics=metrics)
+            self.watch("saved", {"step": step, "state": state})
             seconds = time.monotonic() - began
             self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds
         if validating and step < self.run.steps:
@@ -188,6 +212,7 @@ class _Loop:
             self.step_seconds.append(now - self.step_ended)
         self.step_ended = now
         self.display.advance(step)
+        self.watch("step", {"step": step, "loss": row["loss"]})
         if not row["finite"]:
             what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
             if self.run.on_nonfinite == "stop":
@@ -215,6 +240,7 @@ class _Loop:
                 row["model_flops_utilisation"] = share
         row |= {"data_wait_seconds": self.prefetcher.wait_seconds, **self.extra}
         self.step_seconds, self.extra = [], {}
+        self.watch("write", {"step": row["step"]})
         self.metrics.write(row)
         self.display.row(row)
 

@@ -15,7 +15,7 @@ from pjit_train import huggingface
 from pjit_train.errors import UserError
 from pjit_train.loss import cross_entropy
 from pjit_train.run import Run
-from pjit_train.sparse_metrics import observe
+from pjit_train.sparse_metrics import observe, observe_quantization
 from pjit_train.step import (
     State,
     abstract,
@@ -37,6 +37,7 @@ def next_token_loss(model, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies of a batch in nats, and the sum of its weights."""
     hidden, _ = model.hidden(batch["inputs"], segments=batch.get("segments"))
     weights, targets = batch.get("weights"), batch["targets"]
+    hidden = model.head_inputs(hidden)
     loss = cross_entropy(hidden, model.head_kernel(), targets, weights)
     return loss, np.float32(targets.size) if weights is None else weights.sum()
 
@@ -63,6 +64,10 @@ class Program:
             self.graph, _ = split_model(run.model, run.rules)
             params = abstract(self._new_params, 0)
             try:
+                self.quantizer = run.build_quantizer(params, mesh)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            try:
                 self._build_optimizer(params)
             except (TypeError, ValueError) as error:
                 if run.sparsity is None:
@@ -72,7 +77,7 @@ class Program:
 
     def _build_optimizer(self, params) -> None:
         """The recipe, the optimizer inside it, and the state that they make of the parameters."""
-        self.updater = self.run.build_updater(params)
+        self.updater = self.run.build_updater(params, self.quantizer)
         self.optimizer, self.schedule = self.run.optimizer.build(self.run.steps, self.updater)
         self.abstract_state = abstract(self._new_state, params)
         self._packs_at = None if self.updater is None else self.updater.packs_at
@@ -101,20 +106,37 @@ class Program:
 
     def masks(self, state: State):
         """A copy of the part of a sparse run's state with its masks, which a step would donate."""
-        return jax.tree.map(jnp.copy, state["sparsity"])
+        return jax.tree.map(jnp.copy, state.get("sparsity"))
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` has anything to say."""
+        return self.updater is not None or self.quantizer is not None
 
     def observe(self, before, state: State) -> dict[str, jax.Array]:
-        """Figures of a sparse run; `before` is what `masks` gave at the observation before."""
+        """Figures of a sparse or quantized run.
+
+        Args:
+          before: what `masks` gave at the observation before; None in a run that is not sparse.
+        """
+
+        def figures(before, state):
+            found = {}
+            if self.updater is not None:
+                found |= observe(self.updater, self.run.optimizer, before, state)
+            if self.quantizer is not None:
+                found |= observe_quantization(self.quantizer, self.updater, state)
+            return found
+
         if self._observe is None:
-            function = functools.partial(observe, self.updater, self.run.optimizer)
-            self._observe = jax.jit(auto_axes(function, out_sharding=PartitionSpec()))
+            self._observe = jax.jit(auto_axes(figures, out_sharding=PartitionSpec()))
         with jax.set_mesh(self.mesh):
             return self._observe(before, state)
 
     def weights(self, state: State):
-        """The parameters as a model reads them to evaluate or sample: of a sparse run, masked."""
+        """The parameters as a model reads them to evaluate or sample, masked and quantized."""
         with jax.set_mesh(self.mesh):
-            return weights(state, self.updater)
+            return weights(state, self.updater, self.quantizer)
 
     def abstract_state_after(self, step: int) -> State:
         """Shapes, dtypes and shardings of the state after a step: packed, where the recipe says."""
@@ -149,7 +171,13 @@ class Program:
         """
         accumulate = self.run.accumulate
         function = train_step(
-            self.graph, self.optimizer, self.schedule, next_token_loss, accumulate, self.updater
+            self.graph,
+            self.optimizer,
+            self.schedule,
+            next_token_loss,
+            accumulate,
+            self.updater,
+            self.quantizer,
         )
         state = self.abstract_state_after(step)
         return self._compile(jax.jit(function, donate_argnums=0), state, batch)

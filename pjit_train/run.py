@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal
 
 from pjit_train.blocks import contraction_axes
@@ -11,6 +12,7 @@ from pjit_train.errors import UserError
 from pjit_train.optimizers import Optimizer
 from pjit_train.sharding import MeshShape, Rules
 from pjit_train.transformer import TransformerConfig
+from sparsity.quantized import Quantization, Quantizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Run:
       seed: of parameters, order of the data, and samples.
       sparsity: a recipe of the package `sparsity`, such as `recipes.Recipe` or `pruning.Pruning`;
         None trains dense.
+      quantization: a `quantized.Quantization` of the package `sparsity`; None quantizes nothing.
       accumulate: parts that a batch goes through the model in, their gradients summed.
       log_every: steps between rows of metrics.
       eval_every: steps between validations, 0 for none; one always ends a run that has them.
@@ -74,6 +77,7 @@ class Run:
     checkpoints: CheckpointConfig = CheckpointConfig()
     samples: Samples = Samples()
     sparsity: Any = None
+    quantization: Quantization | None = None
     accumulate: int = 1
     log_every: int = 10
     eval_every: int = 250
@@ -97,18 +101,62 @@ class Run:
                 f"{self.data.batch_size}; use a divisor of it"
             )
 
-    def build_updater(self, params):
+    def build_quantizer(self, params, mesh) -> Quantizer | None:
+        """The quantizer of the model's matmuls; None where nothing is quantized.
+
+        Args:
+          params: abstract, with their shardings.
+
+        Raises:
+          ValueError: the formats do not fit the model or the mesh.
+        """
+        if self.quantization is None:
+            return None
+        rules, table = self.rules, "embedding" if self.model.tie_head else "head"
+
+        def contraction(name, shape):
+            is_table = name == "head" or name.endswith("embedding")
+            return None if is_table and name != table else contraction_axes(name, shape)
+
+        def activation_ways(name):
+            """Shards of the features of a matmul's inputs and of its outputs."""
+            ways = math.prod(mesh.shape[axis] for axis in rules.heads)
+            if "feed_forward" in name:
+                ways = math.prod(mesh.shape[axis] for axis in rules.mlp)
+            if name == table:
+                return 1, 1
+            return (ways, 1) if re.search(r"/(out|down)/", name) else (1, ways)
+
+        quantizer = self.quantization.build(
+            params,
+            contraction=contraction,
+            seed=self.seed,
+            activation_ways=activation_ways,
+            tokens=(self.data.seq_len, math.prod(mesh.shape[axis] for axis in rules.length)),
+        )
+        if quantizer.formats(table) is not None and quantizer.formats(table).gradients is not None:
+            raise ValueError(
+                f"quantization: {table}: gradients of the head are not quantized; give it "
+                "gradients=None, by a pattern before the one that matches it"
+            )
+        return quantizer
+
+    def build_updater(self, params, quantizer: Quantizer | None = None):
         """The updater of the run's recipe for these parameters; None for a dense run.
 
         Args:
           params: abstract, with their shardings.
+          quantizer: what `build_quantizer` gave.
 
         Raises:
           ValueError: the recipe does not fit the model, the mesh or the length of the run.
         """
         if self.sparsity is None:
             return None
-        return self.sparsity.build(params, steps=self.steps, contraction=contraction_axes)
+        options = {"steps": self.steps, "contraction": contraction_axes}
+        if quantizer is not None and self.quantization.order == "quantize_then_sparsify":
+            options["scored"] = quantizer.scored
+        return self.sparsity.build(params, **options)
 
     def check_mesh(self, mesh) -> None:
         """Raises a UserError where the mesh does not divide a batch."""

@@ -1,9 +1,9 @@
-"""What a sparse run reports besides its loss: how sparse, how settled, how noisy."""
+"""What a sparse or quantized run reports besides its loss: how sparse, how settled, how exact."""
 
 import jax
 import jax.numpy as jnp
 
-from pjit_train.step import State
+from pjit_train.step import State, weights
 
 
 def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
@@ -47,6 +47,22 @@ def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
             figures["gradient_noise/pruned"] = _mean([noise[n] for n in masks], pruned)
     if hasattr(adam, "z"):
         figures["autoswitch_z"] = adam.z[(adam.count - 1) % adam.z.shape[0]]
+    return figures
+
+
+def observe_quantization(quantizer, updater, state: State) -> dict[str, jax.Array]:
+    """Figures of the weights of a quantized run; scalars, float32. As `observe`, run by itself.
+
+    Of activations none: their scales are made within the forward pass of a step.
+
+    Returns:
+      `quantization_error/<layer kind>`: |q(w) - w| / |w|, of what the recipe leaves of the weights.
+      `clipped/<layer kind>`: fraction of weights above the greatest value of their block.
+    """
+    figures = {}
+    for name, (error, clipped) in quantizer.errors(weights(state, updater)).items():
+        figures[f"quantization_error/{kind(name)}"] = error
+        figures[f"clipped/{kind(name)}"] = clipped
     return figures
 
 

@@ -54,11 +54,16 @@ def abstract(make: Callable, *args) -> Any:
     return jax.tree.map(concrete, jax.eval_shape(make, *args))
 
 
-def weights(state: State, updater=None) -> Any:
-    """The parameters as the forward pass reads them: of a sparse run, masked."""
-    if updater is None:
-        return state["params"]
-    return updater.weights(state["params"], state["sparsity"])
+def weights(state: State, updater=None, quantizer=None, clock: jax.Array | None = None) -> Any:
+    """The parameters as the forward pass reads them: of a sparse run masked, of others quantized.
+
+    Args:
+      clock: of `Quantizer.weights`; None for an evaluation.
+    """
+    params = state["params"]
+    if updater is not None:
+        params = updater.weights(params, state["sparsity"])
+    return params if quantizer is None else quantizer.weights(params, clock)
 
 
 def split(optimizer_state, updater) -> State:
@@ -85,6 +90,7 @@ def train_step(
     loss: Callable,
     accumulate: int = 1,
     updater=None,
+    quantizer=None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
 
@@ -92,6 +98,7 @@ def train_step(
       graph: of the model.
       optimizer: wrapped by the updater, where there is one.
       updater: what `build` of a recipe of `sparsity` gave; None trains dense.
+      quantizer: what `build` of a `sparsity.quantized.Quantization` gave; None for none.
       loss: (model, batch) -> (sum of losses, sum of weights).
       accumulate: the batch goes through in this many parts, whose gradients are summed: the update
         is that of the whole batch, with the activations of a part in memory.
@@ -103,9 +110,10 @@ def train_step(
     def gradients(state, batch):
         params = state["params"]
 
-        def summed(params, part):
-            model = nnx.merge(graph, weights(state | {"params": params}, updater))
-            return loss(model, part)
+        def summed(params, part, index=0):
+            clock = state["step"] * accumulate + index
+            read = weights(state | {"params": params}, updater, quantizer, clock)
+            return loss(nnx.merge(graph, read), part)
 
         def mean(params, batch):
             total, weight = summed(params, batch)
@@ -115,11 +123,12 @@ def train_step(
             return jax.value_and_grad(mean)(params, batch)
 
         def body(sums, part):
-            (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, part)
+            (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, *part)
             return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
 
         zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        (total, weight, grads), _ = jax.lax.scan(body, zeros, _parts(batch, accumulate))
+        parts = _parts(batch, accumulate), jnp.arange(accumulate)
+        (total, weight, grads), _ = jax.lax.scan(body, zeros, parts)
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
     def step(state: State, batch: dict) -> tuple[State, dict]:

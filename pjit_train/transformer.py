@@ -6,6 +6,7 @@ GPT-2 (Radford et al., 2019): LayerNorm, learned positions, GELU, biases, tied h
 """
 
 import dataclasses
+import logging
 import math
 from typing import Literal
 
@@ -23,9 +24,13 @@ from pjit_train.blocks import (
     gathered_for_tokens,
     rotary_angles,
     run_layers,
+    straight_through,
 )
 from pjit_train.errors import UserError
 from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
+from sparsity.quantized_kernels import QuantizedKernel
+
+log = logging.getLogger("torsion")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,13 @@ class TransformerConfig(BlockConfig):
                 f"data: seq_len={seq_len} exceeds the model's max_len={self.max_len}; "
                 f"use seq_len <= {self.max_len}, or a larger max_len"
             )
+        if (self.attention_tile_rows or 0) > seq_len:
+            log.warning(
+                "attention_tile_rows=%d exceeds seq_len=%d: all %d rows are one tile",
+                self.attention_tile_rows,
+                seq_len,
+                seq_len,
+            )
 
     def build(self, key: jax.Array, rules: Rules) -> "Transformer":
         return Transformer(self, key, rules)
@@ -126,7 +138,8 @@ class Transformer(nnx.Module):
         """
         c = self.config
         positions_T = position + jnp.arange(tokens_BT.shape[1])
-        x_BTD = lookup(gathered_for_tokens(self.embedding, self.rules, c.dtype), tokens_BT)
+        table_VD = gathered_for_tokens(self.embedding, self.rules, c.dtype, exact=True)
+        x_BTD = lookup(table_VD, tokens_BT)
         angles = None
         if self.position_embedding is None:
             angles = rotary_angles(positions_T, c.head_dim, c.rope_theta, c.rope_scaling)
@@ -140,16 +153,26 @@ class Transformer(nnx.Module):
 
     def head_kernel(self) -> jax.Array:
         """The head [d_model, vocab], in the dtype of the activations."""
-        if self.head is None:
-            return gathered_for_tokens(self.embedding, self.rules, self.config.dtype).T
-        return gathered_for_tokens(self.head, self.rules, self.config.dtype)
+        if self.head is not None:
+            return gathered_for_tokens(self.head, self.rules, self.config.dtype)
+        table_VD = gathered_for_tokens(self.embedding, self.rules, self.config.dtype, exact=True)
+        stored = self.embedding.get_value()
+        if isinstance(stored, QuantizedKernel):  # after it was gathered, as the lookup's table is
+            read = lambda table: dataclasses.replace(stored, kernel=table).dense()  # noqa: E731
+            table_VD = straight_through(read, table_VD)
+        return table_VD.T
+
+    def head_inputs(self, hidden_BTD: jax.Array) -> jax.Array:
+        """What `hidden` gives, as the head's matmul reads it."""
+        stored = (self.embedding if self.head is None else self.head).get_value()
+        return stored.inputs(hidden_BTD) if isinstance(stored, QuantizedKernel) else hidden_BTD
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [batch, tokens, vocab]."""
         kernel, spec = self.head_kernel(), self.rules.spec(("batch", "length", "vocab"))
         return jnp.einsum(
             "btd,dv->btv",
-            hidden_BTD,
+            self.head_inputs(hidden_BTD),
             kernel,
             preferred_element_type=jnp.float32,
             out_sharding=out_sharding(spec),

@@ -101,9 +101,9 @@ def plan_kernel(
             f"recipe: {name} of shape {shape} has contraction axes {axes}; use adjacent "
             f"negative axes in order, from {-len(shape)} to -1"
         )
-    shards = _shards(leaf)
+    shards = shards_of(leaf)
     size = math.prod(shape[a] for a in axes)
-    count = _cuts(shape, shards, axes) if ways is None else ways(name)
+    count = cuts(shape, shards, axes) if ways is None else ways(name)
     n, m = parse_pattern(text)
     stages = pattern.stages(n, m)
     for stage in stages:
@@ -124,14 +124,14 @@ def plan_kernel(
         name=name,
         shape=shape,
         axis=axes[0] if len(axes) == 1 else axes,
-        bits_axis=_packing_axis(name, shape, shards, axes[0]),
-        code_axis=_packing_axis(name, values, shards, axes[0]),
+        bits_axis=packing_axis(name, shape, shards, axes[0]),
+        code_axis=packing_axis(name, values, shards, axes[0]),
         stages=stages,
         stacked=shape[:1] if len(shape) + axes[0] > 0 else (),
     )
 
 
-def _shards(leaf) -> list[int]:
+def shards_of(leaf) -> list[int]:
     """Number of shards along each axis."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
@@ -140,7 +140,7 @@ def _shards(leaf) -> list[int]:
     return [-(-size // part) for size, part in zip(leaf.shape, local, strict=True)]
 
 
-def _cuts(shape, shards, axes) -> int:
+def cuts(shape, shards, axes) -> int:
     """Pieces that shards cut the flattened axes into."""
     run = 1  # entries that follow each other on a device
     for axis in reversed(axes):
@@ -150,7 +150,7 @@ def _cuts(shape, shards, axes) -> int:
     return math.prod(shape[axis] for axis in axes) // run
 
 
-def _packing_axis(name: str, shape, shards, first: int) -> int:
+def packing_axis(name: str, shape, shards, first: int) -> int:
     """The axis, from `first` on, along which eight entries go to a byte.
 
     It depends on the shape alone, since a checkpoint moves between meshes: the axis that most

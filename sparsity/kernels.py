@@ -1,6 +1,6 @@
 """What a matmul reads in place of a kernel: a masked one, or one stored as values and indices.
 
-Both are pytrees that stand as leaves in a tree of parameters. Where layers are stacked, every field
+All are pytrees that stand as leaves in a tree of parameters. Where layers are stacked, every field
 has the axis of layers in front, so that `jax.lax.scan` and `jax.tree.map` slice them like arrays.
 """
 
@@ -14,13 +14,17 @@ from sparsity.bits import unpack_bits
 from sparsity.packed import decode_indices, gather_nm, unpack_nm
 
 
+class Kernel:
+    """What stands for a kernel in a tree of parameters: `dense()` is the array that is read."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("weight", "bits", "decay", "gradient"),
     meta_fields=("axis",),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedKernel:
+class MaskedKernel(Kernel):
     """A kernel whose pruned weights W are read as decay * W.
 
     Attributes:
@@ -65,7 +69,7 @@ class MaskedKernel:
     meta_fields=("n", "m", "axis", "code_axis"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedKernel:
+class PackedKernel(Kernel):
     """An N:M kernel of which only the kept weights are stored.
 
     Attributes:
@@ -104,13 +108,12 @@ class PackedKernel:
 
 def dense(leaf):
     """The array that a matmul reads of a leaf: `leaf.dense()`, or the array itself."""
-    return leaf.dense() if isinstance(leaf, MaskedKernel | PackedKernel) else leaf
+    return leaf.dense() if isinstance(leaf, Kernel) else leaf
 
 
 def dense_tree(tree):
-    """A tree of parameters with arrays in place of its kernels of the two kinds."""
-    is_kernel = lambda x: isinstance(x, MaskedKernel | PackedKernel)  # noqa: E731
-    return jax.tree.map(dense, tree, is_leaf=is_kernel)
+    """A tree of parameters with arrays in place of its kernels of any kind."""
+    return jax.tree.map(dense, tree, is_leaf=lambda x: isinstance(x, Kernel))
 
 
 def scale_pruned(mask: jax.Array, x: jax.Array, scale: jax.Array) -> jax.Array:

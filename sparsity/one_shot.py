@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparsity.kernels import dense_tree
 from sparsity.layers import assign
 from sparsity.nm import check_nm, nm_mask, transposable_mask
 from sparsity.sparsity_types import NByM
@@ -333,7 +334,7 @@ class KeepZerosUpdater:
 
     def validity(self, weights) -> dict[str, Validity]:
         """What is counted in each kernel whose zeros are kept, by its name."""
-        kernels, counted = by_name(weights), {}
+        kernels, counted = by_name(dense_tree(weights)), {}
         for name, pattern in by_name(self.chosen).items():
             kind, kernel = parse_pattern(pattern), kernels[name]
             if isinstance(kind, NByM):

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sparsity.api import create_updater_from_config
 from sparsity.base_updater import BaseUpdater, SparseState
+from sparsity.bits import pack_bits
+from sparsity.kernel_plan import packing_axis, shards_of
+from sparsity.kernels import MaskedKernel, dense_tree
 from sparsity.layers import assign, names
 from sparsity.nm import check_nm
 from sparsity.sparsity_types import NByM, parse_sparsity_type
@@ -67,6 +71,7 @@ class Pruning:
         *,
         steps: int,
         contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]] | None = None,
+        scored: Callable[[Any], Any] | None = None,
     ) -> "PruningUpdater":
         """The algorithm for a model and a run.
 
@@ -75,6 +80,7 @@ class Pruning:
           steps: of the run.
           contraction: (name, shape) -> the input axes of a kernel; see `Recipe.build`. The axes in
             front of them stack layers, each of which is pruned by itself. None: nothing is stacked.
+          scored: see `Recipe.build`.
 
         Raises:
           ValueError: a pattern of `layers` matches no parameter, or an option is unknown or wrong.
@@ -120,7 +126,32 @@ class Pruning:
             n, m = updater.sparsity_type.n, updater.sparsity_type.m
             axis = inputs(name.split("/"), leaves[name])[-1]
             check_nm(n, m, leaves[name].shape[axis], name=name)
-        return PruningUpdater(updater, self.sparsity, frozenset(chosen))
+        masked = {}
+        if scored is not None and _masks_forward(updater):
+            for name in chosen:
+                shape, first = leaves[name].shape, inputs(name.split("/"), leaves[name])[0]
+                axis = packing_axis(name, shape, shards_of(leaves[name]), first)
+                masked[name] = axis, shape[: stacked(name.split("/"), leaves[name])]
+        if scored is not None:
+            _score(updater, scored)
+        return PruningUpdater(updater, self.sparsity, frozenset(chosen), masked)
+
+
+def _masks_forward(updater: BaseUpdater) -> bool:
+    """Whether an algorithm keeps all weights, and masks them where the forward pass reads them."""
+    return type(updater).pre_forward_update is not BaseUpdater.pre_forward_update
+
+
+def _score(updater: BaseUpdater, scored: Callable[[Any], Any]) -> None:
+    """Has an algorithm make its masks of `scored(params)` in place of the parameters."""
+    if _masks_forward(updater):
+        calculate_scores = updater.calculate_scores
+        updater.calculate_scores = lambda params, *a, **k: calculate_scores(scored(params), *a, **k)
+    else:
+        update_state = updater.update_state
+        updater.update_state = lambda state, params, *a, **k: update_state(
+            state, scored(params), *a, **k
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +161,14 @@ class PruningUpdater:
     Attributes:
       sparsity: of the pruned parameters together, in the end.
       chosen: their names.
+      masked: by name, (axis to pack a mask along, shape of stacked layers) of a `MaskedKernel`:
+        where weights that are all kept are to be masked after something else was done to them.
     """
 
     updater: BaseUpdater
     sparsity: float
     chosen: frozenset[str]
+    masked: Mapping[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     variance = None
     packs_at = None
 
@@ -160,7 +194,17 @@ class PruningUpdater:
 
     def weights(self, params: Any, state: SparseState) -> Any:
         """The parameters that the forward pass reads."""
-        return self.updater.pre_forward_update(params, state)
+        read = self.updater.pre_forward_update(params, state)
+
+        def kernel(name, w, read):
+            if name not in self.masked:
+                return read
+            axis, stacked = self.masked[name]
+            bits = pack_bits(jax.lax.stop_gradient(read) != 0, axis=axis)
+            zeros, ones = jnp.zeros(stacked, jnp.float32), jnp.ones(stacked, jnp.float32)
+            return MaskedKernel(weight=w, bits=bits, decay=zeros, gradient=ones, axis=axis)
+
+        return jax.tree.map(kernel, names(params), params, read) if self.masked else read
 
     def post_gradient_update(self, params: Any, state: SparseState) -> Any:
         """The parameters to keep after an update."""
@@ -170,14 +214,15 @@ class PruningUpdater:
         """Masks, 1 where kept, None for a parameter that is not pruned."""
         if jax.tree.leaves(state.masks):
             return self.updater.unpack(state.masks, params)
-        read = self.weights(params, state)  # made anew in every forward pass
+        read = self.updater.pre_forward_update(params, state)  # made anew in every forward pass
         return jax.tree.map(
             lambda name, w: w != 0 if name in self.chosen else None, names(params), read
         )
 
     def validity(self, weights: Any) -> dict[str, Validity]:
         """What is counted: in each kernel for N:M, else in all pruned parameters together."""
-        named = {name: w for name, w in by_name(weights).items() if name in self.chosen}
+        named = by_name(dense_tree(weights))
+        named = {name: w for name, w in named.items() if name in self.chosen}
         kind = self.updater.sparsity_type
         if isinstance(kind, NByM):
             return {

@@ -54,6 +54,7 @@ class RecipeUpdater:
       plans: for each of their leaves, what the recipe does with it, or None.
       dense_steps: first step of the decay phase (with an AutoSwitch, the switch says).
       fine_tune_start: first step of the fine-tuning phase.
+      scored: see `Recipe.build`.
     """
 
     recipe: "Recipe"
@@ -62,6 +63,7 @@ class RecipeUpdater:
     dense_steps: int
     fine_tune_start: int
     steps: int
+    scored: Callable[[Any], Any] | None = None
 
     @property
     def variance(self) -> AutoSwitch | None:
@@ -361,7 +363,7 @@ class RecipeUpdater:
             return plan.bits_at(stage, jnp.abs(w))
 
         none = self.treedef.unflatten([None] * len(self.plans))
-        return self.map_kernels(bits, none, params)
+        return self.map_kernels(bits, none, params if self.scored is None else self.scored(params))
 
     def _next_masks(self, params, updates, masks, count, masked_from) -> Any:
         """The masks of params + updates, where they are due; else those that are."""
@@ -375,14 +377,18 @@ class RecipeUpdater:
         due = (s.phase != DENSE) & jnp.where(s.frozen, since == 0, due)
 
         def fresh(params, updates):
-            def bits(plan, _, w, u):
+            def updated(plan, w, u):
                 # A step whose numbers are not finite is one that a trainer takes back.
                 new = optax.apply_updates(w, u)
-                scores = jnp.abs(jnp.where(jnp.isfinite(new), new, w))
-                stage = self._stage(s, len(plan.stages)) if len(plan.stages) > 1 else 0
-                return plan.bits_at(stage, scores)
+                return jnp.where(jnp.isfinite(new), new, w)
 
-            return self.map_kernels(bits, masks, params, updates)
+            def bits(plan, _, w):
+                stage = self._stage(s, len(plan.stages)) if len(plan.stages) > 1 else 0
+                return plan.bits_at(stage, jnp.abs(w))
+
+            params = self.map_kernels(updated, params, updates)
+            params = params if self.scored is None else self.scored(params)
+            return self.map_kernels(bits, masks, params)
 
         if self._always_due():
             return fresh(params, updates)

@@ -141,6 +141,7 @@ class Recipe:
         steps: int,
         contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]] | None = None,
         ways: Callable[[str], int] | None = None,
+        scored: Callable[[Any], Any] | None = None,
     ) -> RecipeUpdater:
         """The recipe for a model and a run.
 
@@ -153,6 +154,8 @@ class Recipe:
             for. The default is -2: [in, out], convolutions [h, w, in, out], and stacks of these.
           ways: name -> number of shards along these axes, none of which may cut a group. The
             default reads the shardings of `params`.
+          scored: parameters -> a tree like them, whose magnitudes masks are made of; the default is
+            the parameters themselves. `Quantizer.scored` is one.
 
         Raises:
           ValueError: a pattern of `layers` matches no parameter; a group does not fit a kernel or
@@ -193,6 +196,7 @@ class Recipe:
             dense_steps=dense_steps,
             fine_tune_start=fine_tune_start,
             steps=steps,
+            scored=scored,
         )
 
 

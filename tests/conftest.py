@@ -7,5 +7,11 @@ os.environ["PJRT_NPROC"] = "64"
 
 import jax
 
+from pjit_train.data.cache import default_cache_dir
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Compiled programs are kept for the next run of the tests, as `torsion train` keeps its own.
+jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

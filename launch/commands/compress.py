@@ -1,6 +1,8 @@
-"""`torsion compress`: prunes a trained run in one shot."""
+"""`torsion compress`: prunes and quantizes a trained run in one shot."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 from launch.commands.common import add_command, trained_run
@@ -12,15 +14,20 @@ def add(commands) -> None:
         commands,
         run,
         "compress",
-        "prune a trained run in one shot",
-        "Attention and feed-forward kernels are pruned, calibrated on the run's training text, and "
-        "written as a new run directory: eval, sample and export read it, and train goes on from "
-        "it with its zeros kept. A pattern is N:M, N weights kept of every M along the inputs, or "
-        "the fraction to prune, such as 0.5.",
+        "prune and quantize a trained run in one shot",
+        "Attention and feed-forward kernels are pruned, quantized or both, calibrated on the run's "
+        "training text, and written as a new run directory: eval, sample and export read it, and "
+        "train goes on from it with its zeros kept. A pattern is N:M, N weights kept of every M "
+        "along the inputs, or the fraction to prune, such as 0.5. A format is a name such as int4, "
+        "int8, fp8_e4m3, mxfp8_e4m3, mxfp4_e2m1, nvfp4 or hbfp6, with a block of its own after a "
+        "colon: int4:128, int8:tensor.",
     )
     compress.add_argument("run", metavar="RUN", help="run directory")
     compress.add_argument(
-        "--method", default="sparsegpt", metavar="NAME", help="magnitude, wanda or sparsegpt (last)"
+        "--method",
+        default="sparsegpt",
+        metavar="NAME",
+        help="magnitude, wanda, sparsegpt (the default), or none to prune nothing",
     )
     compress.add_argument("--pattern", default="2:4", metavar="N:M", help="or a fraction (2:4)")
     compress.add_argument(
@@ -34,6 +41,37 @@ def add(commands) -> None:
     compress.add_argument(
         "--transposable", action="store_true", help="2:4 along the outputs as well"
     )
+    compress.add_argument("--format", metavar="NAME", help="of the weights (default: as they are)")
+    compress.add_argument(
+        "--format-layers",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="REGEX=NAME",
+        help="other formats, by name of kernel, such as attention/out=int8 head=dense",
+    )
+    compress.add_argument(
+        "--quantizer", default="gptq", metavar="NAME", help="rtn (to nearest) or gptq (the default)"
+    )
+    compress.add_argument(
+        "--activations", metavar="NAME", help="format of the inputs of the quantized kernels"
+    )
+    compress.add_argument(
+        "--smooth", type=float, metavar="A", help="SmoothQuant first, with this strength (0 to 1)"
+    )
+    compress.add_argument(
+        "--order",
+        default="sparsify_then_quantize",
+        metavar="ORDER",
+        help="sparsify_then_quantize (the default) or quantize_then_sparsify",
+    )
+    compress.add_argument(
+        "--finetune",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="train what is pruned for some steps before it is quantized",
+    )
     compress.add_argument(
         "--sequences", type=int, default=128, metavar="N", help="of calibration text (128)"
     )
@@ -41,22 +79,28 @@ def add(commands) -> None:
     compress.add_argument(
         "--out", metavar="DIR", help="run directory to write (default: RUN-compressed-NAME)"
     )
+    compress.add_argument(
+        "--export", metavar="FOLDER", help="write a Hugging Face folder too, as export does"
+    )
     compress.add_argument("--json", action="store_true", help="print one JSON object")
     compress.set_defaults(mesh=None, devices=None)
 
 
 def run(args, began: float) -> int:
-    layers = {}
-    for entry in args.layers:
-        expression, equals, pattern = entry.rpartition("=")
-        if not equals:
-            raise UserError(f"--layers {entry}: want REGEX=PATTERN, such as feed_forward=1:4")
-        layers[expression] = pattern
-    if args.method not in (methods := ("magnitude", "wanda", "sparsegpt")):
+    patterns = _by_regex("--layers", args.layers, "PATTERN, such as feed_forward=1:4")
+    formats = _by_regex("--format-layers", args.format_layers, "NAME, such as feed_forward=int4")
+    if args.method not in (methods := ("magnitude", "wanda", "sparsegpt", "none")):
         raise UserError(f"--method {args.method} is unknown; use {', '.join(methods)}")
+    prunes, quantizes = args.method != "none", bool(args.format or formats)
+    if args.layers and not prunes:
+        raise UserError("--layers gives patterns and --method none prunes nothing; leave one out")
+    if args.activations and not quantizes:
+        raise UserError("--activations without --format; give the weights a format as well")
     directory = Path(args.run)
     named = directory if directory.name else directory.resolve()
-    out = Path(args.out or f"{named}-compressed-{args.method}")
+    formatted = args.format or "formats"
+    done = [args.method] * prunes + [formatted.replace(":", "_")] * quantizes
+    out = Path(args.out or f"{named}-compressed-{'-'.join(done)}")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or use another --out")
     run = trained_run(args)
@@ -64,39 +108,149 @@ def run(args, began: float) -> int:
     import dataclasses
 
     from launch.configure import build_run
-    from pjit_train.compress import KERNELS, compress, kernel_patterns
+    from pjit_train import compressed_tensors
+    from pjit_train.compress import Compression, compress
+    from pjit_train.compress_kernels import KERNELS, kernel_formats, kernel_patterns
 
-    layers.setdefault(KERNELS, args.pattern)
-    patterns = kernel_patterns(run.model, layers, transposable=args.transposable)
-    kept = {f"^{name}$": pattern for name, pattern in patterns.items()}
-    binding = (
-        "from sparsity import one_shot\n"
-        "run.Run.sparsity = @one_shot.KeepZeros()\n"
-        f"one_shot.KeepZeros.layers = {kept}"
-    )
-    sparse_run, config_text = build_run([str(directory / "config.gin")], [binding])
-    report = compress(
-        run,
-        directory,
-        dataclasses.replace(sparse_run, mesh=run.mesh),
-        out,
-        config_text=config_text,
-        method=args.method,
+    if prunes:
+        patterns.setdefault(KERNELS, args.pattern)
+        patterns = kernel_patterns(run.model, patterns, transposable=args.transposable)
+    if quantizes:
+        if args.format:
+            formats.setdefault(KERNELS, args.format)
+        formats = kernel_formats(run.model, formats)
+    compression = Compression(
         patterns=patterns,
+        method=args.method if prunes else "magnitude",
         transposable=args.transposable,
+        formats=formats,
+        quantizer=args.quantizer,
+        order=args.order,
+        smooth=args.smooth,
+        finetune=args.finetune,
+        activations=args.activations,
         sequences=args.sequences,
-        step=args.step,
     )
+    if args.export:
+        compressed_tensors.check(args.export, run.model, formats, args.activations)
+    bindings = _bindings(run, compression)
+    new_run, config_text = build_run([str(directory / "config.gin")], bindings)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        report = compress(
+            run,
+            directory,
+            dataclasses.replace(new_run, mesh=run.mesh),
+            out,
+            config_text=config_text,
+            compression=compression,
+            step=args.step,
+        )
+        if args.export:
+            exported = compressed_tensors.export(
+                args.export, dataclasses.replace(new_run, mesh=run.mesh), out
+            )
+            report["export"] = {"folder": args.export, **exported}
     if args.json:
         print(json.dumps({"out": str(out), **report}))
-        return 0
-    print(f"{out}: step {report['step']} of {directory}, pruned by {args.method}\n")
-    print(f"{'kernel':<32} pattern  zeros    violations  error")
-    for name, row in report["kernels"].items():
-        violations = "-" if row["violations"] is None else row["violations"]
-        figures = f"{row['sparsity']:<8.2%} {violations:<11} {row['error']:.4f}"
-        print(f"{name:<32} {row['pattern']:<8} {figures}")
-    print(f"\n{'':<20} before    after")
-    for name, value in report["before"].items():
-        print(f"{name:<20} {value:<9.5g} {report['after'][name]:.5g}")
+    else:
+        done = [f"pruned by {args.method}"] * prunes
+        done += [f"quantized to {formatted} by {args.quantizer}"] * quantizes
+        _print(report, out, directory, done)
     return 0
+
+
+def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
+    found = {}
+    for entry in entries:
+        expression, equals, value = entry.rpartition("=")
+        if not equals:
+            raise UserError(f"{option} {entry}: want REGEX={wanted}")
+        found[expression] = value
+    return found
+
+
+def _bindings(run, compression) -> list[str]:
+    """What the configuration of the compressed run binds besides that of the run."""
+    from sparsity.one_shot import KeepZeros
+
+    bindings = []
+    if compression.patterns:
+        kept = {f"^{name}$": pattern for name, pattern in compression.patterns.items()}
+    elif run.sparsity is not None and not isinstance(run.sparsity, KeepZeros):
+        kept = {f"^{name}$": "0.0" for name in compression.formats}  # the zeros that there are
+    else:
+        kept = None
+    if kept is not None:
+        bindings.append(
+            "from sparsity import one_shot\n"
+            "run.Run.sparsity = @one_shot.KeepZeros()\n"
+            f"one_shot.KeepZeros.layers = {kept}"
+        )
+    if compression.formats:
+        # The checkpoint holds the values of the formats, which other dtypes may not hold.
+        bindings.append("transformer.TransformerConfig.param_dtype = 'float32'")
+    if compression.activations:
+        inputs = {f"^{name}$": "@inputs/quantized.MatmulFormats()" for name in compression.formats}
+        layers = ", ".join(f"{name!r}: {formats}" for name, formats in inputs.items())
+        bindings.append(
+            "from sparsity import formats\n"
+            "from sparsity import quantized\n"
+            "run.Run.quantization = @quantized.Quantization()\n"
+            f"quantized.Quantization.layers = {{{layers}}}\n"
+            + _activation_binding(compression.activations)
+        )
+    return bindings
+
+
+def _activation_binding(text: str) -> str:
+    """Gin's lines for the format of activations: its name, or an object with a block of its own."""
+    import dataclasses
+
+    from pjit_train.compress_kernels import parse_format
+    from sparsity.formats import FORMATS
+
+    try:
+        format = parse_format(text)
+    except ValueError as error:
+        raise UserError(f"--activations {text}: {error}") from error
+    if FORMATS.get(text) == format:
+        return f"inputs/quantized.MatmulFormats.activations = {text!r}"
+    kind = type(format).__name__
+    fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
+    default = type(format)()
+    changed = {name: x for name, x in fields.items() if x != getattr(default, name)}
+    if not all(isinstance(x, int | str) for x in changed.values()):
+        raise UserError(
+            f"--activations {text}: a block of one's own is for int4, int8, hbfp4, hbfp6, hbfp8, "
+            "fp8_e4m3 and mxfp8_e4m3; use another format without a block"
+        )
+    lines = [f"inputs/quantized.MatmulFormats.activations = @inputs/formats.{kind}()"]
+    lines += [f"inputs/formats.{kind}.{name} = {x!r}" for name, x in changed.items()]
+    return "\n".join(lines)
+
+
+def _print(report, out: Path, directory: Path, done: list[str]) -> None:
+    print(f"{out}: step {report['step']} of {directory}, {' and '.join(done)}\n")
+    kinds = ("sparsity", "quantization", "together")
+    print(f"{'kernel':<32} pattern  zeros    violations  format       error of ", end="")
+    print("  ".join(kinds))
+    for name, row in report["kernels"].items():
+        shown = {key: "-" if row[key] is None else row[key] for key in row}
+        errors = [
+            f"{row['errors'][kind]:.4f}".ljust(len(kind)) if kind in row["errors"] else "-"
+            for kind in kinds
+        ]
+        line = (
+            f"{name:<32} {shown['pattern']:<8} {row['sparsity']:<8.2%} {shown['violations']:<11} "
+        )
+        print((line + f"{shown['format']:<21} " + "  ".join(errors)).rstrip())
+    stages = {"before": report["before"], **report["between"], "after": report["after"]}
+    print("\n" + " " * 21 + " ".join(f"{stage:<9}" for stage in stages).rstrip())
+    for name in report["before"]:
+        row = " ".join(f"{figures[name]:<9.5g}" for figures in stages.values())
+        print(f"{name:<20} {row}".rstrip())
+    size = report["bytes"]
+    print(f"\nparameters: {size['before']:,} bytes before, {size['zeros']:,} after", end="")
+    print(f", {size['packed']:,} with N:M packed" if size["packed"] != size["zeros"] else "")
+    if "export" in report:
+        print(f"{report['export']['folder']}: {report['export']['bytes']:,} bytes")

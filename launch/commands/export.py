@@ -12,20 +12,18 @@ def add(commands) -> None:
     export.add_argument("run", metavar="RUN", help="run directory")
     export.add_argument("folder", metavar="FOLDER", help="to write; new, or empty")
     export.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    export.add_argument(
+        "--dense", action="store_true", help="of a quantized run: plain numbers, not its formats"
+    )
     export.set_defaults(mesh=None, devices=None)
 
 
 def run(args, began: float) -> int:
     run = trained_run(args)
 
-    from pjit_train.evaluate import restore_weights
-    from pjit_train.huggingface import save
-    from pjit_train.program import Program
-    from pjit_train.sharding import make_mesh
-    from sparsity.kernels import dense_tree
+    from pjit_train.compressed_tensors import export
 
-    program = Program(run, make_mesh(run.mesh))
-    step, weights = restore_weights(program, Path(args.run), args.step)
-    save(args.folder, run.model, dense_tree(weights))
-    print(f"{args.folder}: the parameters after step {step}")
+    done = export(args.folder, run, Path(args.run), step=args.step, plain=args.dense)
+    what = f", {done['bytes']:,} bytes in compressed-tensors formats" if "bytes" in done else ""
+    print(f"{args.folder}: the parameters after step {done['step']}{what}")
     return 0

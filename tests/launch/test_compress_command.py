@@ -1,18 +1,25 @@
 """`torsion compress` of a tiny trained run: what it writes, says, and leaves alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import pjit_train.compress
 from launch.cli import main
 from launch.configure import build_run
+from pjit_train import compressed_tensors
 from pjit_train.evaluate import restore_weights
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
+from sparsity import quantized
+from sparsity.formats import E2M1, MX
+from sparsity.kernels import dense
+from sparsity.quantization import quantize
 
 TINY = """
 from __gin__ import dynamic_registration
@@ -73,7 +80,7 @@ def kernels(directory: str, step: int | None = None) -> dict[str, np.ndarray]:
     found = {}
     for name, size in inputs.items():
         _, part, layer, _ = name.split("/")
-        kernel = np.asarray(weights["blocks"][part][layer]["kernel"])
+        kernel = np.asarray(dense(weights["blocks"][part][layer]["kernel"]))
         found[name] = kernel.reshape(2, size, -1)
     return found
 
@@ -103,7 +110,9 @@ def test_a_compressed_run_is_a_run(here, capsys):
     for name, pattern in patterns.items():
         row, kept = report["kernels"][name], found[name] != 0
         assert row["sparsity"] == np.mean(~kept)
-        assert 0 < row["error"] < 1
+        assert set(row["errors"]) == {"sparsity", "together"}
+        assert 0 < row["errors"]["sparsity"] == row["errors"]["together"] < 1
+        assert row["format"] is None
         if pattern == "0.75":
             assert row["violations"] is None
             assert (kept.sum(1) == 8).all()  # of 32 inputs, for every output
@@ -120,6 +129,7 @@ def test_a_compressed_run_is_a_run(here, capsys):
     written = json.loads(Path("new/sparse/compress.json").read_text())
     assert report == {"out": "new/sparse", **written}
     assert (report["run"], report["step"], report["sequences"]) == ("dense", 40, 128)
+    assert report["between"] == {}
     assert report["before"].items() <= figures(capsys, "eval", "dense").items()
     assert report["after"].items() <= figures(capsys, "eval", "new/sparse").items()
     assert report["before"]["val_loss"] < report["after"]["val_loss"]
@@ -140,7 +150,8 @@ def test_sparsegpt_by_default_and_a_table(here, capsys):
     assert report["method"] == "sparsegpt"
     for name, kernel in kernels("dense-compressed-sparsegpt").items():
         [line] = [line.split() for line in out.splitlines() if line.startswith(name)]
-        assert line == [name, "2:4", "50.00%", "0", f"{report['kernels'][name]['error']:.4f}"]
+        error = f"{report['kernels'][name]['errors']['together']:.4f}"
+        assert line == [name, "2:4", "50.00%", "0", "-", error, "-", error]
         kept = kernel != 0
         assert (kept.reshape(2, -1, 4, kept.shape[-1]).sum(2) == 2).all()
         assert (kept.reshape(2, kept.shape[1], -1, 4).sum(3) == 2).all()
@@ -154,6 +165,29 @@ def test_sparsegpt_by_default_and_a_table(here, capsys):
     ("options", "says"),
     [
         (["--method", "wander"], "--method wander is unknown; use magnitude, wanda, sparsegpt"),
+        (["--method", "none"], "nothing is pruned or quantized"),
+        (["--method", "none", "--layers", "up=1:4"], "--method none prunes nothing"),
+        (["--format", "int5"], "unknown format 'int5'; use one of int4"),
+        (["--format", "mxfp8_e4m3"], "16 entries are not cut into blocks of 32; use a block that"),
+        (["--format-layers", "up"], "--format-layers up: want REGEX=NAME"),
+        (["--format-layers", "quary=int4"], "'quary' matches no parameter"),
+        (["--activations", "int8"], "--activations without --format"),
+        (["--format", "int4", "--activations", "int9"], "--activations int9: unknown format"),
+        (["--format", "int4", "--activations", "mxfp4_e2m1:8"], "use another format without"),
+        (["--format", "int4", "--activations", "mxfp8_e4m3"], "are not cut into blocks of 32"),
+        (["--format", "int4", "--quantizer", "awq"], "quantizer=awq is unknown; use rtn, gptq"),
+        (["--format", "int4", "--order", "quantize_then_sparsify"], "sparsegpt moves weights"),
+        (["--smooth", "2"], "smooth=2.0; use 0 to 1"),
+        (["--finetune", "-1"], "finetune=-1; use 0 or more"),
+        (
+            ["--format", "hbfp6:16", "--export", "none/hf"],
+            "compressed-tensors has no name for hbfp6:16",
+        ),
+        (
+            ["--format", "int4", "--activations", "mxint8", "--export", "hf"],
+            "no activations in mxint8",
+        ),
+        (["--format", "int4", "--export", "dense"], "dense: there is something already"),
         (["--pattern", "2;4"], "'2;4' is unknown; use N:M"),
         (["--pattern", "4:2"], "4:2: cannot keep 4 of every 2"),
         (["--pattern", "2:5"], "use an M that divides 16"),
@@ -179,6 +213,156 @@ def test_a_mistake_is_one_line_and_writes_nothing(here, capsys, options, says):
     assert not Path("none").exists()
 
 
+def scaled(directory: str, name: str, kernel: np.ndarray) -> np.ndarray:
+    """A kernel [layers, inputs, outputs] divided by the scales that were stored with it."""
+    with safe_open(f"{directory}/scales.safetensors", "numpy") as file:
+        scales = file.get_tensor(name)
+    return kernel / np.repeat(scales, kernel.shape[1] // scales.shape[1], axis=1)
+
+
+def test_pruned_smoothed_quantized_and_exported(here, capsys):
+    command = [
+        "compress",
+        "dense",
+        "--method",
+        "magnitude",
+        "--format",
+        "int4:8",
+        "--smooth",
+        "0.5",
+    ]
+    command += ["--activations", "int8", "--format-layers", "down=int8", "query=dense"]
+    report = figures(capsys, *command, "--sequences", "8", "--out", "small", "--export", "hf")
+    assert set(report["between"]) == {"smooth", "sparsify", "quantize"}
+    np.testing.assert_allclose(
+        report["between"]["smooth"]["val_loss"], report["before"]["val_loss"], rtol=1e-5
+    )
+    assert report["after"] != report["between"]["quantize"]  # activations are quantized as well
+    assert report["after"].items() <= figures(capsys, "eval", "small").items()
+    for name, kernel in kernels("small").items():
+        row, kept = report["kernels"][name], kernel != 0
+        assert (kept.reshape(2, -1, 4, kept.shape[-1]).sum(2) <= 2).all()
+        assert (row["pattern"], row["violations"]) == ("2:4", 0)
+        if name == ATTENTION[0]:
+            assert (row["format"], set(row["errors"])) == (None, {"sparsity", "together"})
+            continue
+        elements = scaled("small", name, kernel)
+        np.testing.assert_allclose(elements, np.rint(elements), atol=1e-4)
+        assert row["format"] == ("int8" if name == FEED_FORWARD[2] else "int4:8")
+        if row["format"] == "int4:8":
+            assert np.abs(elements + 0.5).max() < 7.51
+            size = kernel.size
+            scales = 4 * size // 8
+            assert row["bytes"]["zeros"] == size // 2 + scales
+            assert row["bytes"]["packed"] == size // 4 + size // 8 + scales
+        errors = row["errors"]
+        assert 0 < errors["quantization"] < errors["together"] < 1
+        assert 0 < 0.9 * errors["sparsity"] < errors["together"]
+    total = report["bytes"]
+    assert total["before"] - total["zeros"] == sum(
+        row["bytes"]["before"] - row["bytes"]["zeros"] for row in report["kernels"].values()
+    )
+    config = json.loads(Path("hf/config.json").read_text())
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    assert report["export"]["violations"] == dict.fromkeys(
+        {*ATTENTION[1:], *FEED_FORWARD} - {ATTENTION[0]}, 0
+    )
+    assert main(["export", "small", "hf2"]) == 0
+    assert files(Path("hf")) == files(Path("hf2"))
+    assert main(["export", "small", "plain", "--dense"]) == 0
+    assert "quantization_config" not in json.loads(Path("plain/config.json").read_text())
+
+
+def test_fine_tuned_in_between(here, capsys):
+    command = ["compress", "dense", "--format", "int8", "--sequences", "8", "--finetune", "8"]
+    report = figures(capsys, *command, "--out", "tuned")
+    losses = [report[when]["val_loss"] for when in ("before", "after")]
+    assert list(report["between"]) == ["sparsify", "finetune"]
+    pruned, trained = (figures["val_loss"] for figures in report["between"].values())
+    assert trained < pruned
+    assert abs(losses[1] - trained) < abs(pruned - trained)
+    for name, kernel in kernels("tuned").items():
+        assert report["kernels"][name]["violations"] == 0
+        elements = scaled("tuned", name, kernel)
+        np.testing.assert_allclose(elements, np.rint(elements), atol=1e-3)
+        assert 0 < report["kernels"][name]["errors"]["together"] < 0.05  # by int8 alone
+    assert not Path("tuned/finetune").exists()
+    # Trained on, its weights are no longer numbers of the format.
+    assert main(["train", "tuned/config.gin", "--out", "tuned", "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["export", "tuned", "hf-tuned"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "has values that its format and scales do not give" in line
+    assert not list(Path().glob("*hf-tuned*"))
+
+
+QUANTIZED = """
+from __gin__ import dynamic_registration
+from pjit_train import run
+from sparsity import quantized
+include 'run.gin'
+include 'configs/recipes/sr_ste.gin'
+run.Run.quantization = @quantized.Quantization()
+quantized.Quantization.layers = {'attention/.*kernel': 'int8', 'down/kernel': 'int4'}
+"""
+
+
+@pytest.mark.parametrize("order", ["sparsify_then_quantize", "quantize_then_sparsify"])
+def test_a_run_trained_in_formats_is_exported_in_them(here, order, capsys):
+    Path(f"{order}.gin").write_text(QUANTIZED + f"quantized.Quantization.order = '{order}'\n")
+    out = f"trained-{order}"
+    assert main(["train", f"{order}.gin", "--out", out, "--mesh", "data=1", "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["export", out, f"{out}-hf"]) == 2  # down has no activations in int4
+    assert "no activations in int4" in capsys.readouterr().err
+    gin = Path(f"{out}/config.gin")
+    run, _ = build_run([str(gin)])
+    layers = {"attention/.*kernel": "int8", "down/kernel": quantized.MatmulFormats(weights="int4")}
+    run = dataclasses.replace(
+        run, quantization=dataclasses.replace(run.quantization, layers=layers)
+    )
+    report = compressed_tensors.export(f"{out}-hf", run, Path(out))
+    assert report["step"] == 2
+    config = json.loads(Path(f"{out}-hf/config.json").read_text())["quantization_config"]
+    assert {g["format"] for g in config["config_groups"].values()} == {
+        "int-quantized",
+        "pack-quantized",
+    }
+    with safe_open(f"{out}-hf/model.safetensors", "numpy") as file:
+        prefix = "model.layers.1.self_attn.o_proj.weight"
+        found = file.get_tensor(prefix) * file.get_tensor(f"{prefix}_scale")
+    np.testing.assert_array_equal(found, kernels(out)[ATTENTION[3]][1].T)
+
+
+def test_quantized_then_pruned(here, capsys):
+    command = ["compress", "dense", "--method", "wanda", "--format", "mxfp4_e2m1:16"]
+    command += ["--order", "quantize_then_sparsify", "--quantizer", "rtn", "--sequences", "8"]
+    report = figures(capsys, *command, "--out", "reverse")
+    assert list(report["between"]) == ["quantize"]
+    dense = kernels("dense")
+    for name, kernel in kernels("reverse").items():
+        kept = kernel != 0
+        expected = np.asarray(quantize(dense[name], MX(element=E2M1, block=16), axis=1))
+        np.testing.assert_array_equal(kernel[kept], expected[kept])
+        assert (kept.reshape(2, -1, 4, kept.shape[-1]).sum(2) <= 2).all()
+        assert report["kernels"][name]["errors"]["together"] > 0
+
+
+def test_weights_that_are_not_finite_are_named(here, capsys, monkeypatch):
+    def broken(*args):
+        step, weights = restore_weights(*args)
+        weights = jax.tree.map(lambda x: x, weights)
+        weights["blocks"]["attention"]["key"]["kernel"] *= np.inf
+        return step, weights
+
+    monkeypatch.setattr(pjit_train.compress, "restore_weights", broken)
+    capsys.readouterr()
+    assert main(["compress", "dense", "--out", "none/of/it"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "dense: blocks/attention/key/kernel of step 40 has entries that are not finite" in line
+    assert not Path("none").exists()
+
+
 def test_what_is_no_run_directory_is_said(here, capsys):
     Path("empty").mkdir(exist_ok=True)
     for directory, says in [
@@ -199,7 +383,7 @@ def test_a_failure_leaves_nothing(here, capsys, monkeypatch, error):
         raise error
 
     before = {path.name for path in Path().iterdir()}
-    monkeypatch.setattr(pjit_train.compress, "_save", fail)
+    monkeypatch.setattr(pjit_train.compress, "save_params", fail)
     command = ["compress", "dense", "--method", "magnitude", "--sequences", "1", "--out", "failed"]
     assert main(command) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert {path.name for path in Path().iterdir()} == before

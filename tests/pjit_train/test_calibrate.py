@@ -170,6 +170,19 @@ def test_a_block_sees_what_the_changed_ones_before_it_make_of_the_text(monkeypat
     )
 
 
+@pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
+def test_maxima_are_those_of_the_inputs_of_a_plain_run(config, monkeypatch):
+    graph, params = new_model(config)
+    text = list(batches(3))
+    inputs = eager_inputs(config, graph, params, text, monkeypatch)
+    found = calibrate.input_maxima(graph, params, text)
+    assert set(found) == {f"blocks/{layer}/kernel" for layer in ORDER[config]}
+    for name, maxima_LI in found.items():
+        for layer in range(config.num_layers):
+            expected = np.abs(inputs[name, layer]).max(0)
+            np.testing.assert_allclose(maxima_LI[layer], expected, rtol=1e-4)
+
+
 def test_only_the_named_kernels_are_changed():
     graph, params = new_model(OPT)
     changed = calibrate.change_kernels(

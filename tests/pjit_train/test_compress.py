@@ -1,12 +1,18 @@
-"""Which kernels get which pattern, and the figures of what was pruned."""
+"""Which kernels get which pattern and format, smoothing, and the figures of what was done."""
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from test_sharding import quick_compiles  # noqa: F401
 
-from pjit_train import compress
+from pjit_train import calibrate
+from pjit_train import compress_kernels as compress
+from pjit_train.compress import Compression
 from pjit_train.errors import UserError
+from pjit_train.sharding import Rules
 from pjit_train.transformer import TransformerConfig
 
 MODEL = TransformerConfig(
@@ -83,24 +89,147 @@ def test_the_error_is_that_of_the_outputs():
     rng = np.random.default_rng(1)
     x, kernel = rng.normal(size=(50, 8)), rng.normal(size=(8, 3))
     changed = np.where(rng.random((8, 3)) < 0.5, 0, kernel)
-    lost, whole = compress._squares(kernel, changed, (x.T @ x).astype(np.float32))
+    lost, whole = compress.squares(kernel, changed, (x.T @ x).astype(np.float32))
     np.testing.assert_allclose(lost, np.sum((x @ kernel - x @ changed) ** 2), rtol=1e-4)
     np.testing.assert_allclose(whole, np.sum((x @ kernel) ** 2), rtol=1e-4)
 
 
-def test_violations_and_zeros_are_counted_over_all_layers_along_the_inputs():
+def test_errors_of_layers_are_taken_together():
+    assert compress.relative_error([(1.0, 4.0), (0.0, 12.0)]) == 0.25
+    assert compress.relative_error([(-1e-9, 4.0)]) == 0  # what rounding makes of 0
+    assert compress.relative_error([(0.0, 0.0)]) == 0
+
+
+def test_violations_are_counted_over_all_layers_along_the_inputs():
     kernel = np.zeros((2, 4, 2, 2))  # [layers, inputs, heads, head_dim]
     kernel[0, :3, 0, 1] = 1  # three of four inputs of one output
     kernel[1, 0] = 1  # one of four inputs of four outputs
-    describe = compress._describe
-    found = describe("blocks/attention/query/kernel", kernel, "2:4", False, [(1.0, 4.0)] * 2)
-    assert found == {"pattern": "2:4", "sparsity": 1 - 7 / 32, "violations": 1, "error": 0.5}
+    name = "blocks/attention/query/kernel"
+    assert compress.violations(name, kernel, "2:4") == 1
     # All four outputs of input 0 of layer 1 are kept: that is no 2:4 along the outputs.
-    found = describe("blocks/attention/query/kernel", kernel, "2:4", True, [(0.0, 0.0)])
-    assert (found["violations"], found["error"]) == (2, 0.0)
-    assert describe("blocks/attention/query/kernel", kernel, "0.5", False, [(0.0, 1.0)]) == {
-        "pattern": "0.5",
-        "sparsity": 1 - 7 / 32,
-        "violations": None,
-        "error": 0.0,
+    assert compress.violations(name, kernel, "2:4", transposable=True) == 2
+    assert compress.violations(name, kernel, "0.5") is None
+
+
+@pytest.mark.parametrize(
+    ("format", "pattern", "zeros", "packed"),
+    [
+        (None, None, 4 * 3 * 64 * 10, 4 * 3 * 64 * 10),
+        (None, "2:4", 7680, 3840 + 1920 // 2 // 4),  # two bits for each of 960 kept
+        ("int4", None, 960 + 3 * 10 * 4, 960 + 120),  # a float32 scale for each output
+        ("int4:32", None, 960 + 3 * 2 * 10 * 4, 960 + 240),
+        ("int8:tensor", "0.5", 1920 + 3 * 4, 1920 + 12),
+        ("fp8_e4m3", None, 1920 + 120, 1920 + 120),
+        ("mxfp8_e4m3", "1:4", 1920 + 60, 480 + 480 * 2 // 8 + 60),  # a byte for each block
+        ("mxfp6_e3m2", None, 1440 + 60, 1440 + 60),
+        ("mxfp4_e2m1", "2:4", 960 + 60, 480 + 240 + 60),
+        ("nvfp4", "1:8", 960 + 3 * 4 * 10 + 3 * 4, 120 + 90 + 132),  # three bits each
+        ("hbfp6", None, 1440 + 30, 1440 + 30),
+    ],
+)
+def test_bytes_are_those_of_elements_scales_and_places(format, pattern, zeros, packed):
+    parsed = None if format is None else compress.parse_format(format)
+    found = compress.kernel_bytes((3, 64, 10), parsed, pattern, 4)
+    assert found == {"zeros": zeros, "packed": packed}
+
+
+def test_formats_of_kernels_by_the_first_expression_that_matches():
+    layers = {"down": "dense", "feed_forward": "mxfp4_e2m1:8", compress.KERNELS: "int4"}
+    assert compress.kernel_formats(MODEL, layers) == {
+        **dict.fromkeys(ATTENTION, "int4"),
+        **dict.fromkeys(FEED_FORWARD[:2], "mxfp4_e2m1:8"),
     }
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ({"quary": "int4"}, "'quary' matches no parameter; .*query/kernel"),
+        ({"query": "int5"}, "unknown format 'int5'; use one of int4, int8"),
+        ({"query": "int4:x"}, "block='x'; use a number from 1"),
+        ({"query": "int4:0"}, "block=0; use a number from 1"),
+        ({"query": "nvfp4:channel"}, "block='channel'; use a number from 1"),
+        ({"query": "mxfp8_e4m3"}, "query/kernel: 16 entries are not cut into blocks of 32; .* 16"),
+        ({".*": "dense"}, "every kernel is left dense; give at least one a format"),
+    ],
+)
+def test_a_format_that_cannot_be_is_told_in_one_line(layers, says):
+    with pytest.raises(UserError, match=says) as raised:
+        compress.kernel_formats(MODEL, layers)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("int4", "int4"), ("int4:128", "int4:128"), ("fp8_e4m3", "fp8_e4m3:channel"), ("nvfp4",) * 2],
+)
+def test_a_format_is_shown_as_it_is_written(text, shown):
+    format = compress.parse_format(text)
+    assert compress.format_text(format) == shown
+    assert compress.parse_format(shown) == format
+
+
+BOTH = {"patterns": {"head": "2:4"}, "formats": {"head": "int4"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "nothing is pruned or quantized"),
+        ({**BOTH, "method": "wander"}, "method=wander is unknown; use magnitude, wanda, sparsegpt"),
+        ({**BOTH, "quantizer": "awq"}, "quantizer=awq is unknown; use rtn, gptq"),
+        ({**BOTH, "order": "both"}, "order=both is unknown; use sparsify_then_quantize"),
+        ({**BOTH, "smooth": 2.0}, "smooth=2.0; use 0 to 1"),
+        ({**BOTH, "finetune": -1}, "finetune=-1; use 0 or more"),
+        ({**BOTH, "order": "quantize_then_sparsify"}, "sparsegpt moves weights"),
+        (
+            {**BOTH, "order": "quantize_then_sparsify", "method": "wanda", "finetune": 3},
+            "fine-tuning trains what pruning left",
+        ),
+        ({"formats": {"head": "int4"}, "finetune": 3}, "fine-tuning trains what pruning left"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_one_line(options, says):
+    with pytest.raises(UserError, match=says) as raised:
+        Compression(**options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_the_smoothed_model_computes_the_same(norm):
+    activation = "swiglu" if norm == "rmsnorm" else "gelu"
+    config = dataclasses.replace(
+        MODEL, norm=norm, num_kv_heads=1, activation=activation, init_std=0.3
+    )
+    graph, state = nnx.split(config.build(jax.random.key(0), Rules()))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: np.array(x + 0.3 * rng.normal(size=x.shape), np.float32),
+        nnx.to_pure_dict(state),
+    )
+    params["blocks"]["attention_norm"]["scale"][:, 3] = 50  # an outlier of the activations
+    before = jax.tree.map(np.copy, params)
+    batches = [{"inputs": rng.integers(0, 64, size=(2, 16))} for _ in range(2)]
+    maxima = calibrate.input_maxima(graph, params, batches)
+    smoothed = compress.smooth(params, maxima, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+    expected = nnx.merge(graph, params)(batches[0]["inputs"])
+    found = nnx.merge(graph, smoothed)(batches[0]["inputs"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    after = calibrate.input_maxima(graph, smoothed, batches)
+    for part, names in (("attention", ("query", "key", "value")), ("feed_forward", ("up",))):
+        for layer in range(config.num_layers):
+            name = f"blocks/{part}/{names[0]}/kernel"
+            weights = np.max(
+                [
+                    np.abs(smoothed["blocks"][part][n]["kernel"][layer].reshape(16, -1)).max(1)
+                    for n in (*names, *["gate"] * ("gate" in params["blocks"][part]))
+                ],
+                axis=0,
+            )
+            np.testing.assert_allclose(after[name][layer], weights, rtol=1e-3)
+    for name in ("blocks/attention/out/kernel", "blocks/feed_forward/down/kernel"):
+        np.testing.assert_allclose(after[name], maxima[name], rtol=1e-3)
+        np.testing.assert_array_equal(compress.leaf(smoothed, name), compress.leaf(params, name))

@@ -250,7 +250,7 @@ def test_a_step_that_is_not_finite_leaves_masks_and_parameters_alone():
 
 
 def skip_one_step(sparsity):
-    """(the state before a step whose loss is not finite, the one after it, the one after another)"""
+    """States: before a step whose loss is not finite, after it, and after one more."""
     program = make_program(
         LLAMA, sparsity=sparsity, steps=4, optimizer=AdamW(learning_rate=1e-2, b2=0.5)
     )

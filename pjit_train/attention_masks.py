@@ -1,0 +1,110 @@
+"""Which columns a row of attention sees, and what that leaves of tiles and blocks."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+_MAX_GROUPS = 8  # tiles of the forward pass are within so many loops, each with its own columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Row t sees columns up to t where causal, and from t - window + 1 on where there is a window.
+
+    Attributes:
+      offset: index, among the columns, of the first row; None where it is not known while tracing.
+      segmented: whether rows see only the columns of their own segment, besides.
+    """
+
+    causal: bool
+    window: int | None
+    offset: int | None
+    segmented: bool
+
+    def __call__(self, logits, rows, cols, ids=None, columns=None):
+        """Logits, -inf where masked.
+
+        Args:
+          rows, cols: positions, which broadcast against each other to the logits' last two axes.
+          ids: segments of rows and of columns, which broadcast likewise, or None.
+          columns: how many there are before padding begins, or None where there is no padding.
+        """
+        conditions = []
+        if self.causal:
+            conditions.append(cols <= rows)
+        if self.window:
+            conditions.append(cols > rows - self.window)
+        if ids is not None:
+            conditions.append(ids[0] == ids[1])
+        if columns is not None:
+            conditions.append(cols < columns)
+        if not conditions:
+            return logits
+        seen = conditions[0]
+        for condition in conditions[1:]:
+            seen = seen & condition
+        return jnp.where(seen, logits, -jnp.inf)
+
+    def row_groups(self, n: int, R: int, S: int):
+        """Runs of the n tiles of R rows, with the columns that they have in common.
+
+        Returns:
+          The most columns of a tile, and (first tile, last tile, pieces) of each run, with pieces
+          (first column, number of columns, whether any is masked). Last tiles are exclusive; no
+          row of the run sees columns outside of its pieces. Where `slides` the only piece is as
+          wide as one tile needs, and begins where the tile's own first row begins to see.
+        """
+        by_position = self.causal or self.window is not None
+        if self.slides:
+            width = min(S, R + self.window - 1)
+            return width, [(0, n, [(0, width, True)])]
+        if self.offset is None or not by_position:
+            return S, [(0, n, [(0, S, by_position or self.segmented)])]
+        size, groups = -(-n // _MAX_GROUPS), []
+        for first in range(0, n, size):
+            last = min(first + size, n)
+            top, bottom = self.offset + first * R, self.offset + last * R  # rows top .. bottom - 1
+            low, dense, end, high = 0, 0, S, S  # every row sees dense .. end - 1
+            if self.window:
+                low = min(max(0, top - self.window + 1), S - 1)
+                dense = min(max(0, bottom - self.window), S)
+            if self.causal:
+                high = max(min(S, bottom), low + 1)
+                end = max(0, min(top, high))
+            if self.segmented or dense >= end:
+                pieces = [(low, high - low, True)]
+            else:
+                pieces = [(low, dense - low, True), (dense, end - dense, False)]
+                pieces = [*pieces, (end, high - end, True)]
+            groups.append((first, last, [p for p in pieces if p[1] > 0]))
+        return max(sum(p[1] for p in pieces) for *_, pieces in groups), groups
+
+    @property
+    def slides(self) -> bool:
+        """Whether a row's columns are a run of known length."""
+        return self.causal and self.window is not None
+
+    def blocks(self, n: int, R: int, m: int, C: int, S: int):
+        """Pairs (i, j) of the n blocks of R rows and the m of C columns, of which S are no padding.
+
+        Returns:
+          Two int arrays [pairs, 2]: of blocks that are seen whole, and of others that hold any
+          that is seen. Both together have every block where the first row's index is not known.
+        """
+        i, j = (x.ravel() for x in np.meshgrid(np.arange(n), np.arange(m), indexing="ij"))
+        seen = np.ones(n * m, bool)
+        whole = np.full(n * m, not self.segmented) & ((j + 1) * C <= S)
+        if self.offset is not None:
+            top, bottom = self.offset + i * R, self.offset + (i + 1) * R - 1
+            left, right = j * C, np.minimum((j + 1) * C, S) - 1
+            if self.causal:
+                seen &= left <= bottom
+                whole &= right <= top
+            if self.window:
+                seen &= right > top - self.window
+                whole &= left > bottom - self.window
+        elif self.causal or self.window:
+            whole[:] = False
+        pairs = np.stack([i, j], axis=1).astype(np.int32)
+        return pairs[seen & whole], pairs[seen & ~whole]

@@ -1,0 +1,313 @@
+"""Hugging Face folders of quantized models in the formats of the compressed-tensors library.
+
+Each quantized weight is stored as codes and scales, in the names, dtypes and packing that the
+library reads, and `quantization_config` of config.json says which. Pruned weights are explicit
+zeros: no reader takes a `sparsity_config` any more.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pjit_train import huggingface
+from pjit_train.blocks import BlockConfig
+from pjit_train.compress_kernels import (
+    REPORT,
+    kept_zeros,
+    load_scales,
+    matrix_shape,
+    parse_format,
+    violations,
+)
+from pjit_train.compressed_tensors_codes import Scheme, decode, encode, scheme
+from pjit_train.errors import UserError
+from pjit_train.evaluate import restore_weights
+from pjit_train.huggingface_config import write_config
+from pjit_train.huggingface_families import Family, Tensor
+from pjit_train.program import Program
+from pjit_train.run import Run
+from pjit_train.sharding import make_mesh
+from sparsity.formats import Format
+from sparsity.gptq import Scales, rtn
+from sparsity.kernels import Kernel, MaskedKernel, dense, dense_tree
+from sparsity.layers import names
+from sparsity.quantized_kernels import QuantizedKernel
+
+_DTYPES = {
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedWeights:
+    """How one kind of kernel of a model is quantized.
+
+    Attributes:
+      format: of the weights.
+      scales: of each layer.
+      activations: format of the inputs, or None.
+      pattern: N:M that its zeros have, or a fraction; checked in what is written. None for none.
+    """
+
+    format: Format
+    scales: Sequence[Scales]
+    activations: Format | None = None
+    pattern: str | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        return scheme(self.format, self.activations)
+
+
+def check(
+    folder: str | Path, config: BlockConfig, formats: Mapping[str, str], activations: str | None
+) -> None:
+    """Raises the UserError that `export` would, of what is known before a run is compressed.
+
+    Args:
+      formats: by name of a kernel; see `compress_kernels.kernel_formats`.
+    """
+    huggingface.check_new(folder)
+    inputs = None if activations is None else parse_format(activations)
+    _Packing(
+        write_config(config)[0],
+        {
+            name: QuantizedWeights(format=parse_format(format), scales=(), activations=inputs)
+            for name, format in formats.items()
+        },
+    )
+
+
+def save(
+    folder: str | Path,
+    config: BlockConfig,
+    params: Mapping[str, Any],
+    quantized: Mapping[str, QuantizedWeights],
+    **options,
+) -> dict[str, Any]:
+    """Writes a folder that `transformers` and vLLM load as a compressed-tensors model.
+
+    Every quantized weight is read back from the file, and must be what it was, bit for bit. The
+    folder appears when all of it is written and read, under its name, or not at all.
+
+    Args:
+      params: as `config.build` has them; those that are quantized hold the values of their format.
+      quantized: by name of a kernel, such as "blocks/attention/query/kernel".
+      options: of `huggingface.save`.
+
+    Returns:
+      "bytes" of all files of weights, and "violations" by name of a kernel with an N:M pattern: the
+      groups that have more than N nonzeros in the file.
+
+    Raises:
+      UserError: as `huggingface.save`; or compressed-tensors has no such format or no such model,
+        or values are not those of their format.
+    """
+    packing = _Packing(write_config(config)[0], quantized)
+    huggingface.save(folder, config, params, packing=packing, **options)
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return {"bytes": size, "violations": packing.violations}
+
+
+def export(
+    folder: str | Path, run: Run, directory: Path, *, step: int | None = None, plain: bool = False
+) -> dict[str, Any]:
+    """Writes the parameters of a run as a Hugging Face folder, quantized if the run is.
+
+    Of a run that `compress` wrote, the codes and scales are those of the compression. Of one that
+    was trained with `Run.quantization`, weights are rounded as its forward pass rounds them.
+
+    Args:
+      step: of the checkpoint; None for the newest good one.
+      plain: writes the values that the weights take in their formats as plain numbers.
+
+    Returns:
+      The "step", and of a quantized model what `save` returns.
+
+    Raises:
+      UserError: there is no such checkpoint, or as `save`.
+    """
+    huggingface.check_new(folder)
+    program = Program(run, make_mesh(run.mesh))
+    step, weights = restore_weights(program, directory, step)
+    with jax.set_mesh(program.mesh):
+        quantized = {} if plain else _trained(weights) | _compressed(run, directory)
+        params = jax.tree.map(np.asarray, dense_tree(weights))
+    if not quantized:
+        huggingface.save(folder, run.model, params)
+        return {"step": step}
+    return {"step": step, **save(folder, run.model, params, quantized)}
+
+
+def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
+    """Of the kernels that `compress` quantized."""
+    if not (directory / REPORT).exists():
+        return {}
+    report, patterns = json.loads((directory / REPORT).read_text()), kept_zeros(run)
+    activations = report.get("activations")
+    activations = None if activations is None else parse_format(activations)
+    return {
+        name: QuantizedWeights(
+            format=parse_format(row["format"]),
+            scales=load_scales(directory, name, run.model.num_layers if "/" in name else 1),
+            activations=activations,
+            pattern=patterns.get(name),
+        )
+        for name, row in report["kernels"].items()
+        if row.get("format") is not None
+    }
+
+
+def _trained(weights) -> dict[str, QuantizedWeights]:
+    """Of the kernels that a run's own quantization rounds, with the scales that it takes."""
+    is_kernel = lambda x: isinstance(x, Kernel)  # noqa: E731
+    leaves = jax.tree.leaves(weights, is_leaf=is_kernel)
+    labels = jax.tree.leaves(names(jax.tree.map(lambda x: 0, weights, is_leaf=is_kernel)))
+    found = {}
+    for name, kernel in zip(labels, leaves, strict=True):
+        if not isinstance(kernel, QuantizedKernel) or kernel.formats.weights is None:
+            continue
+        inner = kernel.kernel
+        if kernel.order == "quantize_then_sparsify" and isinstance(inner, MaskedKernel):
+            inner = inner.weight
+        matrices = np.asarray(dense(inner)).reshape(matrix_shape(name, kernel.shape))
+        scales = [rtn(matrix_IO, kernel.formats.weights).scales for matrix_IO in matrices]
+        found[name] = QuantizedWeights(
+            format=kernel.formats.weights, scales=scales, activations=kernel.formats.activations
+        )
+    return found
+
+
+def _linear(tensor: Tensor) -> bool:
+    """Whether a tensor is the weight [outputs, inputs] of one linear layer of ours."""
+    kernel = tensor.paths[0].endswith(".kernel") or tensor.paths == ("head",)
+    ours, theirs = tensor.layout.split(" -> ")
+    outputs, _, inputs = theirs.partition(",")
+    return kernel and len(tensor.paths) == 1 and ours == inputs + outputs
+
+
+class _Packing:
+    """What `huggingface.save` writes in place of some tensors; see `huggingface.Packing`.
+
+    Attributes:
+      violations: see `save`.
+    """
+
+    def __init__(self, family: Family, quantized: Mapping[str, QuantizedWeights]):
+        self.quantized, self.violations = quantized, {}
+        self._written: dict[str, tuple[str, bytes]] = {}  # kernel, digest of values; by module
+        linear = {t.paths[0].replace(".", "/"): t for t in family.tensors if _linear(t)}
+        groups: dict[str, tuple[Scheme, list[str]]] = {}
+        for kernel, weights in quantized.items():
+            if kernel not in linear:
+                raise UserError(
+                    f"export: {kernel} is no linear layer of {family.architecture}; "
+                    "use --dense for plain numbers"
+                )
+            _, targets = groups.setdefault(repr(weights.scheme), (weights.scheme, []))
+            targets.append(_target(linear[kernel]))
+        rest = [_target(tensor) for kernel, tensor in linear.items() if kernel not in quantized]
+        found = {scheme.name for scheme, _ in groups.values()}
+        self.config = {
+            "quant_method": "compressed-tensors",
+            "format": found.pop() if len(found) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": rest,
+            "config_groups": {
+                f"group_{number}": {
+                    "targets": targets,
+                    "weights": scheme.weights,
+                    "input_activations": scheme.inputs,
+                    "output_activations": None,
+                    "format": scheme.name,
+                }
+                for number, (scheme, targets) in enumerate(groups.values())
+            },
+        }
+
+    def tensors(self, name: str, tensor: Tensor, layer: int | None, array) -> dict[str, np.ndarray]:
+        """What is written of a tensor of theirs."""
+        kernel = tensor.paths[0].replace(".", "/")
+        if kernel not in self.quantized:
+            return {name: array}
+        weights, values_OI = self.quantized[kernel], np.asarray(array, np.float32)
+        scheme = weights.scheme
+        stored = encode(values_OI, weights.scales[layer or 0], weights.format, scheme.name)
+        decoded_OI = decode(stored, scheme.weights["num_bits"], scheme.name)
+        if not np.array_equal(decoded_OI, values_OI):
+            raise UserError(
+                f"export: {kernel} has values that its format and scales do not give: was the run "
+                "trained after it was compressed? Use --step 0, or --dense for plain numbers"
+            )
+        module = name.removesuffix(".weight")
+        self._written[module] = kernel, _digest(decoded_OI)
+        return {f"{module}.{part}": x for part, x in stored.items()}
+
+    def check(self, folder: Path) -> None:
+        """Reads back what was written: every value, and the N:M that it should have."""
+        read, found = _Reader(folder), {}
+        for module, (kernel, digest) in self._written.items():
+            weights = self.quantized[kernel]
+            scheme = weights.scheme
+            decoded_OI = decode(read.module(module), scheme.weights["num_bits"], scheme.name)
+            if _digest(decoded_OI) != digest:
+                raise OSError(f"{module} is read back otherwise than it was written")
+            if weights.pattern is not None:
+                groups = violations("kernel", decoded_OI.T, weights.pattern)
+                found[kernel] = None if groups is None else found.get(kernel, 0) + groups
+        self.violations = {kernel: count for kernel, count in found.items() if count is not None}
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array)).digest()
+
+
+class _Reader:
+    """The tensors of a folder's safetensors files; numpy's own reader knows no 8-bit floats."""
+
+    def __init__(self, folder: Path):
+        self._at: dict[str, tuple[Path, int, dict]] = {}
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            self._at |= {name: (path, 8 + length, entry) for name, entry in header.items()}
+
+    def module(self, module: str) -> dict[str, np.ndarray]:
+        """The tensors of one layer, by what follows its name."""
+        prefix = f"{module}."
+        return {n.removeprefix(prefix): self.read(n) for n in self._at if n.startswith(prefix)}
+
+    def read(self, name: str) -> np.ndarray:
+        path, start, entry = self._at[name]
+        first, _ = entry["data_offsets"]
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+        count = math.prod(shape)
+        return np.fromfile(path, dtype, count, offset=start + first).reshape(shape)
+
+
+def _target(tensor: Tensor) -> str:
+    """The linear layers of a tensor, as `targets` and `ignore` name them."""
+    module = tensor.name.removesuffix(".weight")
+    if "{}" not in module:
+        return module
+    return "re:^" + r"\d+".join(re.escape(part) for part in module.split("{}")) + "$"

@@ -1,0 +1,179 @@
+"""A kernel whose matmul reads numbers of a format: its weights, its inputs, and their gradients.
+
+It stands as a leaf in a tree of parameters, as the kernels of `sparsity.kernels` do, and holds one
+of them or an array. What is read is made anew wherever it is read, and kept nowhere.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from sparsity.formats import NVFP4, Format
+from sparsity.kernels import Kernel, MaskedKernel, dense
+from sparsity.quantization import fake_quantize
+
+if TYPE_CHECKING:
+    from sparsity.quantized import MatmulFormats
+
+Order = Literal["sparsify_then_quantize", "quantize_then_sparsify"]
+Axes = tuple[int, ...]
+
+# What random bits are for: each has its own of a step.
+_WEIGHTS, _TURNED, _INPUTS, _INPUTS_BY_TOKENS, _GRADIENTS, _GRADIENTS_BY_TOKENS, _PRODUCTS = range(
+    7
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("kernel", "key"),
+    meta_fields=("formats", "axes", "rank", "order", "products"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedKernel(Kernel):
+    """A kernel and the formats of its matmul, whose inputs are [batch, tokens, inputs].
+
+    All gradients are straight-through ones (Bengio et al., 2013): those with respect to what is
+    read, given to what it was made of.
+
+    Attributes:
+      kernel: an array, a `MaskedKernel` or a `PackedKernel`.
+      key: uint32 [stacked layers, 2], data of the key of stochastic rounding; None rounds to
+        nearest even instead, which is for evaluation.
+      formats: objects of `sparsity.formats`, or None, in each field.
+      axes: that the matmul sums over, adjacent and negative; taken as one.
+      rank: number of axes of one layer's kernel; those before it stack layers.
+      order: whether the mask is applied before quantizing, or after it.
+      products: format of what the matmul gives, where an attention product reads that.
+    """
+
+    kernel: Any
+    key: jax.Array | None
+    formats: "MatmulFormats"
+    axes: Axes
+    rank: int
+    order: Order
+    products: Format | None
+
+    def dense(self) -> jax.Array:
+        """The kernel that is read, [...] in its dtype: blocks along the inputs."""
+        return self._weights(self.axes, _WEIGHTS)
+
+    def turned(self) -> jax.Array:
+        """The kernel with blocks along its outputs, as the gradient of the inputs reads it."""
+        return self._weights(self._output_axes, _TURNED)
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        """The activations that are read, blocks along their features: [batch, tokens, features...].
+
+        A scale belongs to one token, also in a format with one scale for a whole array: it would
+        tell a token of those after it.
+        """
+        return self._activations(x, self.formats.activations, _INPUTS)
+
+    def inputs_by_tokens(self, x: jax.Array) -> jax.Array:
+        """The activations with blocks along the tokens of a sequence, for the kernel's gradient."""
+        return self._by_tokens(x, self.formats.activations, _INPUTS_BY_TOKENS)
+
+    def gradients(self, d_y: jax.Array) -> jax.Array:
+        """The outputs' gradients with blocks along the outputs, for the gradient of the inputs."""
+        return self._activations(d_y, self.formats.gradients, _GRADIENTS)
+
+    def gradients_by_tokens(self, d_y: jax.Array) -> jax.Array:
+        """The outputs' gradients with blocks along tokens, for the kernel's gradient."""
+        return self._by_tokens(d_y, self.formats.gradients, _GRADIENTS_BY_TOKENS)
+
+    def product_operand(self, y: jax.Array) -> jax.Array:
+        """What an attention product reads of [batch, tokens, heads, head_dim].
+
+        Blocks and scales are those of one token and head, along head_dim. The second product sums
+        values over tokens: blocks along those would tell a token of those after it.
+        """
+        if self.products is None:
+            return y
+        return _quantized(y, self.products, (-1,), *self._rounding(_PRODUCTS), rows=3)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.kernel.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel.dtype
+
+    @property
+    def _output_axes(self) -> Axes:
+        return tuple(axis for axis in range(-self.rank, 0) if axis not in self.axes)
+
+    def _weights(self, axes: Axes, purpose: int) -> jax.Array:
+        format, inner = self.formats.weights, self.kernel
+        if format is None:
+            return dense(inner)
+
+        def read(w, key):
+            return _quantized(w, format, axes, *self._rounding(purpose, key))
+
+        for _ in range(self.ndim - self.rank):
+            read = jax.vmap(read, (0, None if self.key is None else 0))
+        if self.order == "quantize_then_sparsify" and isinstance(inner, MaskedKernel):
+            return dataclasses.replace(inner, weight=read(inner.weight, self.key)).dense()
+        return read(dense(inner), self.key)
+
+    def _activations(self, x, format: Format | None, purpose: int) -> jax.Array:
+        if format is None:
+            return x
+        return _quantized(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(purpose), rows=2)
+
+    def _by_tokens(self, x, format: Format | None, purpose: int) -> jax.Array:
+        if format is None:
+            return x
+        return _quantized(x, format, (1 - x.ndim,), *self._rounding(purpose), rows=1)
+
+    def _rounding(self, purpose: int, key=None) -> tuple[str, jax.Array | None]:
+        """(rounding, key) for a purpose."""
+        of_gradient = purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS)
+        rounding = self.formats.gradient_rounding if of_gradient else self.formats.rounding
+        if rounding != "stochastic":
+            return rounding, None
+        key = self.key if key is None else key
+        if key is None:
+            return "even", None
+        return rounding, jax.random.fold_in(jax.random.wrap_key_data(key), purpose)
+
+
+def unquantized(leaf):
+    """What a `QuantizedKernel` is made of; another leaf itself."""
+    return leaf.kernel if isinstance(leaf, QuantizedKernel) else leaf
+
+
+def _quantized(x, format: Format, axes: Axes, rounding, key, rows: int = 0) -> jax.Array:
+    """x in a format, with blocks along adjacent axes taken as one; its gradient passes straight.
+
+    Args:
+      rows: number of leading axes whose entries share no scale.
+    """
+    if rows and (isinstance(format, NVFP4) or format.block == "tensor"):
+        keys = None if key is None else jax.random.split(key, x.shape[:rows])
+
+        def one(x, key):
+            return _quantized(x, format, axes, rounding, key)
+
+        for _ in range(rows):
+            one = jax.vmap(one, (0, None if keys is None else 0))
+        return one(x, keys)
+    if isinstance(format.block, int) and x.shape[axes[-1]] % format.block == 0:
+        axes = axes[-1:]  # the same blocks
+    if len(axes) == 1:
+        y = fake_quantize(x, format, axis=axes[0], rounding=rounding, key=key)
+        return y.astype(x.dtype)
+    first, last = axes[0] + x.ndim, axes[-1] + x.ndim
+    flat = x.reshape(*x.shape[:first], -1, *x.shape[last + 1 :])
+    y = fake_quantize(flat, format, axis=first, rounding=rounding, key=key)
+    return y.reshape(x.shape).astype(x.dtype)

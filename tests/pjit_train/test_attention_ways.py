@@ -1,0 +1,167 @@
+"""Every way to run attention against the row-tiled one, which test_attention holds to float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_attention import gradients, random, reference
+from test_collectives import collectives
+
+from pjit_train import attention_kernels
+from pjit_train.attention import attention
+from pjit_train.attention_masks import Mask
+from pjit_train.errors import UserError
+from pjit_train.sharding import MeshShape, make_mesh
+
+
+def ids(length, seed=1, batch=2):
+    return np.sort(np.random.default_rng(seed).integers(0, 3, (batch, length)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options"),
+    [
+        (37, 150, {}),
+        (140, 140, {"causal": True}),
+        (300, 300, {"causal": True, "window": 40}),
+        (50, 200, {"causal": True, "row_offset": 130, "segments": (ids(50), ids(200))}),
+    ],
+)
+def test_flat_kernel_is_the_definition(rows, columns, options):
+    """Interpreted: ragged lengths, grouped heads, chunks that the mask empties, rows of zeros."""
+    q, k, v = random(0, (2, rows, 4, 8), *[(2, columns, 2, 8)] * 2)
+    run = lambda **o: jax.jit(  # noqa: E731
+        functools.partial(gradients, functools.partial(attention, **options, **o))
+    )(q, k, v)
+    out, grads = run(way="flat", tile_rows=24)
+    np.testing.assert_allclose(out, reference(q, k, v, **options), rtol=1e-5, atol=1e-5)
+    for g, w in zip(grads, run(way="rows")[1], strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 40}, {}])
+def test_splash_kernel_is_the_definition(options):
+    """JAX's kernel, interpreted, as this project calls it: heads in groups, documents."""
+    q, k, v = random(0, (1, 128, 4, 32), *[(1, 128, 2, 32)] * 2)
+    segments = (ids(128, batch=1),) * 2
+    mask = Mask(options.get("causal", False), options.get("window"), 0, True)
+    assert attention_kernels.splash_misfit(q, k, segments, mask) is None
+    out = attention_kernels.attend_splash(q, k, v, segments, mask, interpret=True)
+    want = reference(q, k, v, segments=segments, **options)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+
+
+RING = [
+    (dict(sequence=4), 2, {"causal": True}),
+    (dict(sequence=4), 2, {}),
+    (dict(sequence=2, tensor=2), 2, {"causal": True, "segments": (ids(32), ids(32))}),
+    (dict(sequence=4), 2, {"causal": True, "window": 11}),
+]
+
+
+@functools.cache
+def ring(case: int, way: str):
+    """Compiled gradients of a case of `RING` on a mesh, and its inputs."""
+    shape, kv_heads, options = RING[case]
+    q, k, v = random(0, (2, 32, 4, 8), *[(2, 32, kv_heads, 8)] * 2)
+    attend = functools.partial(attention, **options, tile_rows=8, sequence=way)
+    with jax.set_mesh(make_mesh(MeshShape(data=1, **shape))):
+        spec = P(None, "sequence", "tensor" if "tensor" in shape else None, None)
+        args = [jax.device_put(np.asarray(x), spec) for x in (*random(99, q.shape), q, k, v)]
+
+        @jax.jit
+        def run(d_out, *args):
+            out, vjp = jax.vjp(attend, *args)
+            return out, vjp(d_out)
+
+        return run.lower(*args).compile(), args, (q, k, v), options
+
+
+@pytest.mark.parametrize("case", range(len(RING)))
+def test_ring_is_the_definition(case):
+    run, args, (q, k, v), options = ring(case, "ring")
+    out, grads = run(*args)
+    np.testing.assert_allclose(out, reference(q, k, v, **options), rtol=1e-5, atol=1e-5)
+    want = gradients(functools.partial(attention, **options), q, k, v)[1]
+    for g, w in zip(grads, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_ring_has_the_collectives_that_it_needs_and_none_more():
+    """Of 4 devices with 8 tokens each; the rounds are a loop, so a round's stand once."""
+    pieces, passed = (2, 4), (2, 8)  # [batch, tokens]: half of a device's, and all
+    found = collectives(ring(0, "ring")[0].as_text())
+    shape = lambda tokens, heads: ("collective-permute", tuple(sorted((*tokens, heads, 8))))  # noqa: E731
+    assert found == {
+        # Into zigzag order two permutations for each of q and the output's cotangent, and back
+        # for the output and q's gradient; likewise k, v and their gradients.
+        shape(pieces, 4): 2 * 4,
+        shape(pieces, 2): 2 * 4,
+        # Keys and values in a round; again in the backward pass, with their gradients, which are
+        # passed on once more at its end.
+        shape(passed, 2): 2 + 4 + 2,
+    }
+
+
+def test_causal_ring_is_balanced():
+    """No device computes more than its share: two pieces of rows by columns in every round."""
+    from pjit_train.attention_ring import _pairs
+
+    def work(axis_size, turn):
+        @functools.partial(jax.shard_map, in_specs=P("sequence"), out_specs=P("sequence"))
+        def count(x):
+            found = _pairs(
+                (x, ()), (x, x, ()), "sequence", turn, causal=True, window=None, zigzag=True
+            )
+            cells = sum(r[0].shape[1] * c[0].shape[1] // (2 if m.causal else 1)
+                        for r, c, _, m, _ in found)  # fmt: skip
+            return jnp.full((1, 8), cells)
+
+        with jax.set_mesh(make_mesh(MeshShape(data=1, sequence=axis_size))):
+            x = jax.device_put(np.zeros((axis_size, 8)), P("sequence"))
+            return set(np.asarray(count(x)).ravel().tolist())
+
+    assert work(4, None) == work(4, 1) == work(4, 3) == {32}  # of 8 x 8
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"way": "splash"}, "runs on tpu and this is cpu"),
+        ({"way": "cudnn"}, "runs on gpu and this is cpu"),
+        ({"way": "fast"}, "is unknown; use auto, rows, flat, splash, cudnn"),
+        ({"tile_rows": 0}, "tile_rows=0"),
+        ({"window": 0}, "window=0"),
+    ],
+)
+def test_what_cannot_run_is_one_line(options, says):
+    (q,) = random(0, (1, 4, 2, 8))
+    with pytest.raises(ValueError, match=says) as error:
+        attention(q, q, q, **options)
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, UserError) == ("way" in options)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes", "fits"),
+    [
+        ("splash", {}, True),
+        ("splash", {"length": 200}, False),
+        ("splash", {"mask": Mask(True, None, None, False)}, False),
+        ("splash", {"mask": Mask(False, 4, 0, False)}, False),
+        ("cudnn", {}, True),
+        ("cudnn", {"dtype": jnp.float32}, False),
+        ("cudnn", {"size": 36}, False),
+        ("cudnn", {"segments": True}, False),
+    ],
+)
+def test_kernels_are_chosen_only_where_they_fit(kernel, changes, fits):
+    given = dict(length=256, size=64, dtype=jnp.bfloat16, mask=Mask(True, None, 0, False))
+    given |= changes
+    q = jax.ShapeDtypeStruct((1, given["length"], 4, given["size"]), given["dtype"])
+    segments = (q, q) if changes.get("segments") else None
+    reason = attention_kernels.FITS[kernel](q, q, segments, given["mask"])
+    assert (reason is None) == fits

@@ -1,0 +1,256 @@
+"""Codes, scales and configuration of quantized folders; the library itself reads them in oracle."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import deserialize
+from test_sharding import quick_compiles  # noqa: F401
+
+from pjit_train import compressed_tensors, huggingface
+from pjit_train.compress_kernels import leaf, matrix_shape, parse_format
+from pjit_train.compressed_tensors import QuantizedWeights
+from pjit_train.compressed_tensors_codes import (
+    decode,
+    encode,
+    pack_e2m1,
+    pack_int32,
+    scheme,
+    unpack_e2m1,
+    unpack_int32,
+)
+from pjit_train.errors import UserError
+from pjit_train.sharding import Rules
+from pjit_train.transformer import TransformerConfig
+from sparsity.formats import E5M2, FP8, MX, NVFP4, Int
+from sparsity.gptq import Scales, rtn
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+LLAMA = TransformerConfig(
+    vocab_size=40, max_len=16, d_model=32, num_layers=2, num_heads=2, d_ff=64, num_kv_heads=1
+)
+QUERY, OUT, DOWN = (
+    f"blocks/{name}/kernel" for name in ("attention/query", "attention/out", "feed_forward/down")
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(bits=st.integers(2, 8), inputs=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_integers_are_packed_bit_after_bit(bits, inputs, seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), size=(3, inputs)).astype(np.int8)
+    words = pack_int32(codes, bits)
+    assert (words.dtype, words.shape) == (np.int32, (3, -(-inputs * bits // 32)))
+    for row, codes_I in zip(words, codes, strict=True):
+        number = sum(int(word) % 2**32 << 32 * i for i, word in enumerate(row))
+        expected = sum(int(c) + 2 ** (bits - 1) << bits * i for i, c in enumerate(codes_I))
+        assert number == expected
+    np.testing.assert_array_equal(unpack_int32(words, bits, inputs), codes)
+
+
+def test_small_floats_are_packed_two_to_a_byte():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, size=(5, 32), dtype=np.uint8)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    packed = pack_e2m1(values)
+    np.testing.assert_array_equal(packed, codes[:, ::2] + 16 * codes[:, 1::2])
+    np.testing.assert_array_equal(unpack_e2m1(packed), values)
+    # What division left beside a number is that number.
+    np.testing.assert_array_equal(pack_e2m1(values * np.float32(1 + 1e-6)), packed)
+
+
+@pytest.mark.parametrize(
+    ("format", "activations", "name", "nbytes"),
+    [
+        ("int8", None, "pack-quantized", {"weight_packed": 512, "weight_scale": 32}),
+        ("int8", "int8", "int-quantized", {"weight": 512, "weight_scale": 32}),
+        ("int8:tensor", "int8", "int-quantized", {"weight": 512, "weight_scale": 32}),
+        ("int4", None, "pack-quantized", {"weight_packed": 256, "weight_scale": 32}),
+        ("int4:16", "int8", "pack-quantized", {"weight_packed": 256, "weight_scale": 128}),
+        ("fp8_e4m3", None, "naive-quantized", {"weight": 512, "weight_scale": 32}),
+        ("fp8_e4m3", "fp8_e4m3", "float-quantized", {"weight": 512, "weight_scale": 32}),
+        ("mxfp8_e4m3", "mxfp8_e4m3", "mxfp8-quantized", {"weight": 512, "weight_scale": 16}),
+        ("mxfp4_e2m1", None, "mxfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 16}),
+        ("nvfp4", None, "nvfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 32}),
+    ],
+)
+def test_what_is_stored_is_what_it_was(format, activations, name, nbytes):
+    rng = np.random.default_rng(1)
+    kernel_IO = rng.normal(size=(64, 8)).astype(np.float32) * np.exp(rng.normal(size=8) * 3)
+    kernel_IO[:, 3] = 0
+    kernel_IO[5, 1] = 0
+    format = parse_format(format)
+    found = scheme(format, None if activations is None else parse_format(activations))
+    assert found.name == name
+    assert (found.inputs is None) == (activations is None)
+    values, scales = rtn(kernel_IO.astype(np.float32), format)
+    values_OI = np.asarray(values).T
+    stored = encode(values_OI, scales, format, name)
+    extra = {"weight_shape", "weight_global_scale"}
+    assert {key: x.nbytes for key, x in stored.items() if key not in extra} == nbytes
+    np.testing.assert_array_equal(decode(stored, found.weights["num_bits"], name), values_OI)
+
+
+@pytest.mark.parametrize(
+    ("format", "activations", "says"),
+    [
+        ("hbfp6", None, "no name for hbfp6; it has int4 and int8"),
+        ("mxint8", None, "no name for mxint8"),
+        ("mxfp6_e3m2", None, "no name for mxfp6_e3m2"),
+        ("mxfp8_e4m3:16", None, "no name for mxfp8_e4m3:16"),
+        ("nvfp4", "nvfp4", "no activations in nvfp4; it has int8"),
+        ("int8", "hbfp8", "no activations in hbfp8"),
+        ("int8", "fp8_e4m3", "no name for int8 with activations in fp8_e4m3:channel"),
+        ("mxfp4_e2m1", "mxfp8_e4m3", "no name for mxfp4_e2m1 with activations in mxfp8_e4m3"),
+        (Int(bits=4, symmetric=False), None, "no name for Int"),
+        (FP8(element=E5M2), None, "no name for fp8_e5m2"),
+        (FP8(block=128), None, "no name for fp8_e4m3:128"),
+        (MX(block="channel"), None, "no name for mxfp8_e4m3:channel"),
+        (NVFP4(block=32), None, "no name for nvfp4:32"),
+    ],
+)
+def test_a_format_without_a_name_is_one_line(format, activations, says):
+    format = parse_format(format) if isinstance(format, str) else format
+    with pytest.raises(UserError, match=says) as raised:
+        scheme(format, None if activations is None else parse_format(activations))
+    assert "\n" not in str(raised.value)
+    assert "--dense" in str(raised.value)
+
+
+def model(formats, pattern=None):
+    """Parameters of LLAMA with kernels in formats, and how they are quantized."""
+    state = nnx.split(LLAMA.build(jax.random.key(0), Rules()))[1]
+    params = jax.tree.map(lambda x: np.array(x), nnx.to_pure_dict(state))
+    quantized = {}
+    for name, text in formats.items():
+        kernel, scales = leaf(params, name), []
+        matrices = kernel.reshape(matrix_shape(name, kernel.shape))
+        if pattern:
+            matrices.reshape(len(matrices), -1, 4, matrices.shape[-1])[:, :, 2:] = 0
+        for matrix_IO in matrices:
+            matrix_IO[:], found = rtn(matrix_IO, parse_format(text))
+            scales.append(found)
+        quantized[name] = QuantizedWeights(
+            format=parse_format(text), scales=scales, pattern=pattern
+        )
+    return params, quantized
+
+
+def stored(folder):
+    """{name: (dtype, shape)} of all tensors of a folder."""
+    files = [deserialize(path.read_bytes()) for path in folder.glob("*.safetensors")]
+    return {name: (x["dtype"], tuple(x["shape"])) for file in files for name, x in file}
+
+
+def test_a_folder_says_which_layers_are_stored_how(tmp_path):
+    params, quantized = model({QUERY: "int4", OUT: "int4", DOWN: "mxfp8_e4m3"}, "2:4")
+    report = compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    assert report["violations"] == {QUERY: 0, OUT: 0, DOWN: 0}
+    config = json.loads((tmp_path / "folder/config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    groups = list(config["config_groups"].values())
+    layer = r"re:^model\.layers\.\d+\."
+    assert [group["targets"] for group in groups] == [
+        [rf"{layer}self_attn\.q_proj$", rf"{layer}self_attn\.o_proj$"],
+        [rf"{layer}mlp\.down_proj$"],
+    ]
+    assert [group["format"] for group in groups] == ["pack-quantized", "mxfp8-quantized"]
+    assert set(config["ignore"]) == {
+        *(rf"{layer}self_attn\.{x}_proj$" for x in "kv"),
+        *(rf"{layer}mlp\.{x}_proj$" for x in ("gate", "up")),
+        "lm_head",
+    }
+    found = stored(tmp_path / "folder")
+    assert found["model.layers.1.self_attn.q_proj.weight_packed"] == ("I32", (32, 4))
+    assert found["model.layers.1.self_attn.o_proj.weight_shape"] == ("I64", (2,))
+    assert found["model.layers.0.mlp.down_proj.weight"] == ("F8_E4M3", (32, 64))
+    assert found["model.layers.0.mlp.down_proj.weight_scale"] == ("U8", (32, 2))
+    assert found["model.layers.0.mlp.up_proj.weight"] == ("F32", (64, 32))
+    assert "model.layers.0.self_attn.q_proj.weight" not in found
+    with pytest.raises(UserError, match="quantization_config"):
+        huggingface.load(tmp_path / "folder")
+
+
+def test_shards_hold_what_one_file_does(tmp_path):
+    params, quantized = model({QUERY: "nvfp4", DOWN: "int8"})
+    compressed_tensors.save(tmp_path / "one", LLAMA, params, quantized)
+    compressed_tensors.save(tmp_path / "many", LLAMA, params, quantized, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert stored(tmp_path / "one") == stored(tmp_path / "many")
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(stored(tmp_path / "one"))
+    sizes = {"F32": 4, "I64": 8, "I32": 4, "U8": 1, "F8_E4M3": 1}
+    assert index["metadata"]["total_size"] == sum(
+        sizes[dtype] * int(np.prod(shape)) for dtype, shape in stored(tmp_path / "many").values()
+    )
+
+
+def test_n_m_is_counted_in_the_file(tmp_path):
+    params, quantized = model({QUERY: "int4"}, "2:4")
+    values = leaf(params, QUERY).reshape(2, 8, 4, -1)
+    values[1, 3, :3, 5] = values[1, 3, 0, 5] = np.abs(values[1, ..., 5]).max()
+    report = compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    assert report["violations"] == {QUERY: 1}
+
+
+def test_values_that_are_not_of_the_format_are_refused(tmp_path):
+    params, quantized = model({QUERY: "int4"})
+    leaf(params, QUERY)[1, 3] *= 1.01
+    with pytest.raises(UserError, match="attention/query/kernel has values that its format"):
+        compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_what_was_written_is_removed(tmp_path, monkeypatch):
+    params, quantized = model({QUERY: "int8"})
+    save_file = huggingface.save_file
+
+    def flip(tensors, path, metadata):
+        save_file(tensors, path, metadata=metadata)
+        data = bytearray(path.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        first = header["model.layers.0.self_attn.q_proj.weight_packed"]["data_offsets"][0]
+        data[8 + length + first] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(huggingface, "save_file", flip)
+    with pytest.raises(UserError, match="q_proj is read back otherwise than it was written"):
+        compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_known_before_compressing(tmp_path):
+    gpt2 = TransformerConfig(
+        vocab_size=40,
+        max_len=16,
+        d_model=32,
+        num_layers=2,
+        num_heads=2,
+        d_ff=64,
+        norm="layernorm",
+        activation="gelu_tanh",
+        use_bias=True,
+        positions="learned",
+    )
+    check = compressed_tensors.check
+    with pytest.raises(UserError, match="query/kernel is no linear layer of GPT2LMHeadModel"):
+        check(tmp_path / "new", gpt2, {QUERY: "int8"}, None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="there is something already"):
+        check(tmp_path / "file", LLAMA, {QUERY: "int8"}, None)
+    with pytest.raises(UserError, match="no name for hbfp8"):
+        check(tmp_path / "new", LLAMA, {QUERY: "int8", OUT: "hbfp8"}, "int8")
+    check(tmp_path / "new", LLAMA, {QUERY: "int8"}, "int8")
+
+
+def test_fp8_without_a_scale_is_stored_with_ones():
+    values_OI = np.array([[0.5, -448.0], [2.0**-9, 0]], np.float32)
+    tensors = encode(values_OI, Scales(None), FP8(), "naive-quantized")
+    np.testing.assert_array_equal(tensors["weight_scale"], np.ones((2, 1), np.float32))
+    np.testing.assert_array_equal(decode(tensors, 8, "naive-quantized"), values_OI)
