@@ -16,6 +16,7 @@ from launch.commands import (
     evaluate,
     export,
     fabric,
+    pod,
     sample,
     slice,
     study,
@@ -26,6 +27,7 @@ from pjit_train.errors import TrainingError, UserError
 
 COMMANDS = (
     train,
+    pod,
     evaluate,
     sample,
     export,

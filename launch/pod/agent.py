@@ -1,0 +1,201 @@
+"""The agent of a group of hosts: a Ray actor that starts, watches and ends the process that trains.
+
+Training is in a process of its own: it can be killed whatever it does, JAX meets no other library's
+signal handlers and threads, and another, that has imported everything, waits for its turn.
+"""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.pod import memory_copy
+
+
+class _Child:
+    """A trainer: what it told, and what it is told."""
+
+    def __init__(self, standing: dict[str, Any], memory: int | None):
+        read, write = os.pipe()
+        fds = [write] if memory is None else [write, memory]
+        spare_log = open(standing["log"].format("spare"), "ab")  # noqa: SIM115
+        with spare_log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch.pod.trainer"]
+                + [str(n) for n in (write, os.getpid(), *fds[1:])],
+                stdin=subprocess.PIPE,
+                stdout=spare_log,
+                stderr=spare_log,
+                pass_fds=fds,
+                cwd=standing["cwd"],
+                env=os.environ | standing["env"],
+                start_new_session=True,
+                text=True,
+            )
+        os.close(write)
+        self._events = queue.SimpleQueue()
+        self.warm, self.beat = False, time.monotonic()
+        self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
+        self._reader.start()
+        self.tell(standing)
+
+    def _read(self, fd: int) -> None:
+        with open(fd) as lines:
+            for line in lines:
+                event = json.loads(line)
+                self.beat = time.monotonic()
+                if event["event"] == "warm":
+                    self.warm = True
+                elif event["event"] != "beat":
+                    self._events.put(event)
+
+    def tell(self, order: dict) -> None:
+        try:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it is dead, which is found when it is asked for
+
+    def taken(self) -> list[dict]:
+        """The events since the last call; all of them, once it is dead."""
+        if self.process.poll() is not None:
+            self._reader.join(timeout=1)
+        return [self._events.get() for _ in range(self._events.qsize())]
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+class Agent:
+    """Args: standing: what holds for every attempt, as `supervisor.standing_orders` makes it."""
+
+    def __init__(self, standing: dict[str, Any]):
+        self._standing = standing
+        self._memory = memory_copy.new_memory()  # of the trainer's shards
+        self._kept: dict[int, tuple[int, bytes]] = {}  # {process: (step, its memory)} of others
+        self._attempt = 0
+        self._child: _Child | None = None
+        self._spare: _Child | None = _Child(standing, self._memory)
+
+    def where(self) -> dict[str, Any]:
+        """{"pid", "node": of Ray, "address": for other hosts, "machine", "worker": of TPU}."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return {
+            "pid": os.getpid(),
+            "node": context.get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "machine": socket.gethostname(),
+            "worker": int(os.environ.get("TPU_WORKER_ID", 0)),
+        }
+
+    def free_port(self) -> int:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start(self, attempt: int, orders: dict[str, Any]) -> int:
+        """Begins an attempt in the spare process; returns its pid.
+
+        Raises:
+          RuntimeError: the attempt is not newer than the last, or that is not over.
+        """
+        if attempt <= self._attempt or (self._child and self._child.process.poll() is None):
+            raise RuntimeError(f"attempt {attempt} cannot start: {self._attempt} did")
+        if self._spare is None or self._spare.process.poll() is not None:
+            self._spare = _Child(self._standing, self._memory)
+        self._attempt, self._child, self._spare = attempt, self._spare, None
+        self._child.tell(orders)
+        return self._child.process.pid
+
+    def poll(self, attempt: int) -> dict[str, Any]:
+        """How the attempt is, now.
+
+        Returns:
+          {"exit": None while it runs, "events": new ones, "silent": seconds without a sign of life,
+          "warm": whether another process waits for its turn}.
+        """
+        spare = self._spare
+        warm = spare is not None and spare.warm and spare.process.poll() is None
+        if attempt != self._attempt or self._child is None:
+            return {"exit": None, "events": [], "silent": 0.0, "warm": warm}
+        code = self._child.process.poll()
+        return {
+            "exit": code,
+            "events": self._child.taken(),
+            "silent": time.monotonic() - self._child.beat,
+            "warm": warm,
+        }
+
+    def tell(self, attempt: int, order: dict) -> None:
+        """Passes an order on to the process of an attempt, if that still runs."""
+        if attempt == self._attempt and self._child is not None:
+            self._child.tell(order)
+
+    def signal(self, attempt: int, name: str) -> None:
+        """Sends a signal, such as SIGTERM, to the process of an attempt."""
+        if attempt == self._attempt and self._child and self._child.process.poll() is None:
+            os.kill(self._child.process.pid, getattr(signal, name))
+
+    def end(self, attempt: int) -> None:
+        """Kills the process of an attempt, and returns when it is gone."""
+        if attempt == self._attempt and self._child is not None:
+            self._child.kill()
+
+    def warm(self) -> None:
+        """Starts a process that waits for its turn, if there is none."""
+        if self._spare is None or self._spare.process.poll() is not None:
+            self._spare = _Child(self._standing, self._memory)
+
+    # Copies of checkpoints in memory.
+
+    def copy(self) -> bytes:
+        """All of the memory that the trainer wrote its shards to."""
+        return os.pread(self._memory, os.fstat(self._memory).st_size, 0)
+
+    def keep(self, process: int, step: int, copy: bytes) -> None:
+        """Keeps the copy of another process's shards; the one before is let go."""
+        self._kept = {process: (step, copy)}
+
+    def kept(self, process: int) -> bytes:
+        return self._kept[process][1]
+
+    def load(self, copy: bytes) -> None:
+        """Takes over what another host kept."""
+        os.ftruncate(self._memory, len(copy))
+        os.pwrite(self._memory, copy, 0)
+
+    def copies(self) -> dict[str, Any]:
+        """{"own": the step whose shards are here, or None, "kept": {process: step}}."""
+        own = None if self._memory is None else memory_copy.step_in(self._memory)
+        return {"own": own, "kept": {process: step for process, (step, _) in self._kept.items()}}
+
+    def close(self) -> None:
+        """Kills its processes, and returns when they are gone."""
+        for child in (self._child, self._spare):
+            if child is not None:
+                child.kill()
+
+    def die(self, node: bool = False) -> None:
+        """A failed host: its processes are gone, this one too; or with them the node of Ray."""
+        for child in (self._child, self._spare):
+            if child is not None and child.process.poll() is None:
+                child.process.kill()
+        if node:
+            os.kill(os.getppid(), signal.SIGKILL)  # the raylet, which started this process
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def log_file(directory: Path) -> str:
+    """Where trainers write; {} is the process, or "spare"."""
+    return str(directory / "pod" / "process-{}.log")

@@ -1,0 +1,251 @@
+"""One attempt, while it runs: who has failed, what the trainers tell, what is made to fail."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+import ray
+
+from launch.pod import manager as managers
+from launch.pod.faults import Fault
+from launch.pod.hosts import Hosts, check_mesh, traffic_of
+from launch.pod.plan import Plan
+from launch.pod.staff import Host
+from pjit_train.errors import TrainingError, UserError
+from topology import TPU_V4, Part, Slice, lay_mesh
+
+_POLL = 0.1  # seconds between two questions to every agent
+_ANSWER = 5.0  # seconds that an agent has for an answer
+_START = 600.0  # seconds that an attempt has for its first step
+_SAVING = 5  # times as long as a step may take what comes between steps: to save and validate
+
+
+@dataclass
+class Failure:
+    """What ended an attempt, in a line, and what is lost with it."""
+
+    text: str
+    lost: list[Host] = field(default_factory=list)  # their agents are dead, or have to be
+    parts: list[str] = field(default_factory=list)  # of the pod, that fail
+    notice: str | None = None  # the part to be taken out of use
+
+
+class Attempt:
+    """An attempt that runs."""
+
+    def __init__(self, owner, number: int, hosts: Hosts):
+        self._owner, self._number, self._layout, self._slice = owner, number, hosts, hosts.slice
+        self._plan, self._record, self._hosts = owner.plan, owner.record, owner.staff.hosts
+        self._step, self._first, self._said, self._kind = 0, None, {}, ""
+        self._progress = time.monotonic()
+        self._exits: dict[int, int] = {}
+        self._warming: Host | None = None
+        self._notice: str | None = None
+        self._asked = False  # to save and end
+        self._failing: list[str] = []  # parts of the pod that were made to fail
+
+    def until_it_ends(self) -> Failure | None:
+        while True:
+            asked = time.monotonic()
+            answers = self._poll()
+            lost = [i for i, answer in enumerate(answers) if answer is None]
+            for process, answer in enumerate(answers):
+                for event in answer["events"] if answer else ():
+                    self._on_event(process, event)
+                if answer and answer["exit"] is not None:
+                    self._exits[process] = answer["exit"]
+            if failure := self._failed(lost, answers):
+                return failure
+            if len(self._exits) == len(self._hosts):
+                return self._ended()
+            if self._owner.stopping and not self._asked:
+                self._asked = True
+                self._hosts[0].agent.signal.remote(self._number, "SIGTERM")
+            self._warm_one(answers)
+            time.sleep(max(0.0, _POLL - (time.monotonic() - asked)))
+
+    def _poll(self) -> list[dict | None]:
+        refs = [host.agent.poll.remote(self._number) for host in self._hosts]
+        ray.wait(refs, num_returns=len(refs), timeout=_ANSWER)
+        answers = []
+        for ref in refs:
+            try:
+                answers.append(ray.get(ref, timeout=0))
+            except ray.exceptions.RayError:
+                answers.append(None)
+        return answers
+
+    def _on_event(self, process: int, event: dict) -> None:
+        kind = event["event"]
+        self._progress = time.monotonic()
+        if kind == "failed":
+            self._said[process] = event
+        elif kind == "copied":
+            self._owner.staff.pass_on(process, event["step"])
+        elif process == 0:
+            if kind == "paused":
+                self._strike(event["step"])
+                self._hosts[0].agent.tell.remote(self._number, {})
+                return
+            self._kind = kind
+            if kind == "step":
+                self._step = event["step"]
+                self._first = self._first or event["time"]
+            figures = {k: v for k, v in event.items() if k not in ("event", "time")}
+            self._record(kind, attempt=self._number, at=event["time"], **figures)
+
+    def _failed(self, lost: list[int], answers) -> Failure | None:
+        """What has failed by now, if anything."""
+        struck, self._owner.struck = self._owner.struck, None
+        after = f", found {time.monotonic() - struck:.1f} s after it was made" if struck else ""
+        if lost:
+            text = " and ".join(self._name(i) for i in lost)
+            state = ray.get(self._owner.manager.state.remote())
+            placement = managers.placement_of(state)
+            parts = self._failing or [  # what failed is known only where it was asked for
+                str(self._layout.part(placement, host))
+                for i in lost
+                for host in self._layout.hosts_of(i)
+            ]
+            return Failure(f"lost {text}{after}", lost=[self._hosts[i] for i in lost], parts=parts)
+        for process, code in self._exits.items():
+            if code == 0:
+                continue
+            said = self._said.get(process)
+            if said and said["kind"] == "user":
+                raise UserError(said["text"])
+            if said and said["kind"] == "training":
+                raise TrainingError(said["text"])
+            if self._owner.stopping:
+                return Failure("it was asked to stop")
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
+            why = f" ({said['text']})" if said else ""
+            return Failure(f"{self._name(process)} {how}{why}{after}")
+        silent = time.monotonic() - self._progress
+        limit = self._plan.hang_seconds * (1 if self._kind == "step" else _SAVING)
+        limit = limit if self._first else _START
+        if silent > limit:
+            quiet = [i for i, answer in enumerate(answers) if answer["silent"] > 3]
+            who = " and ".join(self._name(i) for i in quiet)
+            where = f"; {who} gave no sign of life" if who else ""
+            return Failure(
+                f"no step came back for {silent:.1f} s, the last was {self._step}{where}"
+            )
+        self._owner.struck = struck
+        return None
+
+    def _ended(self) -> Failure | None:
+        """All trainers ended well: done, stopped because they were asked to, or given notice."""
+        if self._owner.stopping or self._step >= self._plan.run.steps or self._first is None:
+            return None
+        return Failure("a host was given notice: saved and stopped", notice=self._notice)
+
+    def _warm_one(self, answers) -> None:
+        """After the first step, one by one: a process that waits on each host, and a spare host."""
+        if self._first is None:
+            return
+        for host, answer in zip(self._hosts, answers, strict=True):
+            if answer["exit"] is None and not answer["warm"]:
+                if self._warming is not host:
+                    self._warming = host
+                    host.agent.warm.remote()
+                return
+        self._owner.staff.keep_spare()
+
+    # Failures that are asked for.
+
+    def _strike(self, step: int) -> None:
+        owner = self._owner
+        due = [f for f in self._plan.faults if f.step <= step and str(f) not in owner.done]
+        for fault in due:
+            owner.done.add(str(fault))
+            self._record(
+                "fault", attempt=self._number, fault=str(fault), text=f"made to fail: {fault}"
+            )
+            getattr(self, f"_fail_{fault.kind}")(fault)
+            owner.struck = time.monotonic()
+
+    def _fail_process(self, fault: Fault) -> None:
+        self._signal(fault, "SIGKILL")
+
+    def _fail_hang(self, fault: Fault) -> None:
+        self._signal(fault, "SIGSTOP")
+
+    def _fail_sigterm(self, fault: Fault) -> None:
+        process = int(fault.what) % len(self._hosts)
+        state = ray.get(self._owner.manager.state.remote())
+        host = self._layout.hosts_of(process)[0]
+        self._notice = str(self._layout.part(managers.placement_of(state), host))
+        self._signal(fault, "SIGTERM")
+
+    def _signal(self, fault: Fault, name: str) -> None:
+        host = self._hosts[int(fault.what) % len(self._hosts)]
+        ray.get(host.agent.signal.remote(self._number, name))
+
+    def _fail_host(self, fault: Fault) -> None:
+        host = int(fault.what) % self._slice.num_hosts
+        state = ray.get(self._owner.manager.state.remote())
+        self._failing = [str(self._layout.part(managers.placement_of(state), host))]
+        self._hosts[host // self._layout.hosts_per_process].agent.die.remote()
+
+    def _fail_node(self, fault: Fault) -> None:
+        self._hosts[int(fault.what) % len(self._hosts)].agent.die.remote(node=True)
+
+    def _fail_block(self, fault: Fault) -> None:
+        """All hosts of the block are gone."""
+        state = ray.get(self._owner.manager.state.remote())
+        part = f"block:{state['blocks'][int(fault.what) % len(state['blocks'])]}"
+        self._failing = [part]
+        placement = managers.placement_of(state)
+        for process in self._layout.processes_on(placement, Part.parse(part, TPU_V4)):
+            self._hosts[process].agent.die.remote()
+
+    def _fail_ocs(self, fault: Fault) -> None:
+        state = ray.get(self._owner.manager.fail.remote(f"ocs:{fault.what}"))
+        if not state["hit"]:
+            self._record("part", text=f"ocs:{fault.what}: the slice does not pass it")
+            return
+        share = communication_share(self._plan, self._slice)
+        self._owner.slow = slow = share * (1 / state["kept"] - 1)
+        self._record(
+            "part",
+            text=f"ocs:{fault.what}: rerouted, {state['kept']:.1%} of the all-to-all kept; a step "
+            f"takes at most {slow:.2%} longer",
+        )
+        self._hosts[0].agent.tell.remote(self._number, {"slow": slow})
+
+    def _fail_manager(self, fault: Fault) -> None:
+        ray.kill(self._owner.manager, no_restart=False)
+        state = ray.get(self._owner.manager.state.remote())
+        self._record(
+            "part",
+            text=f"the pod manager died and is back: slice {state['slice']} on blocks "
+            f"{shown(state['blocks'])}, {len(state['failed'])} parts failed",
+        )
+
+    def _fail_driver(self, fault: Fault) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _name(self, process: int) -> str:
+        hosts = self._layout.hosts_of(process)
+        which = f"host {hosts[0]}" if len(hosts) == 1 else f"hosts {hosts[0]}-{hosts[-1]}"
+        return f"process {process} ({which})"
+
+
+def communication_share(plan: Plan, slice: Slice) -> float:
+    """The part of a step on a TPU v4 slice that is communication, if none of it is hidden.
+
+    The traffic at the links' bandwidth against the step's arithmetic at the chips' peak.
+    """
+    sizes = check_mesh(plan.run, slice)
+    traffic, data = traffic_of(plan.run, sizes), plan.run.data
+    links = lay_mesh(slice, sizes, traffic).seconds
+    flops = plan.run.model.flops_per_token(data.seq_len) * data.batch_size * data.seq_len
+    return links / (links + flops / (slice.num_chips * TPU_V4.chip.peak_bf16))
+
+
+def shown(items: list, most: int = 8) -> str:
+    """The first of a list, and how many more there are."""
+    text = ", ".join(map(str, items[:most]))
+    return text + (f" and {len(items) - most} more" if len(items) > most else "")

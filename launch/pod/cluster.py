@@ -1,0 +1,141 @@
+"""The Ray under a pod: one of its own on this machine, or a cluster that runs already."""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pjit_train.errors import UserError
+
+RAY = "2.60.0"
+
+
+def private_directory() -> Path:
+    """A new directory that only this user can read, of a short name: sockets will be in it."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="torsion-", dir=folder if len(folder) < 24 else "/tmp"))
+
+
+@contextlib.contextmanager
+def local(directory: Path, *, dashboard: bool) -> Iterator[None]:
+    """A Ray that is started here and ends with this process.
+
+    It listens on the loopback interface only, and answers who knows its token, which is in
+    `directory`.
+    """
+    token = directory / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        # Without clusters Ray takes the loopback address, on every system; its name is historical.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(directory),
+    }
+    os.environ.pop("RAY_ADDRESS", None)
+    ray = _import_ray()
+    with _quiet():
+        ray.init(
+            address="local",
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(directory),
+            num_cpus=1,
+            object_store_memory=128 * 2**20,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """A cluster that runs already; what this process made there goes when it leaves.
+
+    Raises:
+      UserError: nobody answers there, or a Ray of another version.
+    """
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(f"--address {address}: want HOST:PORT of a Ray head, or auto")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(
+                f"--address {address}: nobody answers there ({error.strerror or error}); start a "
+                "head there with `ray start --head`, or leave --address out to emulate a pod here"
+            ) from error
+    ray = _import_ray()
+    try:
+        with _quiet():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--address {address}: Ray {RAY} cannot join ({line}); the cluster needs the same Ray "
+            "and Python, and the token of RAY_AUTH_TOKEN_PATH"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def chips(hosts_per_process: int) -> dict[str, int]:
+    """What a process takes of the cluster's real chips, 4 a host; nothing where it has none.
+
+    Raises:
+      UserError: a process would have several TPU hosts.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    if there.get("TPU"):
+        if hosts_per_process != 1:
+            raise UserError(
+                f"--hosts-per-process {hosts_per_process}: each host of a real TPU slice has a "
+                "process of its own; use 1"
+            )
+        return {"TPU": 4}
+    return {"GPU": 4 * hosts_per_process} if there.get("GPU") else {}
+
+
+def dashboard() -> str | None:
+    """HOST:PORT of the dashboard of the Ray that this process is connected to, if it has one."""
+    import ray
+
+    return ray._private.worker.global_worker.node.webui_url or None
+
+
+def _import_ray():
+    import ray
+
+    if ray.__version__ != RAY:
+        raise UserError(
+            f"Ray {ray.__version__} is installed and pods were made with {RAY}; "
+            f"pip install 'ray[default]=={RAY}'"
+        )
+    return ray
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what Ray says while it starts."""
+    logger = logging.getLogger("ray")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

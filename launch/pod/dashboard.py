@@ -1,0 +1,24 @@
+"""A run's figures as metrics of Ray, which its dashboard and Prometheus read."""
+
+from ray.util.metrics import Counter, Gauge
+
+from launch.pod.record import Record
+
+
+def publish(record: Record) -> None:
+    """Keeps the metrics torsion_step, _loss, _attempt and _failures up to date with the events."""
+    step = Gauge("torsion_step", "the newest step that is computed")
+    loss = Gauge("torsion_loss", "its loss")
+    attempt = Gauge("torsion_attempt", "the number of the attempt")
+    failures = Counter("torsion_failures", "failures that were found")
+
+    def show(event: dict) -> None:
+        if event["event"] == "step":
+            step.set(event["step"])
+            loss.set(event["loss"])
+        elif event["event"] == "attempt":
+            attempt.set(event["attempt"])
+        elif event["event"] == "failure":
+            failures.inc()
+
+    record.listeners.append(show)

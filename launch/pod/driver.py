@@ -1,0 +1,175 @@
+"""The process that holds Ray and supervises: `python -m launch.pod.driver OPTIONS`, as JSON.
+
+A `keeper` starts it, and starts it again where it dies; it ends with its keeper. It leaves with the
+exit codes of the command line, or RAY_LOST. What Ray and other libraries print goes to
+`pod/driver.log`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from launch.pod.keeper import RAY_LOST, adopt_orphans, end_all_but
+from pjit_train.errors import TrainingError, UserError
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    adopt_orphans()
+    threading.Thread(target=_end_with, args=(options,), daemon=True).start()
+    # One that holds Ray needs no device, and must not take one from the trainers.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is something to save
+        signal.signal(number, lambda *_: os._exit(130))
+    from launch import process
+
+    process.prepare()
+    out, problems = _duplicate(1), _duplicate(2)
+    try:
+        with contextlib.ExitStack() as stack:
+            return _drive(options, out, stack)
+    except (UserError, TrainingError) as error:
+        print("torsion:", " ".join(str(error).splitlines()), file=problems, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    except Exception as error:
+        traceback.print_exc()
+        ray = sys.modules.get("ray")
+        if ray is not None and isinstance(error, ray.exceptions.RayError):
+            return RAY_LOST
+        traceback.print_exc(file=problems)
+        return 1
+
+
+def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
+    from launch.configure import build_run
+    from launch.directory import check_directory
+    from launch.pod import cluster, faults, timeline
+    from launch.pod.plan import Plan, default_hosts_per_process
+    from launch.pod.record import Record
+    from launch.pod.view import View
+    from topology import TPU_V4, Slice
+
+    run, text = build_run(options["configs"], options["bindings"])
+    directory = Path(options["out"]).absolute()
+    check_directory(directory, text)
+    try:
+        slice = Slice.parse(options["slice"])
+    except ValueError as error:
+        raise UserError(f"--slice {options['slice']}: {error}") from error
+    each = options["hosts_per_process"] or default_hosts_per_process(slice)
+    named = [faults.Fault.parse(one) for one in options["fail"]]
+    if options["chaos"]:
+        named += faults.chaos(
+            faults.parse_chaos(options["chaos"]),
+            steps=run.steps,
+            processes=slice.num_hosts // each,
+            hosts=slice.num_hosts,
+            blocks=slice.num_blocks,
+            seed=options["chaos_seed"],
+        )
+    plan = Plan(
+        run=run,
+        config=directory / "pod" / "run.gin",
+        directory=directory,
+        slice=slice,
+        hosts_per_process=each,
+        elastic=options["elastic"],
+        blocks=options["blocks"] or TPU_V4.num_blocks,
+        hang_seconds=options["hang_after"],
+        faults=tuple(named),
+        emulate=True,
+    )
+    if options["address"] is None:
+        plan.check_memory()
+    stack.enter_context(_alone(directory / "pod"))
+    log = os.open(directory / "pod" / "driver.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    plan.config.write_text(text)
+    record = stack.enter_context(contextlib.closing(Record(directory / "pod" / "events.jsonl")))
+    view = stack.enter_context(contextlib.closing(View(plan, record, out)))
+    with _ray(options, cluster):
+        from launch.pod.supervisor import Supervisor
+
+        chips = {}
+        if options["address"] is not None:
+            chips = cluster.chips(each)
+            plan = dataclasses.replace(plan, emulate=not chips)
+        if options["dashboard"] or options["address"] is not None:
+            from launch.pod.dashboard import publish
+
+            publish(record)
+        if url := cluster.dashboard():
+            view.say(f"dashboard at http://{url}")
+        view.say(
+            f"slice {slice}: {slice.num_chips} chips on {slice.num_hosts} hosts in "
+            f"{plan.hosts(slice).processes} processes"
+        )
+        supervisor = Supervisor(plan, record, chips)
+        stop = lambda number, frame: supervisor.stop()  # noqa: E731
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        try:
+            supervisor.run()
+        finally:
+            supervisor.close()
+            timeline.write(record.events, directory / "pod" / "timeline.html")
+    view.close()
+    for line in timeline.summary(record.events, run):
+        view.say(line)
+    return 0
+
+
+def _end_with(options: dict) -> None:
+    """Ends this process and all that came from it when its keeper is gone."""
+    while os.getppid() == options["keeper"]:
+        time.sleep(0.5)
+    end_all_but(set())
+    shutil.rmtree(options["private"], ignore_errors=True)
+    os._exit(1)
+
+
+def _duplicate(fd: int):
+    """What a file descriptor is now, which will be another."""
+    return os.fdopen(os.dup(fd), "w", buffering=1)
+
+
+def _ray(options, cluster):
+    if options["address"] is not None:
+        return cluster.joined(options["address"])
+    return cluster.local(Path(options["private"]), dashboard=options["dashboard"])
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+    """Makes the pod's folder in a run directory, and holds it for this process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "driver.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"run directory {folder.parent}: {error.strerror}; give one that can be written "
+            "with --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run directory {folder.parent}: another torsion pod trains in it; wait for it, "
+                "or use another --out"
+            ) from error
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

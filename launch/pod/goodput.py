@@ -1,0 +1,124 @@
+"""Where the time of a run went, from its events; and what the model of availability expects."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from topology import checkpoint_interval
+
+CAUSES = {
+    "kept": "steps that are kept",
+    "redone": "steps that a failure undid",
+    "save": "saving checkpoints",
+    "start": "starting, and restoring",
+    "compile": "compiling",
+    "failure": "finding failures, and clearing up",
+    "away": "no driver ran",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A time from start to end (seconds since 1970) with one cause, and the attempt it was in."""
+
+    start: float
+    end: float
+    cause: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """The whole time of a run, split.
+
+    Attributes:
+      spans: without gaps, by time.
+      seconds: of each of `CAUSES`.
+      steps: that were computed, also those that a failure undid.
+      failures: attempts that ended in one.
+    """
+
+    spans: tuple[Span, ...]
+    seconds: dict[str, float]
+    steps: int
+    failures: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def goodput(self) -> float:
+        """The part of the time in which steps were computed that are kept."""
+        return self.seconds["kept"] / self.total if self.total else 0.0
+
+
+def account(events: Sequence[dict]) -> Account:
+    """Splits the time between the first and the last event.
+
+    A step is kept if no later attempt computes it again. The time between two events belongs to
+    what the earlier one began: an attempt to starting until it is compiled, of which the compiler's
+    seconds are apart; a failure to clearing up, from the last sign of life on.
+    """
+    marks = [(e.get("at", e["time"]), e) for e in events if e["event"] in _NEXT]
+    last = {}  # the last attempt that computed each step
+    for _, event in marks:
+        if event["event"] == "step":
+            last[event["step"]] = event["attempt"]
+    spans = []
+    for (start, before), (end, after) in pairwise(marks):
+        attempt, cause = before.get("attempt", 0), _NEXT[before["event"]]
+        end = max(start, end)
+        if after["event"] == "compiled":
+            middle = max(start, end - after["seconds"])
+            spans += [
+                Span(start, middle, "start", attempt),
+                Span(middle, end, "compile", attempt),
+            ]
+            continue
+        if after["event"] == "step":
+            cause = "kept" if last[after["step"]] == after["attempt"] else "redone"
+        elif after["event"] == "failure":
+            cause = "failure"
+        elif after["event"] == "attempt" and before["event"] != "failure":
+            cause = "away"
+        spans.append(Span(start, end, cause, attempt))
+    seconds = dict.fromkeys(CAUSES, 0.0)
+    for span in spans:
+        seconds[span.cause] += span.end - span.start
+    kinds = [event["event"] for _, event in marks]
+    return Account(tuple(spans), seconds, kinds.count("step"), kinds.count("failure"))
+
+
+# What the time after an event goes to, where the event that follows does not say it.
+_NEXT = {
+    "attempt": "start",
+    "joined": "start",
+    "begin": "start",
+    "compiled": "start",
+    "step": "kept",
+    "save": "save",
+    "saved": "kept",
+    "ended": "start",
+    "failure": "failure",
+}
+
+
+def expected_goodput(found: Account, *, steps_between_saves: int, saves: int) -> float | None:
+    """The goodput that a renewal model expects of as many failures, at random moments of computing.
+
+    `topology.checkpoint_interval.efficiency` of the time in which steps are computed and saved,
+    with the measured seconds of a step and a save and the failures' mean distance in that time;
+    times the part of all time that this is. None without a failure.
+    """
+    if not found.failures or not saves:
+        return None
+    step = (found.seconds["kept"] + found.seconds["redone"]) / max(1, found.steps)
+    computing = sum(found.seconds[cause] for cause in ("kept", "redone", "save"))
+    efficiency = checkpoint_interval.efficiency(
+        work=steps_between_saves * step,
+        save=max(1e-9, found.seconds["save"] / saves),
+        restore=0.0,
+        mtbf=computing / found.failures,
+    )
+    return efficiency * computing / found.total

@@ -1,0 +1,111 @@
+"""The process that a user starts: it keeps a driver alive, and leaves nothing behind.
+
+Ray ends the process that it is connected from when its head dies, so that is another process than
+this one, which starts it again. The run then goes on from its newest checkpoint.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch.pod.cluster import private_directory
+from launch.pod.record import read_events
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+RAY_LOST = 3  # the exit code of a driver where Ray's head is gone
+_FRUITLESS = 3  # drivers in a row that die without a new step
+
+
+def keep(options: dict) -> int:
+    """Runs drivers until one ends by itself; returns its exit code.
+
+    SIGINT and SIGTERM are passed on as a request to save and end; a second one ends all at once.
+    """
+    adopt_orphans()
+    others = _children()
+    driver, asked = None, 0
+
+    def on_signal(number, frame):
+        nonlocal asked
+        asked += 1
+        if driver is not None:
+            driver.send_signal(signal.SIGINT if asked == 1 else signal.SIGKILL)
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    fruitless = 0
+    try:
+        while True:
+            private = private_directory()
+            steps = _best_step(options)
+            try:
+                driver = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "launch.pod.driver",
+                        json.dumps(options | {"keeper": os.getpid(), "private": str(private)}),
+                    ],
+                    start_new_session=True,
+                )
+                if asked:
+                    driver.send_signal(signal.SIGINT)
+                code = driver.wait()
+            finally:
+                end_all_but(others)
+                shutil.rmtree(private, ignore_errors=True)
+            if asked:
+                return 130 if code != 0 else 0
+            if code in (0, 1, 2):
+                return code
+            fruitless = 0 if _best_step(options) > steps else fruitless + 1
+            if fruitless >= _FRUITLESS:
+                print(
+                    f"torsion: the driver died {fruitless} times without a new step (the last "
+                    f"time with {code}); see {options['out']}/pod",
+                    file=sys.stderr,
+                )
+                return 1
+            what = "Ray's head is gone" if code == RAY_LOST else f"the driver died ({code})"
+            print(f"{time.strftime('%H:%M:%S')} {what}; another goes on", flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def adopt_orphans() -> None:
+    """Makes descendants of this process its children when they lose their parents."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _children() -> set:
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_all_but(before: set) -> None:
+    """Kills all descendants of this process but those given, and returns when they are gone."""
+    import psutil
+
+    end = time.monotonic() + 20
+    while (found := _children() - before) and time.monotonic() < end:
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)  # one that was left to this process
+        time.sleep(0.01)
+
+
+def _best_step(options: dict) -> int:
+    file = Path(options["out"]) / "pod" / "events.jsonl"
+    events = read_events(file) if file.exists() else []
+    return max((event["step"] for event in events if event["event"] == "step"), default=0)

@@ -1,0 +1,133 @@
+"""The pod manager: which blocks are healthy, free, in the slice; what is switched when one fails.
+
+Every change is on disk, whole, before it is told, so another manager goes on where this one died.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, throughput
+from topology.shapes import times
+
+_NAME = "run"  # of the one slice that the pod holds
+
+
+class Manager:
+    """The fabric of a pod with one slice.
+
+    Args:
+      file: its state; read where it exists.
+      blocks: of the pod that may be used, the lowest-numbered; the others count as drained.
+    """
+
+    def __init__(self, file: str, blocks: int):
+        self._file = Path(file)
+        self._fabric = Fabric()
+        spare = range(blocks, self._fabric.pod.num_blocks)
+        self._outside = frozenset(Part("block", (b,)) for b in spare)
+        if self._file.exists():
+            self._fabric = _read(json.loads(self._file.read_text()))
+        self._fabric = replace(self._fabric, drained=self._fabric.drained | self._outside)
+
+    def place(self, wanted: str, smaller: list[str]) -> dict[str, Any]:
+        """The slice on healthy blocks: where it is, or moved, or the first of `smaller` that fits.
+
+        Returns:
+          `state()`, and "changes": (cross-connects broken, made, seconds of switching).
+
+        Raises:
+          ValueError: too few blocks are free and healthy.
+        """
+        before, error = self._fabric, None
+        for text in (wanted, *smaller):
+            slice = Slice.parse(text)
+            held = before.placements.get(_NAME)
+            try:
+                if held is not None and held.slice == slice:
+                    after = before
+                    for block in held.blocks:
+                        if block in before.unhealthy_blocks:
+                            after = fabric.replace_block(after, _NAME, block)
+                else:
+                    after = before if held is None else fabric.release(before, _NAME)
+                    after = fabric.place(after, _NAME, slice)
+            except ValueError as refusal:
+                error = error or refusal
+                continue
+            self._keep(after)
+            changes = fabric.reconfigure(before, after)
+            seconds = changes.seconds(after.pod.switch)
+            return self.state() | {"changes": (changes.num_breaks, changes.num_makes, seconds)}
+        raise ValueError(str(error))
+
+    def fail(self, part: str) -> dict[str, Any]:
+        """Notes a failed block, host or switch ("host:12,3").
+
+        Returns:
+          `state()`, and "hit": whether the slice uses it; of a switch also "kept", the part of the
+          all-to-all throughput that is left when traffic goes around all failed switches.
+        """
+        part = Part.parse(part, self._fabric.pod)
+        self._keep(fabric.fail(self._fabric, part))
+        placement = self._fabric.placements.get(_NAME)
+        if part.kind == "ocs":
+            hit = placement is not None and placement.slice.is_whole_blocks
+            return self.state() | {"hit": hit, "kept": self._kept(placement) if hit else 1.0}
+        return self.state() | {"hit": placement is not None and part.block in placement.blocks}
+
+    def drain(self, part: str) -> dict[str, Any]:
+        """Takes a host, with its block, out of use, which is not known to have failed."""
+        drained = self._fabric.drained | {Part.parse(part, self._fabric.pod)}
+        self._keep(replace(self._fabric, drained=drained))
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        """{"slice", "blocks", "failed", "free"}, as JSON has it; no slice before it is placed."""
+        placement = self._fabric.placements.get(_NAME)
+        return {
+            "slice": None if placement is None else str(placement.slice),
+            "blocks": [] if placement is None else list(placement.blocks),
+            "failed": sorted(str(part) for part in self._fabric.failed),
+            "drained": sorted(str(part) for part in self._fabric.drained - self._outside),
+            "free": len(self._fabric.free_blocks),
+        }
+
+    def _kept(self, placement):
+        links = []
+        for part in self._fabric.failed:
+            if part.kind == "ocs":
+                links += throughput.switch_links(placement.slice, *part.where).tolist()
+        return float(throughput.all_to_all_kept(placement.slice, sorted(set(links))))
+
+    def _keep(self, new):
+        self._fabric = new
+        written = self._file.with_name(self._file.name + ".new")
+        written.write_text(json.dumps(self.state()))
+        os.replace(written, self._file)
+
+
+def placement_of(state: dict[str, Any]) -> Placement:
+    """The placement that a manager's `state()` tells."""
+    return Placement(Slice.parse(state["slice"]), tuple(state["blocks"]))
+
+
+def smaller_shapes(slice: Slice) -> list[str]:
+    """Legal shapes of fewer chips, the largest first, those like the slice before others."""
+    fewer = [
+        s for s in legal_shapes(slice.num_blocks) if Slice(shape=s).num_chips < slice.num_chips
+    ]
+    return [times(s) for s in sorted(fewer, key=lambda s: (-s[0] * s[1] * s[2], s[2] - s[0]))]
+
+
+def _read(state):
+    failed = frozenset(Part.parse(text, Fabric().pod) for text in state["failed"])
+    drained = frozenset(Part.parse(text, Fabric().pod) for text in state["drained"])
+    switches = frozenset(part for part in drained if part.kind == "ocs")
+    found = Fabric(drained=switches)
+    if state["slice"] is not None:
+        placement = placement_of(state)
+        found = fabric.place(found, _NAME, placement.slice, placement.blocks)
+    return replace(found, failed=failed, drained=drained)

@@ -1,0 +1,129 @@
+"""What a pod is asked to do, and whether the machine can: checked before anything is started."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.pod.agent import log_file
+from launch.pod.faults import Fault
+from launch.pod.hosts import Hosts, check_mesh
+from pjit_train.errors import UserError
+from pjit_train.run import Run
+from topology import TPU_V4, Slice
+
+MiB, GiB = 2**20, 2**30
+# Measured: a trainer that waits, imported JAX and all; an agent; a local Ray without its workers.
+_WARM, _AGENT, _RAY = 330 * MiB, 130 * MiB, 750 * MiB
+_DEVICE = 12 * MiB  # that XLA:CPU takes for an emulated device, beside what is computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run on a slice.
+
+    Attributes:
+      config: a file with the run's operative configuration.
+      directory: the run directory.
+      elastic: whether the run goes on on a smaller slice when too few blocks are healthy.
+      blocks: of the pod that may be used.
+      hang_seconds: without a step after which an attempt is given up.
+      faults: what is made to fail.
+      emulate: whether devices are emulated CPU devices, or those that hosts have.
+    """
+
+    run: Run
+    config: Path
+    directory: Path
+    slice: Slice
+    hosts_per_process: int
+    elastic: bool
+    blocks: int
+    hang_seconds: float
+    faults: tuple[Fault, ...]
+    emulate: bool
+
+    def __post_init__(self):
+        if self.blocks < self.slice.num_blocks or self.blocks > TPU_V4.num_blocks:
+            raise UserError(
+                f"--blocks {self.blocks}: slice {self.slice} takes {self.slice.num_blocks} and the "
+                f"pod has {TPU_V4.num_blocks}; use a number between"
+            )
+        if not self.hang_seconds >= 5:
+            raise UserError(f"--hang-after {self.hang_seconds}: use 5 seconds or more")
+        check_mesh(self.run, self.slice)
+        hosts = self.hosts(self.slice)
+        for fault in self.faults:
+            fault.check(
+                processes=hosts.processes,
+                hosts=self.slice.num_hosts,
+                blocks=self.slice.num_blocks,
+            )
+
+    def hosts(self, slice: Slice) -> Hosts:
+        """The hosts of the slice, or of a smaller one in its place."""
+        each = min(self.hosts_per_process, slice.num_hosts)
+        while slice.num_hosts % each:
+            each -= 1
+        return Hosts(
+            slice=slice, hosts_per_process=each if slice != self.slice else self.hosts_per_process
+        )
+
+    def standing_orders(self) -> dict:
+        """What holds for every attempt, of every trainer."""
+        devices = self.hosts(self.slice).devices_per_process
+        threads = str(min(8 * devices, 1024))
+        return {
+            "config": str(self.config),
+            "directory": str(self.directory),
+            "devices": devices if self.emulate else None,
+            "hang_seconds": self.hang_seconds,
+            "log": log_file(self.directory),
+            "cwd": os.getcwd(),
+            "env": {"PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"} if self.emulate else {},
+        }
+
+    def memory(self) -> int:
+        """Bytes that the emulated pod takes, to first order: of processes, and of arrays.
+
+        Each device holds its shard of the parameters, their gradients and two moments, and while it
+        computes all parameters of its `tensor` part; each process waits with another one beside it.
+        """
+        hosts, sizes = self.hosts(self.slice), check_mesh(self.run, self.slice)
+        processes = hosts.processes
+        parameters = 4 * self.run.model.flops_per_token(self.run.data.seq_len) / 6
+        gathered = parameters / sizes["tensor"]
+        per_device = gathered + 4 * gathered / sizes["fsdp"] + _DEVICE
+        arrays = int(self.slice.num_chips * per_device)
+        return _RAY + (processes + 1) * (_AGENT + _WARM) + processes * _WARM + arrays
+
+    def check_memory(self, free: int | None = None) -> None:
+        """Raises a UserError where the emulated pod would not fit into `free` bytes of memory."""
+        free = free_memory() if free is None else free
+        needed = self.memory()
+        if self.emulate and needed > free:
+            hosts = self.slice.num_hosts
+            raise UserError(
+                f"--slice {self.slice}: {hosts} hosts in {self.hosts(self.slice).processes} "
+                f"processes need about {needed / GiB:.1f} GiB and {free / GiB:.1f} GiB are free; "
+                "use more --hosts-per-process, or a smaller slice"
+            )
+
+
+def default_hosts_per_process(slice: Slice) -> int:
+    """So many that there are at most four processes."""
+    hosts = slice.num_hosts
+    return next(n for n in range(1, hosts + 1) if hosts % n == 0 and hosts // n <= 4)
+
+
+def free_memory() -> int:
+    """Bytes that new processes can have: of the machine, or of the control group if fewer."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())
+        free = min(free, most - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or "max"
+        pass
+    return free

@@ -1,0 +1,103 @@
+"""The page after a run: where its time went, attempt by attempt."""
+
+import html
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.pod.goodput import CAUSES, Account, account, expected_goodput
+from pjit_train.run import Run
+
+_COLOURS = {
+    "kept": "#2e8b57",
+    "redone": "#d98c00",
+    "save": "#3f72c4",
+    "start": "#a9a9a9",
+    "compile": "#7b5ea7",
+    "failure": "#c0392b",
+    "away": "#333333",
+}
+_WIDTH, _ROW = 1000, 22  # pixels
+
+
+def write(events: Sequence[dict], file: Path) -> None:
+    """Writes the page, whole: one HTML file that needs no other."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(page(events))
+    os.replace(new, file)
+
+
+def page(events: Sequence[dict]) -> str:
+    """An attempt is a row of bars; a table has the seconds of each cause, and the events."""
+    found = account(events)
+    begin = found.spans[0].start if found.spans else 0.0
+    scale = _WIDTH / max(found.total, 1e-9)
+    attempts = list(dict.fromkeys(span.attempt for span in found.spans))
+    bars = [
+        f'<text x="0" y="{_ROW * row + 15}">{attempt}</text>'
+        for row, attempt in enumerate(attempts)
+    ]
+    for span in _joined(found):
+        x, width = (span.start - begin) * scale + 40, (span.end - span.start) * scale
+        what = f"attempt {span.attempt}, {CAUSES[span.cause]}: {span.end - span.start:.2f} s"
+        bars.append(
+            f'<rect x="{x:.2f}" y="{_ROW * attempts.index(span.attempt)}" width="{width:.2f}" '
+            f'height="{_ROW - 4}" fill="{_COLOURS[span.cause]}"><title>{what}</title></rect>'
+        )
+    rows = [
+        f'<tr><td><span style="background:{_COLOURS[cause]}"></span>{CAUSES[cause]}</td>'
+        f"<td>{seconds:.1f} s</td><td>{seconds / max(found.total, 1e-9):.1%}</td></tr>"
+        for cause, seconds in found.seconds.items()
+    ]
+    lines = [
+        f"<tr><td>{event['time'] - begin:.1f} s</td><td>{html.escape(event['text'])}</td></tr>"
+        for event in events
+        if "text" in event
+    ]
+    height = _ROW * max(1, len(attempts))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Timeline of a pod</title><style>
+body {{ font: 14px sans-serif; margin: 2em; max-width: {_WIDTH + 60}px }}
+td {{ padding: 2px 1em 2px 0; vertical-align: top }}
+td span {{ display: inline-block; width: 1em; height: 1em; margin-right: .5em }}
+</style></head><body>
+<h1>Timeline</h1>
+<p>{time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begin))}, {found.total:.1f} s,
+{len(attempts)} attempts, goodput {found.goodput:.1%}</p>
+<svg width="{_WIDTH + 50}" height="{height}">{"".join(bars)}</svg>
+<h2>Where the time went</h2><table>{"".join(rows)}</table>
+<h2>Events</h2><table>{"".join(lines)}</table>
+</body></html>
+"""
+
+
+def summary(events: Sequence[dict], run: Run) -> list[str]:
+    """Lines for the end of a run: goodput, what it lost to each cause, what was to be expected."""
+    found = account(events)
+    lost = [
+        f"{seconds / found.total:.1%} {CAUSES[cause]}"
+        for cause, seconds in found.seconds.items()
+        if cause != "kept" and seconds
+    ]
+    lines = [f"goodput {found.goodput:.1%} of {found.total:.1f} s; {', '.join(lost)}"]
+    saves = sum(event["event"] == "saved" for event in events)
+    every = run.checkpoints.every_steps
+    expected = every and expected_goodput(found, steps_between_saves=every, saves=saves)
+    if expected:
+        lines.append(
+            f"{found.failures} failures; the renewal model expects {expected:.1%} of as many"
+        )
+    return lines
+
+
+def _joined(found: Account):
+    """Spans, those of one cause that follow each other as one: a page of steps is no use."""
+    joined = []
+    for span in found.spans:
+        before = joined[-1] if joined else None
+        if before and (before.cause, before.attempt) == (span.cause, span.attempt):
+            joined[-1] = type(span)(before.start, span.end, span.cause, span.attempt)
+        else:
+            joined.append(span)
+    return joined

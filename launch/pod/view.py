@@ -1,0 +1,88 @@
+"""What a pod shows while it runs: lines, and on a terminal a table that stays below them."""
+
+import time
+from collections import deque
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from launch.pod.goodput import account
+from launch.pod.plan import Plan
+from launch.pod.record import Record
+
+_ACCOUNT = 5.0  # seconds between two times that all events are gone through
+
+
+class View:
+    """Shows the events of a record.
+
+    Args:
+      out: the stream to show them on; the table only where it is a terminal.
+    """
+
+    def __init__(self, plan: Plan, record: Record, out):
+        self._plan, self._record = plan, record
+        self._console = Console(file=out, highlight=False, soft_wrap=True, emoji=False)
+        self._attempt: dict = {}
+        self._step: dict = {}
+        self._times: deque[float] = deque(maxlen=20)  # of the newest steps
+        self._drawn = self._accounted = 0.0
+        self._goodput = 0.0
+        self._live = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        record.listeners.append(self._show)
+
+    def say(self, text: str) -> None:
+        """A line with the time of day."""
+        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _show(self, event: dict) -> None:
+        kind, steps = event["event"], self._plan.run.steps
+        if kind == "attempt":
+            self._attempt = event
+            self._times.clear()
+            self.say(f"attempt {event['attempt']}: slice {event['slice']}")
+        elif kind == "begin" and event["step"]:
+            self.say(f"resuming after step {event['step']}")
+        elif kind == "step":
+            self._step = event
+            self._times.append(event["at"])
+            every = self._plan.run.log_every
+            if not self._live and (event["step"] % every == 0 or event["step"] == steps):
+                self.say(f"step {event['step']}/{steps}  loss {event['loss']:.4f}")
+        elif "text" in event:
+            self.say(event["text"])
+        if self._live and time.monotonic() - self._drawn > 0.5:
+            self._drawn = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        """The state of the run, from the newest events."""
+        run, attempt = self._plan.run, self._attempt
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        if self._step:
+            table.add_row("step", f"{self._step['step']} of {run.steps}")
+            table.add_row("loss", f"{self._step['loss']:.4f}")
+        if len(self._times) > 1:
+            seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+            tokens = run.data.batch_size * run.data.seq_len
+            table.add_row("tokens/s", f"{tokens / max(seconds, 1e-9):,.0f}")
+        table.add_row("attempt", str(attempt.get("attempt", "-")))
+        table.add_row("slice", f"{attempt.get('slice', '-')}, blocks {attempt.get('blocks', '-')}")
+        table.add_row(
+            "hosts", f"{self._plan.slice.num_hosts} in {attempt.get('processes', '-')} processes"
+        )
+        table.add_row("failed", ", ".join(attempt.get("failed", [])[-4:]) or "none")
+        if time.monotonic() - self._accounted > _ACCOUNT:
+            self._accounted = time.monotonic()
+            self._goodput = account(self._record.events).goodput
+        table.add_row("goodput", f"{self._goodput:.1%}")
+        return table

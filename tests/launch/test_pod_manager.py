@@ -1,0 +1,88 @@
+"""The pod manager: what it switches is proved by the light, and its state outlives it."""
+
+import json
+
+import pytest
+
+from launch.pod.manager import Manager, placement_of, smaller_shapes
+from topology import Slice, light, throughput
+
+
+@pytest.fixture
+def file(tmp_path):
+    return str(tmp_path / "fabric.json")
+
+
+def test_a_failed_block_is_replaced_and_the_light_proves_the_slice(file):
+    manager = Manager(file, 64)
+    state = manager.place("4x4x8_twisted", [])
+    assert state["blocks"] == [0, 1]
+    assert state["free"] == 62
+    assert state["changes"][:2] == (0, 96)  # two blocks, 48 cross-connects each
+    assert manager.fail("host:1,5")["hit"]
+    state = manager.place("4x4x8_twisted", [])
+    assert state["blocks"] == [0, 2]
+    # Each block has one cross-connect of each switch; those that lead to and from block 1 move.
+    assert state["changes"][:2] == (96, 96)
+    assert light.check(manager._fabric) == []
+    assert not manager.fail("block:1")["hit"]
+
+
+def test_its_state_survives_its_own_death(file):
+    manager = Manager(file, 16)
+    manager.place("4x4x8", [])
+    manager.fail("block:0")
+    manager.drain("host:5,1")
+    manager.place("4x4x8", [])
+    again = Manager(file, 16)
+    assert again.state() == manager.state()
+    assert again._fabric == manager._fabric
+    assert again.place("4x4x8", [])["changes"] == (0, 0, 0.0)
+
+
+def test_what_is_half_written_is_not_read(file, tmp_path):
+    manager = Manager(file, 64)
+    manager.place("4x4x4", [])
+    (tmp_path / "fabric.json.new").write_text('{"slice": "4x')
+    assert Manager(file, 64).state() == manager.state()
+    assert json.loads((tmp_path / "fabric.json").read_text()) == manager.state()
+
+
+def test_without_blocks_it_refuses_or_takes_a_smaller_slice(file):
+    manager = Manager(file, 2)
+    manager.place("4x4x8", [])
+    manager.fail("block:1")
+    with pytest.raises(ValueError, match=r"4x4x8.*needs 2 blocks|no free|free and healthy"):
+        manager.place("4x4x8", [])
+    state = manager.place("4x4x8", smaller_shapes(Slice.parse("4x4x8")))
+    assert state["slice"] == "4x4x4"
+    assert state["blocks"] == [0]
+    assert placement_of(state).slice.num_chips == 64
+    manager.fail("block:0")
+    with pytest.raises(ValueError, match="free and healthy"):
+        manager.place("4x4x8", smaller_shapes(Slice.parse("4x4x8")))
+
+
+def test_smaller_shapes_are_legal_and_descend():
+    found = [Slice.parse(text).num_chips for text in smaller_shapes(Slice.parse("4x8x8"))]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == 192
+    assert all(n < 256 for n in found)
+
+
+def test_a_failed_switch_is_gone_around(file):
+    manager = Manager(file, 64)
+    manager.place("4x4x8_twisted", [])
+    state = manager.fail("ocs:z,1,2")
+    slice = Slice.parse("4x4x8_twisted")
+    kept = throughput.all_to_all_kept(slice, throughput.switch_links(slice, 2, 1, 2))
+    assert state["hit"]
+    assert state["kept"] == pytest.approx(kept, rel=1e-6)
+    assert state["blocks"] == [0, 1]
+    assert Manager(file, 64).fail("ocs:z,1,2")["kept"] == pytest.approx(kept, rel=1e-6)
+
+
+def test_a_part_of_a_block_passes_no_switch(file):
+    manager = Manager(file, 64)
+    manager.place("2x2x2", [])
+    assert not manager.fail("ocs:x,0,0")["hit"]

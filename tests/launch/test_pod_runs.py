@@ -1,0 +1,258 @@
+"""The real command: pods of real processes, disturbed in every way, and what they leave behind."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.pod.record import read_events
+
+STEPS = 36
+CONFIG = """
+from __gin__ import dynamic_registration
+from pjit_train import checkpoint
+from pjit_train import optimizers
+from pjit_train import run
+from pjit_train import transformer
+from pjit_train.data import sources
+from pjit_train.data import text
+include 'configs/base.gin'
+
+run.Run:
+  model = @transformer.TransformerConfig()
+  steps = {steps}
+  log_every = 1
+  eval_every = 0
+transformer.TransformerConfig:
+  vocab_size = 256
+  max_len = 32
+  d_model = 16
+  num_layers = 1
+  num_heads = 2
+  d_ff = 32
+run.Samples.tokens = 0
+checkpoint.CheckpointConfig.every_steps = 4
+optimizers.AdamW.learning_rate = 1e-2
+text.TextData:
+  sources = [@sources.TextFiles()]
+  seq_len = 16
+  batch_size = 8
+sources.TextFiles.train = '{corpus}'
+"""
+OPTIONS = ["--slice", "2x2x2", "--hosts-per-process", "1", "--mesh", "data=2,fsdp=4"]
+
+
+HUGE = ["--slice", "16x16x16", "--mesh", "data=1,fsdp=-1"]
+HUGE += ["--gin", "text.TextData.batch_size = 4096"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pods")
+    temporary = Path(tempfile.mkdtemp(prefix="p-", dir="/tmp"))  # short, for sockets
+    (folder / "t").symlink_to(temporary)
+    words = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat"], k=4000)
+    corpus = folder / "corpus.txt"
+    corpus.write_text(" ".join(words))
+    (folder / "run.gin").write_text(CONFIG.format(steps=STEPS, corpus=corpus))
+    yield folder
+    shutil.rmtree(temporary)
+
+
+def start(folder: Path, out: str, *options: str) -> subprocess.Popen:
+    code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    paths = [path for path in sys.path if path]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORSION_CACHE": str(folder / "cache"),
+    }
+    env |= {"TMPDIR": str((folder / "t").resolve())}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "pod", "run.gin", *OPTIONS, "--out", out, *options],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+class Watched:
+    """A pod's processes and the addresses they listen on, seen while it runs."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process, self.seen, self.listening = process, {}, set()
+
+    def look(self) -> None:
+        keeper = psutil.Process(self.process.pid)
+        for child in keeper.children(recursive=True):
+            self.seen[child.pid] = child
+            try:
+                for connection in child.net_connections():
+                    if connection.status == psutil.CONN_LISTEN:
+                        self.listening.add(connection.laddr.ip)
+            except psutil.Error:
+                pass
+
+    def left(self) -> list[psutil.Process]:
+        """Of the processes seen, those that are still there."""
+        found = []
+        for process in self.seen.values():
+            try:
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                pass
+        return found
+
+    def until(self, folder: Path, out: str, step: int) -> None:
+        """Watches until the pod's metrics reach a step, or it ends."""
+        file, deadline = folder / out / "metrics.jsonl", time.monotonic() + 240
+        while not file.exists() or file.read_text().count("\n") < step:
+            if self.process.poll() is not None:
+                break
+            assert time.monotonic() < deadline
+            self.look()
+            time.sleep(0.1)
+
+
+def rows(folder: Path, out: str) -> list[tuple]:
+    """(step, loss, gradient norm) of each row, in the order of the file."""
+    lines = (folder / out / "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    process = start(folder, "quiet")
+    watched = Watched(process)
+    watched.until(folder, "quiet", STEPS)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output, rows(folder, "quiet"), watched
+
+
+@pytest.mark.slow
+def test_a_pod_trains_into_a_run_directory_and_leaves_nothing_else(folder, undisturbed):
+    output, found, watched = undisturbed
+    assert [row[0] for row in found] == list(range(1, STEPS + 1))
+    assert found[-1][1] < 0.9 * found[0][1]
+    for name in ("config.gin", "checkpoints", "tensorboard", "corpus.sha256"):
+        assert (folder / "quiet" / name).exists()
+    assert "goodput" in output
+    assert "Traceback" not in output
+    assert len(watched.seen) > 6  # Ray's, the agents and the trainers
+    assert watched.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert watched.listening
+    assert watched.left() == []
+    assert list((folder / "t").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_whatever_fails_the_losses_are_those_of_a_quiet_run(folder, undisturbed):
+    faults = ["process:1@step:6", "host:0@step:10", "hang:1@step:14", "sigterm:0@step:18"]
+    faults += ["manager@step:26", "ocs:x,0,0@step:27", "block:0@step:28", "driver@step:32"]
+    options = [option for fault in faults for option in ("--fail", fault)]
+    process = start(folder, "disturbed", *options, "--hang-after", "8")
+    watched = Watched(process)
+    watched.until(folder, "disturbed", STEPS)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert rows(folder, "disturbed") == undisturbed[1]
+    events = read_events(folder / "disturbed" / "pod" / "events.jsonl")
+    assert [e["fault"] for e in events if e["event"] == "fault"] == faults
+    attempts = [e["attempt"] for e in events if e["event"] == "attempt"]
+    assert attempts == list(range(1, len(attempts) + 1))
+    assert len(attempts) >= 7
+    for said in (
+        "process 1 (host 1) was killed by SIGKILL",
+        "lost process 0 (host 0)",
+        "process 1 (host 1) gave no sign of life",
+        "given notice",
+        "the pod manager died and is back",
+        "the slice does not pass it",
+        "the driver died",
+    ):
+        assert said in output, said
+    made, found = {}, {}
+    for event in events:
+        if event["event"] == "fault":
+            last = event["fault"].split("@")[0]
+            made[last] = event["time"]
+        elif event["event"] == "failure":
+            found.setdefault(last, event["time"] - made[last])
+    assert found["process:1"] < 5
+    assert found["host:0"] < 5
+    assert found["hang:1"] < 8 + 5
+    assert (folder / "disturbed" / "pod" / "timeline.html").read_text().count("<rect") > 20
+    assert watched.left() == []
+    assert list((folder / "t").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_interrupted_once_it_saves_and_killed_it_goes_on(folder, undisturbed):
+    process = start(folder, "stopped")
+    watched = Watched(process)
+    watched.until(folder, "stopped", 2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    saved = rows(folder, "stopped")
+    assert saved == undisturbed[1][: len(saved)]
+    assert len(saved) < STEPS
+    assert (folder / "stopped" / "checkpoints" / str(len(saved))).is_dir()
+    assert watched.left() == []
+
+    process = start(folder, "stopped")
+    watched = Watched(process)
+    watched.until(folder, "stopped", len(saved) + 3)
+    watched.look()
+    process.kill()  # the keeper: nobody is left to clear up
+    process.wait()
+    end = time.monotonic() + 60
+    while watched.left() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert watched.left() == []
+
+    process = start(folder, "stopped")
+    watched = Watched(process)
+    watched.until(folder, "stopped", STEPS - 4)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert watched.left() == []
+    assert rows(folder, "stopped") == undisturbed[1][: len(rows(folder, "stopped"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--slice", "4x4x4"], "4x4x4"),
+        (["--slice", "3x3x3"], "--slice 3x3x3"),
+        (["--address", "127.0.0.1:1"], "nobody answers"),
+        ([*HUGE, "--hosts-per-process", "1"], "GiB are free"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_process(folder, options, says):
+    process = start(folder, "mistake", *options)
+    watched = Watched(process)
+    while process.poll() is None:
+        watched.look()
+        time.sleep(0.05)
+    output, _ = process.communicate()
+    assert process.returncode == 2, output
+    [line] = output.strip().splitlines()
+    assert line.startswith("torsion: ")
+    assert says in line
+    assert watched.left() == []
