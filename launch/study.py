@@ -8,8 +8,9 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 import jax
@@ -28,7 +29,6 @@ from pjit_train.sharding import make_mesh
 from pjit_train.study import DENSE, EQUAL_BYTES, EQUAL_FLOPS, RecipeStudy, Result
 
 SIZES = {"small": "configs/studies/recipes_small.gin", "overnight": "configs/studies/recipes.gin"}
-_NAME = Configurable(RecipeStudy.__module__, RecipeStudy.__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,21 +58,28 @@ class Member:
         return build_run(self.files, self.bindings)
 
 
-def read_study(file: str, seeds: int | None = None) -> tuple[RecipeStudy, Run]:
+def read_study(
+    file: str, seeds: int | None = None, *, kind: type = RecipeStudy, example: str | None = None
+) -> tuple[Any, Run]:
     """The study of a gin file, and the dense run that it is about.
+
+    Args:
+      kind: of study.
+      example: a file of one.
 
     Raises:
       UserError: the file is wrong, or describes no study.
     """
     run, _ = build_run([file])
     bound = {key.configurable for key in parse_bindings(gin.config_str()).values}
-    if _NAME not in bound:
+    name = Configurable(kind.__module__, kind.__name__)
+    if name not in bound:
         raise UserError(
-            f"{file}: binds nothing of study.RecipeStudy; begin from {SIZES['overnight']}"
+            f"{file}: binds nothing of {name}; begin from {example or SIZES['overnight']}"
         )
     if run.sparsity is not None:
         raise UserError(f"{file}: run.Run.sparsity is set; a study chooses the recipes itself")
-    study = gin.get_configurable(RecipeStudy)()
+    study = gin.get_configurable(kind)()
     return study if seeds is None else dataclasses.replace(study, seeds=seeds), run
 
 
@@ -144,18 +151,26 @@ def check_member(directory: Path, run: Run, text: str) -> None:
 def is_done(directory: Path, run: Run) -> bool:
     """Whether a run has come to its end: its last row and its last checkpoint are there."""
     saved = (directory / "checkpoints" / str(run.steps)).is_dir()
-    return saved and _loss(directory, run) is not None
+    return saved and final_loss(directory, run) is not None
 
 
-def _loss(directory: Path, run: Run) -> float | None:
+def final_loss(directory: Path, run: Run) -> float | None:
+    """The validation loss after the last step of a run, nats a token; None where there is none."""
     rows = read_rows(directory / "metrics.jsonl")
     return next((row.get("val_loss") for row in rows if row["step"] == run.steps), None)
 
 
-def train_members(members: list[Member], out: Path) -> bool:
+def train_members(
+    members: Sequence[Member],
+    out: Path,
+    finish: Callable[[Member, Run, Path], None] = lambda member, run, directory: None,
+) -> bool:
     """Trains what is not done yet. Returns False where it was asked to stop.
 
     A run that fails is reported in a line, and the others go on.
+
+    Args:
+      finish: called for each run that is done, with its directory, before the next is begun.
     """
     spent, trained = 0.0, 0
     for number, member in enumerate(members, 1):
@@ -165,16 +180,18 @@ def train_members(members: list[Member], out: Path) -> bool:
         try:
             check_member(directory, run, text)
             if is_done(directory, run):
+                finish(member, run, directory)
                 continue
             left = spent / max(trained, 1) * (len(members) - number + 1)
             about = f", about {_hours(left)} left" if trained else ""
             print(f"run {number} of {len(members)}{about}: {member.name}", flush=True)
             train(run, directory, config_text=text, steps_before=steps_before(directory))
+            if not is_done(directory, run):
+                return False
+            finish(member, run, directory)
         except (UserError, TrainingError) as error:
             print(f"torsion: {member.name}: {' '.join(str(error).splitlines())}", flush=True)
             continue
-        if not is_done(directory, run):
-            return False
         spent, trained = spent + time.monotonic() - began, trained + 1
         if trained % 8 == 0:  # a run's programs are of no use to the next, but small ones are
             jax.clear_caches()
@@ -204,7 +221,7 @@ def results(members: list[Member], out: Path) -> Iterator[Result]:
             pattern=member.pattern,
             seed=member.seed,
             steps=run.steps,
-            loss=_loss(directory, run),
+            loss=final_loss(directory, run),
             flops=costs[key],
             bytes=core.parameter_bytes(run),
             d_model=run.model.d_model,

@@ -101,7 +101,7 @@ def build_updater(run: Run):
     Raises:
       UserError: the recipe does not fit the model.
     """
-    params = _abstract_params(run.model, run.rules)
+    params = abstract_params(run.model, run.rules)
     try:
         return run.build_updater(params), params
     except ValueError as error:
@@ -109,7 +109,8 @@ def build_updater(run: Run):
 
 
 @functools.cache
-def _abstract_params(model: TransformerConfig, rules: Rules):
+def abstract_params(model: TransformerConfig, rules: Rules):
+    """Shapes and dtypes of a model's parameters."""
     return jax.eval_shape(lambda: new_params(model, rules, 0))
 
 
@@ -271,7 +272,7 @@ def make_table(study: RecipeStudy, results: Sequence[Result], notes: Sequence[st
     sections = [
         "Validation loss at the end, in nats a token, of the sparse weights: mean and standard "
         "deviation over seeds.",
-        _markdown(
+        markdown_table(
             ["", *study.patterns],
             [[name, *(losses(key, p) for p in study.patterns)] for key, name in recipes]
             + [["dense", losses(DENSE, None), *[""] * (len(study.patterns) - 1)]],
@@ -282,7 +283,7 @@ def make_table(study: RecipeStudy, results: Sequence[Result], notes: Sequence[st
         "all of the weight-gradient ones; a phase that is dense, or reads pruned weights as D W "
         "with D > 0, takes all. Below, the dense runs for the cost of a pattern from the first "
         "step to the last; other costs are interpolated between them.",
-        _markdown(
+        markdown_table(
             ["", *study.patterns],
             [
                 *flops,
@@ -295,7 +296,7 @@ def make_table(study: RecipeStudy, results: Sequence[Result], notes: Sequence[st
         ),
         "The loss minus that of a smaller dense model whose parameters have the bytes of the "
         "packed sparse ones: kept values, and ceil(log2 M) bits for the place of each.",
-        _markdown(
+        markdown_table(
             ["", *study.patterns],
             [
                 *differences(against_equal_bytes(results)),
@@ -322,7 +323,8 @@ def make_table(study: RecipeStudy, results: Sequence[Result], notes: Sequence[st
     return "\n\n".join(sections) + "\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * max(width, 3) for width in widths], *rows]
     return "\n".join(

@@ -15,6 +15,7 @@ def add(commands) -> None:
     )
     studies = study.add_subparsers(title="studies", metavar="WHAT", required=True)
     _add_recipes(studies)
+    _add_interplay(studies)
     _add_pod(studies)
     _add_flat(studies)
 
@@ -55,6 +56,44 @@ def _run_recipes(args, began: float) -> int:
     file = study.SIZES.get(args.size, args.size)
     out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
     return study.study_recipes(file, out, seeds=args.seeds, only_table=args.table)
+
+
+def _add_interplay(studies) -> None:
+    interplay = add_command(
+        studies,
+        _run_interplay,
+        "interplay",
+        "sparsify and quantize one model, in both orders, and compare",
+        "Each run of the study is a run directory in --out, named by kind, pattern, format, "
+        "order and seed. Run again with the same --out, it goes on where it was. At the end, "
+        "table.md, results.json and interplay.png are in --out.",
+    )
+    interplay.set_defaults(trains=True)
+    interplay.add_argument(
+        "--size",
+        default="small",
+        metavar="SIZE",
+        help="small (default), overnight, or a gin file like those in configs/studies",
+    )
+    interplay.add_argument("--seeds", type=int, metavar="N", help="how many (as configured)")
+    interplay.add_argument(
+        "--table", action="store_true", help="train nothing: table and figure of what is there"
+    )
+    interplay.add_argument(
+        "--out", metavar="DIR", help="of the runs (default: runs/study- and the gin file's name)"
+    )
+
+
+def _run_interplay(args, began: float) -> int:
+    from launch import process
+
+    process.prepare()
+
+    from launch import interplay_study
+
+    file = interplay_study.SIZES.get(args.size, args.size)
+    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
+    return interplay_study.study_interplay(file, out, seeds=args.seeds, only_table=args.table)
 
 
 def _add_pod(studies) -> None:
