@@ -69,8 +69,8 @@ def change_kernels(
     model = nnx.merge(graph, params)
     changed = params | {"blocks": jax.tree.map(np.copy, params["blocks"])}
     wanted = [name.split("/")[1:] for name in names if name.startswith("blocks/")]
-    hidden = _enter_all(model, batches)
-    for block, products in _walk(model, changed["blocks"], hidden, _gram, jnp.add):
+    hidden = enter_all(model, batches)
+    for block, products in walk(model, changed["blocks"], hidden, _gram, jnp.add):
         for path in wanted:
             name = "/".join(["blocks", *path])
             *parents, last = path
@@ -98,8 +98,8 @@ def input_maxima(
     model = nnx.merge(graph, params)
     layers = [
         found
-        for _, found in _walk(
-            model, params["blocks"], _enter_all(model, batches), _maxima, jnp.maximum
+        for _, found in walk(
+            model, params["blocks"], enter_all(model, batches), _maxima, jnp.maximum
         )
     ]
     return {
@@ -112,7 +112,7 @@ Hidden = list[tuple[jax.Array, dict[str, Any]]]
 """By batch, what a block is given: the activations [batch, tokens, d_model], the other inputs."""
 
 
-def _walk(
+def walk(
     model, stacked: dict[str, Any], hidden: Hidden, measure: Callable, join: Callable
 ) -> Iterator[tuple[dict[str, Any], dict[str, jax.Array]]]:
     """Every block in order, as views of the stacked arrays, and what is measured of its inputs.
@@ -198,7 +198,8 @@ class _Entrance(nnx.Module):
         return x_BTD, None
 
 
-def _enter_all(model, batches) -> Hidden:
+def enter_all(model, batches) -> Hidden:
+    """What the first block is given for each batch; for `walk`."""
     return [_enter(model, batch) for batch in batches]
 
 

@@ -289,9 +289,9 @@ class Measures:
         """(name, layer, inputs [tokens, inputs]) of every kernel that is pruned and quantized."""
         kernels = kernel_shapes(program.run.model, self.study.layers)
         model = nnx.merge(program.graph, read)
-        hidden = calibrate._enter_all(model, text)
-        walk = calibrate._walk(model, read["blocks"], hidden, lambda x: x, jnp.append)
-        for layer, (_, inputs) in enumerate(walk):
+        hidden = calibrate.enter_all(model, text)
+        blocks = calibrate.walk(model, read["blocks"], hidden, lambda x: x, jnp.append)
+        for layer, (_, inputs) in enumerate(blocks):
             for name in kernels:
                 yield name, layer, inputs[name.removeprefix("blocks/").removesuffix("/kernel")]
 

@@ -92,7 +92,7 @@ def _run_interplay(args, began: float) -> int:
     from launch import interplay_study
 
     file = interplay_study.SIZES.get(args.size, args.size)
-    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
+    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}").resolve()  # its runs name it
     return interplay_study.study_interplay(file, out, seeds=args.seeds, only_table=args.table)
 
 

@@ -139,7 +139,7 @@ def test_a_study_cut_off_goes_on_and_its_figures_are_those_of_its_runs(here, mon
 
     # Fine-tuning starts from the weights of the dense run.
     start = build_run([str(Path("out", "dense-seed0", "config.gin"))])[0].initial_weights
-    assert start == "out/pretrained-seed0/huggingface"
+    assert start == str(here / "out/pretrained-seed0/huggingface")
 
     ppl = {key: math.exp(loss) for key, loss in found.items()}
     bound = ppl["sparse", None, None] + ppl["dense", "int4", S_FIRST] - ppl["dense", None, None]
