@@ -157,8 +157,17 @@ def gathered_for_tokens(
 
     Args:
       exact: of a quantized kernel, what it is made of.
+
+    Raises:
+      UserError: of a quantized kernel, its matmul is to be native; that is for `Dense`.
     """
-    value = unquantized(param.get_value()) if exact else param.get_value()
+    value = param.get_value()
+    if _is_native(value):
+        raise UserError(
+            "quantization: layers: the head has no native matmul; give it "
+            "matmul='emulated', by a pattern before the one that matches it"
+        )
+    value = unquantized(value) if exact else value
     return _gathered(value, rules, param.get_metadata("axes"), dtype, tokens=True)
 
 
@@ -172,6 +181,13 @@ def _gathered(value, rules: Rules, axes: Axes, dtype: Dtype | None, tokens=False
         mesh = jax.sharding.get_abstract_mesh()
         spec = PartitionSpec(*spec, reduced={axis for axis in over if mesh.shape[axis] > 1})
     return reshard(value, spec)
+
+
+def _gathered_plain(x: jax.Array, rules: Rules, axes: Axes) -> jax.Array:
+    """What nothing is differentiated by: codes, or scales, whole along axes of size 1."""
+    spec = rules.spec(axes[-x.ndim :], gathered=True)
+    parts = [part if size > 1 else None for part, size in zip(spec, x.shape, strict=True)]
+    return reshard(x, PartitionSpec(*parts))
 
 
 class Norm(nnx.Module):
@@ -202,8 +218,9 @@ def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array
     Args:
       equation: batch and tokens lead in the activations and in the output.
       prepare: makes the kernel of what is stored for it (one shard of an array, a sparse kernel,
-        a quantized one), its shards along outputs where `turned`; the backward pass makes it again
-        instead of keeping it.
+        a quantized one), with blocks along outputs where `turned`; the backward pass makes it
+        again instead of keeping it. With `native`, a list of (codes, scales), scales like the
+        kernel with 1 for each input axis.
       stored: where it is a `QuantizedKernel`, activations and gradients are quantized as it says.
       out_spec: partition of the output, or None where no mesh is set.
     """
@@ -212,6 +229,10 @@ def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array
 
 def _project_fwd(equation, prepare, x, stored, out_spec):
     read = x
+    if _is_native(stored):
+        codes, scale = stored.input_codes(_plain(x))
+        y = _native(equation, codes, scale, prepare(stored, native=True), out_spec).astype(x.dtype)
+        return y, (x if _quantizes_gradients(stored) else (_like(x, codes), scale), stored)
     if isinstance(stored, QuantizedKernel):
         read = _like(x, stored.inputs(_plain(x)))
     y = jnp.einsum(equation, read, prepare(stored), out_sharding=out_spec)
@@ -221,10 +242,16 @@ def _project_fwd(equation, prepare, x, stored, out_spec):
 
 def _project_bwd(equation, prepare, out_spec, residuals, d_y):
     x, stored = residuals
+    if isinstance(x, tuple):  # codes
+        codes, scale = x
+        x = _like(codes, (_plain(codes).astype(jnp.float32) * scale).astype(d_y.dtype))
     if not isinstance(stored, jax.Array) or spec_axes(spec_of(stored)):
         # Or XLA would find the forward pass's kernel equal to this one, and keep it until here.
         stored, d_y = jax.lax.optimization_barrier((stored, d_y))
     kernel, pull_back = jax.vjp(prepare, stored)
+    if _is_native(stored):  # the same numbers, gathered as bytes
+        parts = [codes.astype(jnp.float32) * scale for codes, scale in prepare(stored, native=True)]
+        kernel = _like(kernel, sum(parts).astype(kernel.dtype))
     x_axes, kernel_axes, y_axes = re.split(",|->", equation)
 
     def like(primal, order=None):
@@ -263,6 +290,32 @@ def _project_bwd(equation, prepare, out_spec, residuals, d_y):
 
 
 project.defvjp(_project_fwd, _project_bwd)
+
+
+def _native(equation, codes, scale, kernels, out_spec) -> jax.Array:
+    """float32: the einsum of codes of activations and of kernels, scaled; a sum over kernels."""
+    integers = codes.dtype == jnp.int8
+    of = jnp.int32 if integers else jnp.float32
+
+    def product(kernel, kernel_scale):
+        y = jnp.einsum(equation, codes, kernel, preferred_element_type=of, out_sharding=out_spec)
+        # [batch, tokens, inputs...] and [inputs..., outputs...], with 1 for each input
+        inputs, outputs = codes.ndim - 2, y.ndim - 2
+        rows = scale.reshape(*scale.shape[:2], *(1,) * outputs)
+        return y.astype(jnp.float32) * rows * kernel_scale.reshape(kernel_scale.shape[inputs:])
+
+    (kernel, kernel_scale), *others = kernels
+    y = product(kernel, kernel_scale)
+    for kernel, kernel_scale in others:  # pruned weights, most often read as zero
+        read = jnp.any(kernel_scale != 0)
+        y = jax.lax.cond(
+            read, lambda y, *k: y + product(*k), lambda y, *k: y, y, kernel, kernel_scale
+        )
+    return y
+
+
+def _is_native(stored) -> bool:
+    return isinstance(stored, QuantizedKernel) and stored.native
 
 
 def _quantizes_gradients(stored) -> bool:
@@ -321,7 +374,11 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         rules, axes, dtype = self.rules, self.kernel.get_metadata("axes"), self.config.dtype
 
-        def prepare(stored, turned=False):
+        def prepare(stored, turned=False, native=False):
+            if native:
+                return [
+                    tuple(_gathered_plain(x, rules, axes) for x in pair) for pair in stored.codes()
+                ]
             stored = stored.turned() if turned else stored
             return _gathered(stored, rules, axes, dtype, tokens=True)
 

@@ -1,7 +1,8 @@
 """Quantized training: which matmuls read which number formats, composed with any sparsity recipe.
 
-The numbers are emulated: each operand takes the values of its format, exactly, and the matmul
-itself is one of ordinary floating point.
+The numbers are emulated, unless asked otherwise: each operand takes the values of its format,
+exactly, and the matmul itself is one of ordinary floating point. A native matmul, in the forward
+pass, multiplies the codes.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from sparsity.formats import FORMATS, Format, check_blocks, get_format
 from sparsity.kernel_plan import cuts, shards_of
 from sparsity.kernels import dense
 from sparsity.layers import assign, names
+from sparsity.native import Matmul, check_formats, check_matmul
 from sparsity.quantization import clipped
 from sparsity.quantized_kernels import Order, QuantizedKernel
 from sparsity.rounding import ROUNDINGS, Rounding
@@ -43,9 +45,13 @@ class MatmulFormats:
         weights and activations of the forward pass, and gradients as they are.
       rounding: of weights and activations; "stochastic" rounds to even in evaluation.
       gradient_rounding: of gradients.
+      matmul: "emulated", or "native": the forward pass multiplies codes of 8 bits, on hardware that
+        does, and the scales after it; the backward pass is the same either way. For weights and
+        activations of symmetric `Int`, or of `FP8`, with one scale to an output and to a token;
+        see `native`.
 
     Raises:
-      ValueError: an unknown format or rounding.
+      ValueError: an unknown format, rounding or matmul; formats without a native matmul.
     """
 
     weights: str | Format | None = None
@@ -53,6 +59,7 @@ class MatmulFormats:
     gradients: str | Format | None = None
     rounding: Rounding = "even"
     gradient_rounding: Rounding = "even"
+    matmul: Matmul = "emulated"
 
     def __post_init__(self):
         for format in filter(None, (self.weights, self.activations, self.gradients)):
@@ -63,6 +70,10 @@ class MatmulFormats:
                     f"MatmulFormats: {name}={getattr(self, name)!r}; use one of "
                     f"{', '.join(ROUNDINGS)}"
                 )
+        if self.matmul not in ("emulated", "native"):
+            raise ValueError(f"MatmulFormats: matmul={self.matmul!r}; use emulated or native")
+        if self.matmul == "native":
+            check_formats(*(f and get_format(f) for f in (self.weights, self.activations)))
 
     @property
     def random(self) -> bool:
@@ -87,7 +98,7 @@ class MatmulFormats:
             )
             if format is not None
         ]
-        return ", ".join(shown)
+        return ", ".join(shown) + (" (native matmul)" if self.matmul == "native" else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +241,12 @@ class _Plan:
         check("weights", f.weights, self.axes, cuts(shape, shards, self.axes))
         check("activations", f.activations, self.axes, activation_ways[0])
         check("the operands of attention", self.products, (-1,), 1)
+        if f.matmul == "native":
+            size = math.prod(shape[a] for a in self.axes)
+            try:
+                check_matmul(f.weights, f.activations, size, _device(leaf))
+            except ValueError as error:
+                raise ValueError(f"quantization: {self.name}: {error}") from None
         if f.gradients is None:
             return
         check("weights along outputs", f.weights, outputs, cuts(shape, shards, outputs))
@@ -347,6 +364,12 @@ class Quantizer:
             for plan, leaf in zip(self.plans, self.treedef.flatten_up_to(tree), strict=True)
         ]
         return self.treedef.unflatten(leaves)
+
+
+def _device(leaf) -> jax.Device:
+    """One that holds a parameter, or will."""
+    sharding = getattr(leaf, "sharding", None)
+    return jax.devices()[0] if sharding is None else min(sharding.device_set, key=lambda d: d.id)
 
 
 def _formats(given: str | MatmulFormats | None) -> MatmulFormats | None:

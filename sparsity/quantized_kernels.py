@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sparsity.formats import NVFP4, Format
 from sparsity.kernels import Kernel, MaskedKernel, dense
+from sparsity.native import codes_of
 from sparsity.quantization import fake_quantize
 
 if TYPE_CHECKING:
@@ -73,6 +74,35 @@ class QuantizedKernel(Kernel):
         tell a token of those after it.
         """
         return self._activations(x, self.formats.activations, _INPUTS)
+
+    @property
+    def native(self) -> bool:
+        """Whether the forward pass multiplies codes, and not the values that they stand for."""
+        return self.formats.matmul == "native"
+
+    def codes(self) -> list[tuple[jax.Array, jax.Array]]:
+        """(codes, scales) as of `native.codes_of`, of one layer; the sum of their products is read.
+
+        One pair; or that of the kept weights and that of the pruned ones, whose scale is 0 where
+        they are read as 0, where the mask is applied to the codes.
+        """
+        inner, axes = self.kernel, self.axes
+        rounding = self._rounding(_WEIGHTS)
+        if self.order == "sparsify_then_quantize" or not isinstance(inner, MaskedKernel):
+            return [codes_of(dense(inner), self.formats.weights, axes, *rounding)]
+        codes, scale = codes_of(inner.weight, self.formats.weights, axes, *rounding)
+        zero = jnp.zeros_like(inner.decay)
+        kept = dataclasses.replace(inner, weight=codes, decay=zero).dense()
+        # Of floats a difference would make another sign of zero, and a select does as well.
+        pruned = jnp.where(kept == codes, jnp.zeros_like(codes), codes)
+        return [(kept, scale), (pruned, scale * inner.decay)]
+
+    def input_codes(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(codes, scales) of the activations [batch, tokens, features...], a scale to a token."""
+        format = self.formats.activations
+        if format.block == "tensor":
+            format = dataclasses.replace(format, block="channel")
+        return codes_of(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(_INPUTS))
 
     def inputs_by_tokens(self, x: jax.Array) -> jax.Array:
         """The activations with blocks along the tokens of a sequence, for the kernel's gradient."""

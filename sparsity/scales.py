@@ -111,8 +111,10 @@ def dynamic_scale(blocks: jax.Array, axes: tuple[int, ...], format: Format) -> S
         ratio = (2, 2**format.bits - 1)
     significand, exponent = _divided(*split(largest), *ratio)
     zero = largest == 0
-    return Scale(
-        jnp.where(zero, 0, exponent), jnp.where(zero, 1.0, significand), nan=largest >= INFINITY
+    return _kept(
+        Scale(
+            jnp.where(zero, 0, exponent), jnp.where(zero, 1.0, significand), nan=largest >= INFINITY
+        )
     )
 
 
@@ -127,12 +129,29 @@ def _asymmetric_scale(blocks: jax.Array, axes: tuple[int, ...], format: Int) -> 
     significand, exponent = _divided(span, at + carry, 1, 2**format.bits - 1)
     zero_point = jnp.round(divide(below, significand) * power(at - exponent))
     zero_point = jnp.where(zero, 0.0, jnp.minimum(zero_point, 2.0**format.bits - 1))
-    return Scale(
-        jnp.where(zero, 0, exponent),
-        jnp.where(zero, 1.0, significand),
-        zero_point=zero_point.astype(jnp.int32) - 2 ** (format.bits - 1),
-        nan=largest >= INFINITY,
+    return _kept(
+        Scale(
+            jnp.where(zero, 0, exponent),
+            jnp.where(zero, 1.0, significand),
+            zero_point=zero_point.astype(jnp.int32) - 2 ** (format.bits - 1),
+            nan=largest >= INFINITY,
+        )
     )
+
+
+def _kept(scale: Scale) -> Scale:
+    """The same numbers, each a quotient.
+
+    XLA's CPU compiler computes cheap operands anew for every entry of a block; a quotient it keeps.
+    """
+
+    def kept(number):
+        if number.dtype == jnp.float32:
+            return divide(number, 1.0)
+        whole = (number.astype(jnp.int32) + 512).astype(jnp.float32)
+        return (divide(whole, 1.0).astype(jnp.int32) - 512).astype(number.dtype)
+
+    return jax.tree.map(kept, scale)
 
 
 def nvfp4_scale(largest: jax.Array, tensor_scale: jax.Array | None = None) -> Scale:
@@ -184,7 +203,8 @@ def reduce_max(
 
     XLA's CPU compiler computes what a reduction of at most 32 reads in passing, but writes it out
     first for a longer one, and is slow where it nests two. So: a reduction of at most 32, then one
-    of more, or the maximum of slices, which it does not nest.
+    of more, or the maximum of slices, which it does not nest. An axis that is split over devices is
+    reduced at once, since slices of it would move.
     """
     bits = bits_of(blocks)
     for axis in reversed(axes):
@@ -196,7 +216,9 @@ def reduce_max(
 def _reduce_axis(bits: jax.Array, axis: int, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
     size = bits.shape[axis]
     step = max((d for d in range(1, 33) if size % d == 0), default=1)
-    if size <= 32 or step == 1:
+    sharding = jax.typeof(bits).sharding
+    split_over_devices = sharding is not None and sharding.spec[axis] is not None
+    if size <= 32 or step == 1 or split_over_devices:
         return jnp.max(of(bits), axis=axis, keepdims=True, initial=0)
     bits = bits.reshape(*bits.shape[:axis], size // step, step, *bits.shape[axis + 1 :])
     bits = jnp.max(of(bits), axis=axis + 1)

@@ -282,6 +282,8 @@ def test_what_is_quantized_and_what_is_not_is_said():
     said = build(layers={"head": "int8"}, attention="int8").describe()
     assert "weights int8, activations int8 of head; int8 queries, keys and values" in said
     assert said.endswith("in full precision: attention/query, the probabilities of attention")
+    native = MatmulFormats(weights="int8", activations="int8", matmul="native")
+    assert "activations int8 (native matmul) of head;" in build(layers={"head": native}).describe()
 
 
 @pytest.mark.parametrize(
