@@ -9,6 +9,8 @@ import json
 import jax
 import numpy as np
 import pytest
+import torch
+from compressed_tensors import compressors, quantization
 from flax import nnx
 
 from pjit_train import compressed_tensors
@@ -19,9 +21,6 @@ from sparsity.gptq import gptq, rtn
 from sparsity.nm import nm_mask
 
 pytestmark = pytest.mark.oracle
-torch = pytest.importorskip("torch")
-compressors = pytest.importorskip("compressed_tensors.compressors")
-quantization = pytest.importorskip("compressed_tensors.quantization")
 
 TEXT = {"vocab_size": 100, "max_len": 32, "d_model": 64, "num_layers": 2, "num_heads": 4}
 LLAMA = TransformerConfig(**TEXT, d_ff=96, num_kv_heads=2, head_dim=16)
