@@ -33,11 +33,10 @@ class Browser:
         options += " --use-angle=swiftshader --enable-unsafe-swiftshader --no-first-run"
         options += f" --hide-scrollbars --user-data-dir={profile} about:blank"
         self.process = subprocess.Popen(
-            [program, *options.split()],
+            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', program, *options.split()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            close_fds=False,
-            preexec_fn=lambda: (os.dup2(theirs, 3), os.dup2(answers, 4)),
+            pass_fds=(theirs, answers),
         )
         self.rest, self.count, self.session, self.events = b"", 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
