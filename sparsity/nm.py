@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from sparsity.topk import order_key
 
@@ -52,7 +53,7 @@ def nm_mask(
         mask = _mask_of_traced(groups, n, at, ties)
     else:
         mask = _mask(groups, operator.index(n), at, ties)
-    return mask.reshape(scores.shape)
+    return _reshape(mask, scores.shape, _spec(scores))
 
 
 def nm_violations(weights: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Array:
@@ -100,7 +101,20 @@ def split_groups(x: jax.Array, m: int, axis: Axis, *, n=1) -> tuple[jax.Array, i
     size = math.prod(x.shape[a] for a in axes)
     check_nm(n, m, size, name=f"axis {axis} of {x.shape}")
     shape = (*x.shape[: axes[0]], size // m, m, *x.shape[axes[-1] + 1 :])
-    return x.reshape(shape), axes[0] + 1
+    spec = _spec(x)  # groups of several axes lie as the first of them: no group is cut
+    if spec is not None:
+        spec = P(*spec[: axes[0] + 1], None, *spec[axes[-1] + 1 :])
+    return _reshape(x, shape, spec), axes[0] + 1
+
+
+def _spec(x: jax.Array) -> P | None:
+    """How an array whose type says so is sharded, an entry for each axis."""
+    spec = jax.typeof(x).sharding.spec
+    return P(*spec, *[None] * (x.ndim - len(spec))) if any(spec) else None
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], spec: P | None) -> jax.Array:
+    return x.reshape(shape) if spec is None else x.reshape(shape, out_sharding=spec)
 
 
 def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) -> jax.Array:

@@ -377,3 +377,13 @@ def test_pruning_algorithms_train_and_end_sparse(algorithm):
             kernel = np.asarray(weights["blocks"][path[0]][path[1]]["kernel"])
             groups = kernel.reshape(kernel.shape[0], -1, 4, *kernel.shape[2:])
             assert ((groups != 0).sum(2) == 2).all()
+
+
+def test_groups_may_go_over_heads_that_devices_share():
+    """Heads of 6, over two devices: groups of 4 go from one head into the next."""
+    outputs = recipes.sr_ste({"attention/out/kernel": "2:4"})
+    masks = []
+    for mesh in ({}, {"tensor": 2}):
+        program = make_program(LLAMA, mesh, sparsity=outputs, steps=4)
+        masks.append(jax.device_get(program.new_state()["sparsity"].masks))
+    jax.tree.map(np.testing.assert_array_equal, *masks)
