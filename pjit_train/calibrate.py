@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pjit_train.blocks import Dense
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
+from pjit_train.projection import Dense
 
 Change = Callable[[str, np.ndarray, jax.Array], np.ndarray]
 """(name, kernel [inputs, outputs], X^T X [inputs, inputs] float32) -> the kernel to go on with."""

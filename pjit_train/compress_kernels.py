@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from pjit_train.blocks import BlockConfig, contraction_axes
+from pjit_train.blocks import BlockConfig
 from pjit_train.errors import UserError
+from pjit_train.projection import contraction_axes
 from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model

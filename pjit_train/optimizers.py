@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pjit_train.blocks import contraction_axes
 from pjit_train.errors import UserError
+from pjit_train.projection import contraction_axes
 from sparsity.autoswitch import scale_by_step_adam
 
 

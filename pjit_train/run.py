@@ -5,11 +5,11 @@ import math
 import re
 from typing import Any, Literal
 
-from pjit_train.blocks import contraction_axes
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
 from pjit_train.optimizers import Optimizer
+from pjit_train.projection import contraction_axes
 from pjit_train.sharding import MeshShape, Rules
 from pjit_train.transformer import TransformerConfig
 from sparsity.quantized import Quantization, Quantizer

@@ -18,15 +18,13 @@ from jax.sharding import PartitionSpec as P
 from pjit_train.blocks import (
     Block,
     BlockConfig,
-    Initializer,
     Norm,
-    gathered,
-    gathered_for_tokens,
     rotary_angles,
     run_layers,
-    straight_through,
 )
 from pjit_train.errors import UserError
+from pjit_train.parameters import Initializer, gathered, gathered_for_tokens
+from pjit_train.projection import straight_through
 from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
 from sparsity.quantized_kernels import QuantizedKernel
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from test_sharding import quick_compiles  # noqa: F401
 
-from pjit_train import blocks, calibrate
+from pjit_train import blocks, calibrate, projection
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
@@ -87,9 +87,11 @@ def eager_inputs(config, graph, params, batches, monkeypatch):
     """{(name, layer): X [tokens, inputs]}, noted by every Dense as a plain run calls it."""
     noted = []
     with monkeypatch.context() as patch:
-        call = blocks.Dense.__call__
+        call = projection.Dense.__call__
         patch.setattr(
-            blocks.Dense, "__call__", lambda self, x: noted.append(np.asarray(x)) or call(self, x)
+            projection.Dense,
+            "__call__",
+            lambda self, x: noted.append(np.asarray(x)) or call(self, x),
         )
         # Unrolled and without remat, so that the calls are eager ones.
         plain = dataclasses.replace(config, layers="unroll", remat="none")

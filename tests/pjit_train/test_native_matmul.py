@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_sharding import LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
 
-from pjit_train.blocks import project
 from pjit_train.errors import UserError
+from pjit_train.projection import project
 from sparsity import recipes
 from sparsity.bits import pack_bits
 from sparsity.formats import E5M2, FP8, MX, Int

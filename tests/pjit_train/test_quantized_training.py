@@ -11,12 +11,13 @@ from test_collectives import collectives
 from test_loop import rows, run, text  # noqa: F401
 from test_sharding import GPT2, LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
 
-from pjit_train.blocks import project, rotary_angles, rotate
+from pjit_train.blocks import rotary_angles, rotate
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
 from pjit_train.evaluate import evaluate
 from pjit_train.loop import train
 from pjit_train.optimizers import SGD, Schedule
+from pjit_train.projection import project
 from pjit_train.sample import sample
 from sparsity import recipes
 from sparsity.formats import HBFP, MX, Int
