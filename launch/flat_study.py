@@ -4,11 +4,7 @@ Nothing is fitted to the published figures. What they leave open is varied, one 
 """
 
 import dataclasses
-import json
 import math
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pjit_train.errors import UserError
+from launch.study_files import compute_and_write
 from topology import dataflow_curves as curves
 from topology.accelerator import CLOUD, EDGE, Accelerator, MatrixArray
 from topology.dataflow import Cost, least_full_buffer
@@ -72,40 +68,14 @@ class FlatStudy:
 
 
 def study_flat(out: Path, *, as_json: bool = False, study: FlatStudy | None = None) -> int:
-    """The command: writes table.md, results.json and figures, and prints one of the first two.
-
-    Returns the exit code.
-
-    Raises:
-      UserError: the directory cannot be written.
-    """
-    try:  # a mistake shows now, not in the end
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; take another directory") from error
-    results = find(study or FlatStudy(), lambda part: print(f"{part} ...", file=sys.stderr))
-    table, document = make_table(results), json.dumps(results, indent=1)
-    figures = {"flat-utilisation.png": draw_use, "flat-gains.png": draw_gains}
-    _write(out / "table.md", lambda path: path.write_text(table, encoding="utf-8"))
-    _write(out / "results.json", lambda path: path.write_text(document + "\n"))
-    for name, draw in figures.items():
-        _write(out / name, lambda path, draw=draw: draw(results, path))
-    print(document if as_json else table)
-    if not as_json:
-        print(f"written to {out}: table.md, results.json, {', '.join(figures)}")
-    return 0
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets a file be written beside its place, and then puts it there."""
-    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from error
+    """The command: see `study_files.compute_and_write`."""
+    return compute_and_write(
+        out,
+        lambda tell: find(study or FlatStudy(), tell),
+        make_table,
+        {"flat-utilisation.png": draw_use, "flat-gains.png": draw_gains},
+        as_json=as_json,
+    )
 
 
 def find(study: FlatStudy, tell: Callable[[str], None] = lambda part: None) -> dict[str, Any]:

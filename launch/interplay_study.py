@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.study import Member, check_member, final_loss, is_done, read_study, train_members
+from launch.study_files import write
 from pjit_train.compressed_tensors import export
 from pjit_train.errors import UserError
 from pjit_train.interplay_study import (
@@ -185,6 +186,7 @@ def study_interplay(
 
     It is 1 where runs are missing in the end: some failed, or it was asked to stop.
     """
+    out = out.resolve()  # its runs name it
     study, run = read_study(file, seeds, kind=InterplayStudy, example=SIZES["overnight"])
     if run.quantization is not None:
         raise UserError(f"{file}: run.Run.quantization is set; a study chooses the formats itself")
@@ -226,14 +228,12 @@ def report(file: str, study: InterplayStudy, run: Run, parts: list[Part], out: P
         for pattern, model in small.items()
     ]
     table = make_table(study, found, errors, notes)
-    (out / "table.md").write_text(table, encoding="utf-8")
     document = {
         "study": dataclasses.asdict(study),
         "notes": notes,
         "losses": [loss._asdict() for loss in found],
         "errors": errors,
     }
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    draw(study, found, out / "interplay.png")
+    write(out, table, document, {"interplay.png": lambda _, path: draw(study, found, path)})
     print(table, end="")
     return len(finished)

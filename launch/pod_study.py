@@ -4,11 +4,7 @@ Nothing is fitted to the published figures but one number, the efficiency of all
 differs is shown with its reason.
 """
 
-import json
 import math
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +14,7 @@ from scipy.optimize import brentq
 
 from launch.pod_figures import FIGURES
 from launch.pod_table import make_table
-from pjit_train.errors import UserError
+from launch.study_files import compute_and_write
 from topology import TPU_V4, Fabric, Policy, Slice, checkpoint_interval, fabric, light, simulate_pod
 from topology.availability import ocs_goodput, sample_goodput, static_goodput
 from topology.hardware import CLOUD_V4, ISCA23
@@ -79,39 +75,14 @@ class PodStudy:
 
 
 def study_pod(out: Path, *, as_json: bool = False, study: PodStudy | None = None) -> int:
-    """The command: writes table.md, results.json and the figures, and prints one of the first two.
-
-    Returns the exit code.
-
-    Raises:
-      UserError: the directory cannot be written.
-    """
-    try:  # a mistake shows now, not in the end
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; take another directory") from error
-    results = find(study or PodStudy(), lambda part: print(f"{part} ...", file=sys.stderr))
-    table, document = make_table(results), json.dumps(results, indent=1)
-    _write(out / "table.md", lambda path: path.write_text(table, encoding="utf-8"))
-    _write(out / "results.json", lambda path: path.write_text(document + "\n"))
-    for name, draw in FIGURES.items():
-        _write(out / name, lambda path, draw=draw: draw(results, path))
-    print(document if as_json else table)
-    if not as_json:
-        print(f"written to {out}: table.md, results.json, {', '.join(FIGURES)}")
-    return 0
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets a file be written beside its place, and then puts it there."""
-    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from error
+    """The command: see `study_files.compute_and_write`."""
+    return compute_and_write(
+        out,
+        lambda tell: find(study or PodStudy(), tell),
+        make_table,
+        FIGURES,
+        as_json=as_json,
+    )
 
 
 def find(study: PodStudy, tell: Callable[[str], None] = lambda part: None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A study is a gin file: a run as `torsion train` takes one, and the parameters of
 
 import dataclasses
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax
 from launch.bindings import Configurable, parse_bindings
 from launch.configure import build_run
 from launch.directory import check_directory, steps_before
+from launch.study_files import write
 from pjit_train import study as core
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.errors import TrainingError, UserError
@@ -245,7 +245,6 @@ def study_recipes(
     *,
     seeds: int | None = None,
     only_table: bool = False,
-    as_json: bool = False,
 ) -> int:
     """The command: trains what is left to train, then reports. Returns its exit code.
 
@@ -269,14 +268,12 @@ def report(file: str, study: RecipeStudy, members: list[Member], notes: list[str
     if not found:
         raise UserError(f"{out} has no finished run of {file}; train them without --table")
     table = core.make_table(study, found, notes)
-    (out / "table.md").write_text(table, encoding="utf-8")
     document = {
         "study": dataclasses.asdict(study),
         "notes": notes,
         "runs": [result._asdict() for result in found],
     }
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    core.draw(study, found, out / "recipes.png")
+    write(out, table, document, {"recipes.png": lambda _, path: core.draw(study, found, path)})
     return table, found
 
 

@@ -1,7 +1,6 @@
 """The training loop: batch, step, metrics, validation, checkpoint."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.prefetch import Prefetcher
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.evaluate import validate
+from pjit_train.lock import held
 from pjit_train.metrics import Display, Metrics, utilisation
 from pjit_train.program import Program
 from pjit_train.run import Run
@@ -75,7 +75,8 @@ def train(
         batches = run.data.prepare(run.seed)
         batches.check_vocabulary(run.model.vocab_size)
         _check_corpus(directory, batches.digest)
-        stack.enter_context(_owned(directory))
+        if jax.process_index() == 0:
+            stack.enter_context(held(directory, ".lock", "another process"))
         checkpoints = Checkpoints(directory / "checkpoints", run.checkpoints)
         stack.enter_context(checkpoints)
         if program.packs and steps_before not in (None, run.steps) and checkpoints.steps():
@@ -152,7 +153,7 @@ class _Loop:
                 observing = self.program.observes and step % self.run.log_every == 0
                 state, figures = train_step(state, batch)
                 if observing:
-                    figures |= self.program.observe(masks, state)
+                    figures |= self.program.observe(masks, state, batch)
                     masks = self.program.masks(state)
                 if unread:
                     self._report(*unread)
@@ -273,30 +274,6 @@ class _Loop:
             jax.profiler.stop_trace()
             self.display.say(f"profile of steps {first} to {last} in {self.directory / 'profile'}")
         self.profiling = asked
-
-
-@contextlib.contextmanager
-def _owned(directory: Path):
-    """Holds a run directory for this process alone (process 0 of several)."""
-    if jax.process_index() != 0:
-        yield
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"run directory {directory}: {error.strerror}; give one that can be written with --out"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run directory {directory} is being trained in by another process; "
-                "wait for it, or use another --out"
-            ) from error
-        yield
 
 
 def _check_corpus(directory: Path, digest: str) -> None:

@@ -21,7 +21,7 @@ def add(commands) -> None:
 
 
 def _add_recipes(studies) -> None:
-    recipes = add_command(
+    _add_training_study(
         studies,
         _run_recipes,
         "recipes",
@@ -29,20 +29,6 @@ def _add_recipes(studies) -> None:
         "Each run of the study is a run directory in --out, named by recipe, pattern and seed. Run "
         "again with the same --out, it goes on where it was; several such commands at once share "
         "the runs. At the end, table.md, results.json and recipes.png are in --out.",
-    )
-    recipes.set_defaults(trains=True)
-    recipes.add_argument(
-        "--size",
-        default="small",
-        metavar="SIZE",
-        help="small (default), overnight, or a gin file like those in configs/studies",
-    )
-    recipes.add_argument("--seeds", type=int, metavar="N", help="runs of each kind (as configured)")
-    recipes.add_argument(
-        "--table", action="store_true", help="train nothing: table and figure of what is there"
-    )
-    recipes.add_argument(
-        "--out", metavar="DIR", help="of the runs (default: runs/study- and the gin file's name)"
     )
 
 
@@ -53,13 +39,11 @@ def _run_recipes(args, began: float) -> int:
 
     from launch import study
 
-    file = study.SIZES.get(args.size, args.size)
-    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
-    return study.study_recipes(file, out, seeds=args.seeds, only_table=args.table)
+    return study.study_recipes(**_training_options(args, study.SIZES))
 
 
 def _add_interplay(studies) -> None:
-    interplay = add_command(
+    _add_training_study(
         studies,
         _run_interplay,
         "interplay",
@@ -67,20 +51,6 @@ def _add_interplay(studies) -> None:
         "Each run of the study is a run directory in --out, named by kind, pattern, format, "
         "order and seed. Run again with the same --out, it goes on where it was. At the end, "
         "table.md, results.json and interplay.png are in --out.",
-    )
-    interplay.set_defaults(trains=True)
-    interplay.add_argument(
-        "--size",
-        default="small",
-        metavar="SIZE",
-        help="small (default), overnight, or a gin file like those in configs/studies",
-    )
-    interplay.add_argument("--seeds", type=int, metavar="N", help="how many (as configured)")
-    interplay.add_argument(
-        "--table", action="store_true", help="train nothing: table and figure of what is there"
-    )
-    interplay.add_argument(
-        "--out", metavar="DIR", help="of the runs (default: runs/study- and the gin file's name)"
     )
 
 
@@ -91,9 +61,31 @@ def _run_interplay(args, began: float) -> int:
 
     from launch import interplay_study
 
-    file = interplay_study.SIZES.get(args.size, args.size)
-    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}").resolve()  # its runs name it
-    return interplay_study.study_interplay(file, out, seeds=args.seeds, only_table=args.table)
+    return interplay_study.study_interplay(**_training_options(args, interplay_study.SIZES))
+
+
+def _add_training_study(studies, run, name: str, summary: str, details: str) -> None:
+    study = add_command(studies, run, name, summary, details)
+    study.set_defaults(trains=True)
+    study.add_argument(
+        "--size",
+        default="small",
+        metavar="SIZE",
+        help="small (default), overnight, or a gin file like those in configs/studies",
+    )
+    study.add_argument("--seeds", type=int, metavar="N", help="runs of each kind (as configured)")
+    study.add_argument(
+        "--table", action="store_true", help="train nothing: table and figure of what is there"
+    )
+    study.add_argument(
+        "--out", metavar="DIR", help="of the runs (default: runs/study- and the gin file's name)"
+    )
+
+
+def _training_options(args, sizes: dict[str, str]) -> dict:
+    file = sizes.get(args.size, args.size)
+    out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
+    return {"file": file, "out": out, "seeds": args.seeds, "only_table": args.table}
 
 
 def _add_pod(studies) -> None:

@@ -7,7 +7,6 @@ exit codes of the command line, or RAY_LOST. What Ray and other libraries print 
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from launch.pod.keeper import RAY_LOST, adopt_orphans, end_all_but
 from pjit_train.errors import TrainingError, UserError
+from pjit_train.lock import held
 
 
 def main() -> int:
@@ -90,7 +90,7 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
     )
     if options["address"] is None:
         plan.check_memory()
-    stack.enter_context(_alone(directory / "pod"))
+    stack.enter_context(held(directory, "pod/driver.lock", "another torsion pod"))
     log = os.open(directory / "pod" / "driver.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -115,9 +115,8 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
             f"{plan.hosts(slice).processes} processes"
         )
         supervisor = Supervisor(plan, record, chips)
-        stop = lambda number, frame: supervisor.stop()  # noqa: E731
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+            signal.signal(number, lambda *_: supervisor.stop())
         try:
             supervisor.run()
         finally:
@@ -147,28 +146,6 @@ def _ray(options, cluster):
     if options["address"] is not None:
         return cluster.joined(options["address"])
     return cluster.local(Path(options["private"]), dashboard=options["dashboard"])
-
-
-@contextlib.contextmanager
-def _alone(folder: Path):
-    """Makes the pod's folder in a run directory, and holds it for this process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "driver.lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"run directory {folder.parent}: {error.strerror}; give one that can be written "
-            "with --out"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run directory {folder.parent}: another torsion pod trains in it; wait for it, "
-                "or use another --out"
-            ) from error
-        yield
 
 
 if __name__ == "__main__":

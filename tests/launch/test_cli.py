@@ -226,7 +226,7 @@ def test_processes_started_by_hand_train_as_one_and_the_run_can_be_used(here, ca
         for i in range(2)
     ]
     for i, process in enumerate(processes):
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert err == f"torsion: process {i} of 2 meets the others at localhost:{port}\n"
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from test_sharding import quick_compiles  # noqa: F401
 
-from pjit_train import loop
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import Batches, TextData
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.evaluate import evaluate
+from pjit_train.lock import held
 from pjit_train.loop import train
 from pjit_train.metrics import Metrics, read_rows
 from pjit_train.optimizers import AdamW, Schedule
@@ -156,7 +156,7 @@ def test_an_interrupt_from_the_keyboard_stops_after_the_step(run, tmp_path, at_1
     refused = []
 
     def second():
-        with pytest.raises(UserError) as error, loop._owned(tmp_path):
+        with pytest.raises(UserError) as error, held(tmp_path, ".lock", "another process"):
             pass
         refused.append(str(error.value))
 
