@@ -350,7 +350,9 @@ def draw(study: RecipeStudy, results: Sequence[Result], path: Path) -> None:
     places = np.arange(len(study.patterns))
     losses = [statistics.fmean(values) for values in by_recipe.values()]
     lowest, high = min(losses), float(np.quantile(losses, 0.9))
-    top = min(high + 0.25 * (high - lowest), max(losses) + 0.05 * (max(losses) - lowest)) + 1e-3
+    top = min(high + 0.3 * (high - lowest), max(losses) + 0.05 * (max(losses) - lowest)) + 1e-3
+
+    above = collections.Counter()  # losses of a pattern that are written already
 
     def line(key: str, name: str, shift: float, **style) -> None:
         found = [(x, by_recipe[key, p]) for x, p in enumerate(study.patterns) if by_recipe[key, p]]
@@ -360,10 +362,20 @@ def draw(study: RecipeStudy, results: Sequence[Result], path: Path) -> None:
         deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in found]
         at = [x + shift for x, _ in found]
         bars = axes.errorbar(at, means, deviations, label=name, capsize=2, linewidth=1.3, **style)
-        for x, mean in zip(at, means, strict=True):
+        for (x, _), mean in zip(found, means, strict=True):
             if mean > top:
-                color = bars.lines[0].get_color()
-                axes.text(x, top, f" {mean:.2f} ↑ ", color=color, ha="right", va="top", fontsize=8)
+                axes.annotate(
+                    f"{mean:.2f} ↑",
+                    (x, top),
+                    (0, -2 - 11 * above[x]),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top",
+                    fontsize=8,
+                    color=bars.lines[0].get_color(),
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                )
+                above[x] += 1
 
     if dense := by_recipe[DENSE, None]:
         level = statistics.fmean(dense)
