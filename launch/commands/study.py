@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from launch.commands.common import add_command
+from pjit_train.errors import UserError
 
 
 def add(commands) -> None:
@@ -84,6 +85,10 @@ def _add_training_study(studies, run, name: str, summary: str, details: str) -> 
 
 def _training_options(args, sizes: dict[str, str]) -> dict:
     file = sizes.get(args.size, args.size)
+    if not file.endswith(".gin"):
+        raise UserError(
+            f"--size {file}: use {', '.join(sizes)}, or a gin file like {sizes['small']}"
+        )
     out = Path(args.out or Path("runs") / f"study-{Path(file).stem}")
     return {"file": file, "out": out, "seeds": args.seeds, "only_table": args.table}
 

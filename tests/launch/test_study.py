@@ -243,6 +243,7 @@ def test_comparisons_are_paired_by_seed_and_interpolated():
         ("study.RecipeStudy.recipe = 'step'", (), r"recipe"),
         ("run.Run.steps = 0", (), r"steps=0"),
         ("", ("--seeds", "0"), r"seeds=0; use 1 or more"),
+        ("", ("--size", "tiny"), r"use small, overnight, or a gin file like configs/"),
         ("", ("--size", "nowhere.gin"), r"nowhere\.gin: no such file"),
         ("", ("--size", "configs/quickstart.gin"), r"nothing of study\.RecipeStudy"),
         ("", ("--table",), r"no finished run"),
