@@ -4,8 +4,11 @@ Gin's state is global; every call clears it first.
 """
 
 import difflib
+import functools
+import pprint
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import gin
 
@@ -24,6 +27,8 @@ from pjit_train.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout, which holds configs/
 gin.add_config_file_search_path(str(ROOT))
+# Of patterns the first that matches counts, so dictionaries are written in their order, not sorted.
+gin.config.pprint = SimpleNamespace(pformat=functools.partial(pprint.pformat, sort_dicts=False))
 # Gin's second reader looks in Python packages, which it imports, and logs what it does not find.
 gin.config._FILE_READERS[1:] = []
 

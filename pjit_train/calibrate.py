@@ -88,24 +88,25 @@ def change_kernels(
 def input_maxima(
     graph: nnx.GraphDef, params: dict[str, Any], batches: Sequence[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The greatest magnitude of every input of every kernel of the blocks, over the text.
+    """The greatest magnitude of every input of every kernel, over the text.
 
     Returns:
-      By name of the kernel, such as "blocks/attention/query/kernel", float32 [layers, inputs].
+      By name of the kernel, such as "blocks/attention/query/kernel", float32 [layers, inputs]; of
+      a head of its own, "head", [1, inputs].
 
     Arguments are those of `change_kernels`.
     """
     model = nnx.merge(graph, params)
-    layers = [
-        found
-        for _, found in walk(
-            model, params["blocks"], enter_all(model, batches), _maxima, jnp.maximum
-        )
-    ]
-    return {
+    hidden = enter_all(model, batches)
+    layers = [x for _, x in walk(model, params["blocks"], hidden, _maxima, jnp.maximum)]
+    maxima = {
         f"blocks/{name}/kernel": np.stack([np.asarray(found[name]) for found in layers])
         for name in layers[0]
     }
+    if "head" in params:
+        last = functools.reduce(jnp.maximum, (_maxima(model.norm(x)) for x, _ in hidden))
+        maxima["head"] = np.asarray(last)[None]
+    return maxima
 
 
 Hidden = list[tuple[jax.Array, dict[str, Any]]]
@@ -178,13 +179,21 @@ def _forward(graph, params, x_BTD, **inputs):
 def _measured(graph, measure, params, x_BTD, **inputs):
     """{"attention/query": measurement} of the inputs of every Dense of a block."""
     block, found = nnx.merge(graph, params), {}
-    taps = [(path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Dense)]
-    for path, module in taps:
-        parent, name = functools.reduce(getattr, path[:-1], block), "/".join(path)
-        note = lambda x, name=name: found.__setitem__(name, measure(x))  # noqa: E731
-        setattr(parent, path[-1], _Tap(module, note))
+
+    def tapped(name, dense):
+        return _Tap(dense, lambda x: found.__setitem__(name, measure(x)))
+
+    replace_dense(block, tapped)
     block(x_BTD, **inputs)
     return found
+
+
+def replace_dense(block: nnx.Module, replacement: Callable[[str, Dense], Any]) -> None:
+    """Puts replacement("attention/query", dense) in place of every Dense of a block."""
+    found = [(path, x) for path, x in nnx.iter_modules(block) if isinstance(x, Dense)]
+    for path, dense in found:
+        parent = functools.reduce(getattr, path[:-1], block)
+        setattr(parent, path[-1], replacement("/".join(path), dense))
 
 
 class _Entrance(nnx.Module):
@@ -200,10 +209,10 @@ class _Entrance(nnx.Module):
 
 def enter_all(model, batches) -> Hidden:
     """What the first block is given for each batch; for `walk`."""
-    return [_enter(model, batch) for batch in batches]
+    return [enter(model, batch) for batch in batches]
 
 
-def _enter(model, batch) -> tuple[jax.Array, dict[str, Any]]:
+def enter(model, batch) -> tuple[jax.Array, dict[str, Any]]:
     """What the first block is given for a batch: the embedded text, and the other inputs."""
     noted = []
     entrance = nnx.clone(model)

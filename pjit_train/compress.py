@@ -40,6 +40,7 @@ from pjit_train.sharding import make_mesh
 from pjit_train.step import new_state
 from sparsity.gptq import Scales
 from sparsity.kernels import dense_tree
+from sparsity.quantized_kernels import QuantizedKernel, unquantized
 
 ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
 
@@ -119,6 +120,9 @@ def compress(
 ) -> dict[str, Any]:
     """Compresses the parameters of a run's checkpoint and writes a run directory of them.
 
+    Of a run that was trained in number formats they are those that its optimizer holds, so that
+    nothing is rounded twice; the figures before are those of the run as it evaluates.
+
     It holds the parameters as a checkpoint of step 0, with the optimizer's state of a first step:
     training that resumes there repeats the run's schedule on what is left (as ASP does; Mishra et
     al., 2021). Quantized kernels hold the values of their format, and `SCALES` the scales, by which
@@ -155,9 +159,7 @@ def compress(
     batches = run.data.prepare(run.seed)
     text = calibration_batches(batches, compression.sequences)
     step, weights = restore_weights(program, directory, step)
-    with jax.set_mesh(mesh):
-        params = jax.tree.map(np.asarray, dense_tree(weights))
-    params = _as_in(new, params)
+    params = _as_in(new, _trained(program, weights))
     for name in {**compression.patterns, **compression.formats}:
         if not np.isfinite(np.asarray(leaf(params, name), np.float32)).all():
             raise UserError(
@@ -177,8 +179,7 @@ def compress(
         if work.scales:
             save_file(stored_scales(work.scales), temporary / SCALES)
         weights = restore_weights(new, temporary)[1]
-        with jax.set_mesh(mesh):
-            written = jax.tree.map(np.asarray, dense_tree(weights))
+        written = _trained(new, weights)
         asked = dataclasses.asdict(compression)
         del asked["patterns"], asked["formats"]  # each stands with its kernel
         report = {
@@ -298,8 +299,7 @@ class _Work:
         if step < steps:
             raise UserError(f"compress: stopped after {step} of {steps} steps; nothing is written")
         shutil.rmtree(folder)
-        with jax.set_mesh(self.new.mesh):
-            return jax.tree.map(np.asarray, dense_tree(weights))
+        return _trained(program, weights)
 
     def describe(self, written: dict[str, Any], itemsize: int) -> dict[str, Any]:
         """The figures of kernels and bytes; see `compress`.
@@ -342,6 +342,18 @@ def save_params(program: Program, params, directory: Path) -> None:
         state = jax.jit(make)(_on_mesh(program, params))
     with Checkpoints(directory / "checkpoints", program.run.checkpoints) as checkpoints:
         checkpoints.save(0, state)
+
+
+def _trained(program: Program, weights) -> dict[str, Any]:
+    """The parameters as they are trained, masked but not quantized; arrays of numpy.
+
+    Args:
+      weights: what `Program.weights` gives.
+    """
+    is_kernel = lambda x: isinstance(x, QuantizedKernel)  # noqa: E731
+    with jax.set_mesh(program.mesh):
+        masters = dense_tree(jax.tree.map(unquantized, weights, is_leaf=is_kernel))
+        return jax.tree.map(np.asarray, masters)
 
 
 def _on_mesh(program: Program, params):

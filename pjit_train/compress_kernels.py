@@ -55,14 +55,20 @@ KERNELS = r"(attention|feed_forward)/.*kernel"
 def parse_format(text: str) -> Format:
     """The format of NAME or NAME:BLOCK, such as int4:128, int4:channel or fp8_e4m3:tensor.
 
-    fp8_e4m3 and fp8_e5m2 alone have a scale per output here: of weights, a cast without one would
-    lose what is small.
+    Integers with a zero point are int4:asymmetric, or int4:128:asymmetric. fp8_e4m3 and fp8_e5m2
+    alone have a scale per output here: of weights, a cast without one would lose what is small.
 
     Raises:
       ValueError: there is no such format or block.
     """
     name, colon, block = text.partition(":")
     format = get_format(name)
+    if block == "asymmetric" or block.endswith(":asymmetric"):
+        if not isinstance(format, Int):
+            raise ValueError(f"{text}: a zero point is of integers; use int4 or int8, or {name}")
+        format = dataclasses.replace(format, symmetric=False)
+        block = block.removesuffix("asymmetric").removesuffix(":")
+        colon = block
     if colon:
         return dataclasses.replace(format, block=int(block) if block.isdecimal() else block)
     if isinstance(format, FP8):
@@ -71,7 +77,10 @@ def parse_format(text: str) -> Format:
 
 
 def format_text(format: Format) -> str:
-    """The NAME or NAME:BLOCK of a format; of one that has none, the object as it is printed."""
+    """The text of a format that `parse_format` reads; where there is none, the object's own."""
+    if isinstance(format, Int) and not format.symmetric:
+        text = format_text(dataclasses.replace(format, symmetric=True))
+        return f"{text}:asymmetric" if text.startswith("int") else str(format)
     for name, known in FORMATS.items():
         if format == known:
             return name
@@ -285,11 +294,16 @@ def kept_zeros(run: Run) -> dict[str, str]:
 
 
 def stored_scales(scales: Mapping[str, list[Scales]]) -> dict[str, np.ndarray]:
-    """What is stored of the scales of each kernel's layers; "NAME/tensor" are those of NVFP4."""
+    """What is stored of the scales of each kernel's layers.
+
+    Of integers with a zero point also "NAME/zero_point", int32; of NVFP4 "NAME/tensor".
+    """
     found = {}
     for name, layers in scales.items():
         if layers[0].scale is not None:
             found[name] = np.stack([x.scale for x in layers])
+        if layers[0].zero_point is not None:
+            found[f"{name}/zero_point"] = np.stack([x.zero_point for x in layers])
         if layers[0].tensor_scale is not None:
             found[f"{name}/tensor"] = np.stack([x.tensor_scale for x in layers])
     return found
@@ -299,8 +313,8 @@ def load_scales(directory: Path, name: str, layers: int) -> list[Scales]:
     """The scales of a kernel's layers that a compressed run holds."""
     with safe_open(directory / SCALES, "numpy") as file:
         stored = set(file.keys())
-        scale = file.get_tensor(name) if name in stored else [None] * layers
-        tensor = (
-            file.get_tensor(f"{name}/tensor") if f"{name}/tensor" in stored else [None] * layers
-        )
-    return [Scales(s, None, t) for s, t in zip(scale, tensor, strict=True)]
+        found = [
+            file.get_tensor(name + part) if name + part in stored else [None] * layers
+            for part in ("", "/zero_point", "/tensor")
+        ]
+    return [Scales(*of_layer) for of_layer in zip(*found, strict=True)]

@@ -20,6 +20,7 @@ import numpy as np
 
 from pjit_train import huggingface
 from pjit_train.blocks import BlockConfig
+from pjit_train.calibrate import calibration_batches, input_maxima
 from pjit_train.compress_kernels import (
     REPORT,
     kept_zeros,
@@ -28,7 +29,7 @@ from pjit_train.compress_kernels import (
     parse_format,
     violations,
 )
-from pjit_train.compressed_tensors_codes import Scheme, decode, encode, scheme
+from pjit_train.compressed_tensors_codes import Scheme, decode, encode, input_scales, scheme
 from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights
 from pjit_train.huggingface_config import write_config
@@ -36,12 +37,13 @@ from pjit_train.huggingface_families import Family, Tensor
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
-from sparsity.formats import Format
+from sparsity.formats import NVFP4, Format
 from sparsity.gptq import Scales, rtn
 from sparsity.kernels import Kernel, MaskedKernel, dense, dense_tree
 from sparsity.layers import names
 from sparsity.quantized_kernels import QuantizedKernel
 
+SEQUENCES = 128  # of text that scales of activations are taken from, where there are as many
 _DTYPES = {
     "I8": np.int8,
     "U8": np.uint8,
@@ -62,12 +64,15 @@ class QuantizedWeights:
       format: of the weights.
       scales: of each layer.
       activations: format of the inputs, or None.
+      input_scales: of activations in NVFP4 the tensor scale of each layer; see
+        `compressed_tensors_codes.input_scales`.
       pattern: N:M that its zeros have, or a fraction; checked in what is written. None for none.
     """
 
     format: Format
     scales: Sequence[Scales]
     activations: Format | None = None
+    input_scales: Sequence[float] = ()
     pattern: str | None = None
 
     @property
@@ -131,7 +136,8 @@ def export(
     """Writes the parameters of a run as a Hugging Face folder, quantized if the run is.
 
     Of a run that `compress` wrote, the codes and scales are those of the compression. Of one that
-    was trained with `Run.quantization`, weights are rounded as its forward pass rounds them.
+    was trained with `Run.quantization`, weights are rounded as its forward pass rounds them. The
+    tensor scale of activations in NVFP4 is taken from the run's training text.
 
     Args:
       step: of the checkpoint; None for the newest good one.
@@ -149,6 +155,7 @@ def export(
     with jax.set_mesh(program.mesh):
         quantized = {} if plain else _trained(weights) | _compressed(run, directory)
         params = jax.tree.map(np.asarray, dense_tree(weights))
+    quantized = _with_input_scales(quantized, program, params)
     if not quantized:
         huggingface.save(folder, run.model, params)
         return {"step": step}
@@ -192,6 +199,23 @@ def _trained(weights) -> dict[str, QuantizedWeights]:
             format=kernel.formats.weights, scales=scales, activations=kernel.formats.activations
         )
     return found
+
+
+def _with_input_scales(
+    quantized: Mapping[str, QuantizedWeights], program: Program, params
+) -> dict[str, QuantizedWeights]:
+    """With `input_scales`, from the first sequences of the run's training text."""
+    if not any(isinstance(weights.activations, NVFP4) for weights in quantized.values()):
+        return dict(quantized)
+    batches = program.run.data.prepare(program.run.seed)
+    text = calibration_batches(batches, min(SEQUENCES, batches.num_train_sequences))
+    maxima = input_maxima(program.graph, params, text)
+    return {
+        name: dataclasses.replace(weights, input_scales=input_scales(maxima[name].max(axis=1)))
+        if isinstance(weights.activations, NVFP4)
+        else weights
+        for name, weights in quantized.items()
+    }
 
 
 def _linear(tensor: Tensor) -> bool:
@@ -257,6 +281,8 @@ class _Packing:
                 f"export: {kernel} has values that its format and scales do not give: was the run "
                 "trained after it was compressed? Use --step 0, or --dense for plain numbers"
             )
+        if len(weights.input_scales):
+            stored["input_global_scale"] = np.float32(weights.input_scales[layer or 0]).reshape(1)
         module = name.removesuffix(".weight")
         self._written[module] = kernel, _digest(decoded_OI)
         return {f"{module}.{part}": x for part, x in stored.items()}

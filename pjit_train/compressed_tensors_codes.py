@@ -11,10 +11,12 @@ import numpy as np
 
 from pjit_train.compress_kernels import format_text
 from pjit_train.errors import UserError
-from sparsity.formats import E2M1, E4M3, FP8, MX, NVFP4, Format, Int
+from sparsity.formats import E2M1, E2M3, E4M3, FP8, MX, NVFP4, Format, Int
 from sparsity.gptq import Scales
 
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # by the three low bits of a code
+# Small floats by their codes without the sign, which is the highest bit.
+_E2M1 = np.arange(8, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+_E2M3 = np.arange(32, dtype=np.uint8).view(ml_dtypes.float6_e2m3fn).astype(np.float32)
 
 
 class Scheme(NamedTuple):
@@ -38,9 +40,10 @@ def scheme(format: Format, activations: Format | None = None) -> Scheme:
     """
     inputs = None if activations is None else _inputs(activations)
     match format:
-        case Int(symmetric=True, bits=bits, block=block):
+        case Int(symmetric=symmetric, bits=bits, block=block):
             whole = isinstance(block, str)
             weights = _arguments(bits, "int", "channel") if whole else _group(bits, "int", block)
+            weights["symmetric"] = symmetric
             if inputs is None or inputs["type"] == "int":
                 both = inputs is not None and bits == 8 and whole
                 return Scheme("int-quantized" if both else "pack-quantized", weights, inputs)
@@ -53,34 +56,40 @@ def scheme(format: Format, activations: Format | None = None) -> Scheme:
             if inputs in (None, weights | {"dynamic": True}):
                 name = "mxfp8-quantized" if element == E4M3 else "mxfp4-pack-quantized"
                 return Scheme(name, weights, inputs)
+        case MX(element=element, block=32) if element == E2M3:
+            weights = _group(6, "float", 32) | {"scale_dtype": "torch.uint8"}
+            if inputs in (None, weights | {"dynamic": True, "num_bits": 8}):
+                return Scheme("mxfp6-pack-quantized", weights, inputs)
         case NVFP4(block=16):
-            weights = _group(4, "float", 16) | {"strategy": "tensor_group"}
-            weights["scale_dtype"] = "torch.float8_e4m3fn"
-            if inputs is None:
-                return Scheme("nvfp4-pack-quantized", weights, None)
+            weights = _nvfp4()
+            if inputs in (None, weights | {"dynamic": "local"}):
+                return Scheme("nvfp4-pack-quantized", weights, inputs)
     given = format_text(format)
     if activations is not None:
         given += f" with activations in {format_text(activations)}"
     raise UserError(
         f"export: compressed-tensors has no name for {given}; it has int4 and int8 (channel or "
-        "blocks; activations int8), fp8_e4m3 per output (activations fp8_e4m3), mxfp8_e4m3 and "
-        "mxfp4_e2m1 (activations in the same) and nvfp4; or use --dense for plain numbers"
+        "blocks; activations int8), fp8_e4m3 per output (activations fp8_e4m3), mxfp8_e4m3, "
+        "mxfp4_e2m1 and nvfp4 (activations in the same), mxfp6_e2m3 (activations mxfp8_e4m3); "
+        "or use --dense for plain numbers"
     )
 
 
 def _inputs(format: Format) -> dict[str, Any]:
     """The arguments of activations that are quantized as they come."""
     match format:
-        case Int(bits=8, symmetric=True, block="channel" | "tensor"):
-            return _arguments(8, "int", "token") | {"dynamic": True}
+        case Int(bits=8, symmetric=symmetric, block="channel" | "tensor"):
+            return _arguments(8, "int", "token") | {"dynamic": True, "symmetric": symmetric}
         case FP8(element=element, block="channel" | "tensor") if element == E4M3:
             return _arguments(8, "float", "token") | {"dynamic": True}
         case MX(element=element, block=32) if element in (E4M3, E2M1):
             dynamic = {"dynamic": True, "scale_dtype": "torch.uint8"}
             return _group(element.bits, "float", 32) | dynamic
+        case NVFP4(block=16):  # the tensor scale is given: see `input_scales`
+            return _nvfp4() | {"dynamic": "local"}
     raise UserError(
         f"export: compressed-tensors has no activations in {format_text(format)}; it has int8, "
-        "fp8_e4m3, mxfp8_e4m3 and mxfp4_e2m1; or use --dense for plain numbers"
+        "fp8_e4m3, mxfp8_e4m3, mxfp4_e2m1 and nvfp4; or use --dense for plain numbers"
     )
 
 
@@ -97,6 +106,21 @@ def _arguments(bits: int, kind: str, strategy: str) -> dict[str, Any]:
 
 def _group(bits: int, kind: str, size: int) -> dict[str, Any]:
     return _arguments(bits, kind, "group") | {"group_size": size}
+
+
+def _nvfp4() -> dict[str, Any]:
+    blocks = {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    return _group(4, "float", 16) | blocks
+
+
+def input_scales(maxima: np.ndarray) -> np.ndarray:
+    """The tensor scales of NVFP4 for activations, float32, of their greatest magnitudes.
+
+    448 * 6 / max |x|, and at most 2^100, as of weights; a reader makes the scales of blocks of 16
+    as activations come, and clips what is greater than the text was.
+    """
+    with np.errstate(divide="ignore"):
+        return np.minimum(np.float32(448 * 6) / maxima.astype(np.float32), np.float32(2.0**100))
 
 
 def encode(values_OI: np.ndarray, scales: Scales, format: Format, name: str) -> dict[str, Any]:
@@ -119,25 +143,44 @@ def encode(values_OI: np.ndarray, scales: Scales, format: Format, name: str) -> 
     elements_OI = values_OI / np.where(factor_OI == 0, 1, factor_OI)
     match name:
         case "pack-quantized":
-            codes = np.rint(elements_OI).astype(np.int8)
-            return {
-                "weight_packed": pack_int32(codes, format.bits),
+            codes_OI, zero_OG = _integers(elements_OI, scales)
+            stored = {
+                "weight_packed": pack_int32(codes_OI, format.bits),
                 "weight_scale": scale_OG,
                 "weight_shape": np.array([outputs, inputs], np.int64),
             }
+            if zero_OG is not None:  # bit after bit along the outputs
+                packed_GW = pack_int32(zero_OG.T, format.bits)
+                stored["weight_zero_point"] = np.ascontiguousarray(packed_GW.T)
+            return stored
         case "int-quantized":
-            return {"weight": np.rint(elements_OI).astype(np.int8), "weight_scale": scale_OG}
+            codes_OI, zero_OG = _integers(elements_OI, scales)
+            stored = {"weight": codes_OI, "weight_scale": scale_OG}
+            return stored if zero_OG is None else stored | {"weight_zero_point": zero_OG}
         case "float-quantized" | "naive-quantized":
             return {"weight": _e4m3(elements_OI), "weight_scale": scale_OG}
         case "mxfp8-quantized":
             return {"weight": _e4m3(elements_OI), "weight_scale": _e8m0(scale_OG)}
-        case "mxfp4-pack-quantized":
-            return {"weight_packed": pack_e2m1(elements_OI), "weight_scale": _e8m0(scale_OG)}
+        case "mxfp4-pack-quantized" | "mxfp6-pack-quantized":
+            table = _E2M1 if "mxfp4" in name else _E2M3
+            packed = pack_floats(elements_OI, table)
+            return {"weight_packed": packed, "weight_scale": _e8m0(scale_OG)}
     return {
-        "weight_packed": pack_e2m1(elements_OI),
+        "weight_packed": pack_floats(elements_OI, _E2M1),
         "weight_scale": _e4m3(scale_OG),
         "weight_global_scale": scales.tensor_scale.reshape(1),
     }
+
+
+def _integers(elements_OI: np.ndarray, scales: Scales) -> tuple[np.ndarray, np.ndarray | None]:
+    """int8 codes [outputs, inputs], and zero points [outputs, groups] where there are any."""
+    codes_OI = np.rint(elements_OI).astype(np.int16)
+    if scales.zero_point is None:
+        return codes_OI.astype(np.int8), None
+    outputs, inputs = codes_OI.shape
+    zero_OG = np.broadcast_to(scales.zero_point.T, (outputs, len(scales.zero_point)))
+    codes_OI += np.repeat(zero_OG, inputs // zero_OG.shape[1], axis=1).astype(np.int16)
+    return codes_OI.astype(np.int8), zero_OG.astype(np.int8)
 
 
 def decode(tensors: Mapping[str, np.ndarray], bits: int, name: str) -> np.ndarray:
@@ -147,10 +190,18 @@ def decode(tensors: Mapping[str, np.ndarray], bits: int, name: str) -> np.ndarra
             inputs = int(tensors["weight_shape"][1])
             elements_OI = unpack_int32(tensors["weight_packed"], bits, inputs).astype(np.float32)
         case "mxfp4-pack-quantized" | "nvfp4-pack-quantized":
-            elements_OI = unpack_e2m1(tensors["weight_packed"])
+            elements_OI = unpack_floats(tensors["weight_packed"], _E2M1)
+        case "mxfp6-pack-quantized":
+            elements_OI = unpack_floats(tensors["weight_packed"], _E2M3)
         case _:
             elements_OI = tensors["weight"].astype(np.float32)
     scale_OG = tensors["weight_scale"]
+    if (zero_OG := tensors.get("weight_zero_point")) is not None:
+        if name == "pack-quantized":
+            zero_OG = unpack_int32(zero_OG.T, bits, len(elements_OI)).T
+        elements_OI = elements_OI - np.repeat(
+            zero_OG.astype(np.float32), elements_OI.shape[1] // zero_OG.shape[1], axis=1
+        )
     if scale_OG.dtype == np.uint8:
         scale_OG = np.ldexp(np.float64(1), scale_OG.astype(np.int64) - 127)
     scale_OG = scale_OG.astype(np.float32)
@@ -176,18 +227,28 @@ def unpack_int32(words: np.ndarray, bits: int, inputs: int) -> np.ndarray:
     return codes[..., 0].astype(np.int16) - 2 ** (bits - 1)
 
 
-def pack_e2m1(elements_OI: np.ndarray) -> np.ndarray:
-    """Codes of nearest E2M1 numbers, two to a byte, the first in the low half: [outputs, I / 2]."""
-    middles = (_E2M1[1:] + _E2M1[:-1]) / 2
+def pack_floats(elements_OI: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Codes of nearest small floats, bit after bit from the low ones up: uint8 [outputs, bytes].
+
+    Args:
+      table: the floats that are not negative, by code; the sign is the bit above those.
+    """
+    middles = (table[1:] + table[:-1]) / 2
     codes = np.searchsorted(middles, np.abs(elements_OI)).astype(np.uint8)
-    codes |= np.signbit(elements_OI).astype(np.uint8) << 3
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    codes += np.signbit(elements_OI).astype(np.uint8) * np.uint8(len(table))
+    stream = np.unpackbits(
+        codes[..., None], axis=-1, count=len(table).bit_length(), bitorder="little"
+    )
+    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little")
 
 
-def unpack_e2m1(packed: np.ndarray) -> np.ndarray:
-    """float32 [outputs, inputs]; undoes `pack_e2m1`."""
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    return np.where(codes & 8, -1, 1).astype(np.float32) * _E2M1[codes & 7]
+def unpack_floats(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """float32 [outputs, inputs]; undoes `pack_floats` where it fills whole bytes."""
+    bits = len(table).bit_length()
+    stream = np.unpackbits(packed, axis=1, bitorder="little").reshape(len(packed), -1, bits)
+    codes = np.packbits(stream, axis=-1, bitorder="little")[..., 0]
+    sign = np.where(codes & len(table), -1, 1).astype(np.float32)
+    return sign * table[codes & len(table) - 1]
 
 
 def _e4m3(x: np.ndarray) -> np.ndarray:

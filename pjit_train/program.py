@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train import huggingface
+from pjit_train.activation_metrics import observe_activations
 from pjit_train.errors import UserError
 from pjit_train.loss import cross_entropy
 from pjit_train.run import Run
@@ -113,11 +114,12 @@ class Program:
         """Whether `observe` has anything to say."""
         return self.updater is not None or self.quantizer is not None
 
-    def observe(self, before, state: State) -> dict[str, jax.Array]:
+    def observe(self, before, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Figures of a sparse or quantized run.
 
         Args:
           before: what `masks` gave at the observation before; None in a run that is not sparse.
+          batch: of the step that gave the state.
         """
 
         def figures(before, state):
@@ -128,10 +130,19 @@ class Program:
                 found |= observe_quantization(self.quantizer, self.updater, state)
             return found
 
+        def observed(before, state, batch):
+            found = auto_axes(figures, out_sharding=PartitionSpec())(before, state)
+            if self.quantizer is None:
+                return found
+            read = weights(state, self.updater, self.quantizer)
+            return found | observe_activations(
+                self.graph, read, batch, self.quantizer, self.run.rules, self.run.accumulate
+            )
+
         if self._observe is None:
-            self._observe = jax.jit(auto_axes(figures, out_sharding=PartitionSpec()))
+            self._observe = jax.jit(observed)
         with jax.set_mesh(self.mesh):
-            return self._observe(before, state)
+            return self._observe(before, state, batch)
 
     def weights(self, state: State):
         """The parameters as a model reads them to evaluate or sample, masked and quantized."""

@@ -1,7 +1,9 @@
 """Matmuls of activations with a kernel: plain, sparse or quantized, and their gradients."""
 
+import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -23,7 +25,7 @@ from pjit_train.sharding import (
     spec_axes,
     spec_of,
 )
-from sparsity.quantized_kernels import QuantizedKernel
+from sparsity.quantized_kernels import Losses, QuantizedKernel
 
 if TYPE_CHECKING:
     from pjit_train.blocks import BlockConfig
@@ -204,6 +206,62 @@ class Dense(nnx.Module):
         """The outputs as an attention product reads them, [batch, tokens, heads, head_dim]."""
         stored = self.kernel.get_value()
         return stored.product_operand(y) if isinstance(stored, QuantizedKernel) else y
+
+
+class WatchedDense:
+    """In place of a Dense: computes what that does, and notes what is lost where it quantizes.
+
+    Args:
+      note: called with what was read and its `quantized_kernels.Losses`: "activations", and
+        "operands" of attention, that its outputs are.
+      probe: its gradient is the `Losses` of the gradients of the outputs; None to leave these.
+    """
+
+    def __init__(
+        self, dense: Dense, note: Callable[[str, Losses], None], probe: Losses | None = None
+    ):
+        self.dense, self.note, self.probe = dense, note, probe
+        self.stored = dense.kernel.get_value()
+
+    def __getattr__(self, name: str):
+        return getattr(self.dense, name)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        note_input_losses(self.stored, x, self.note)
+        y = self.dense(x)
+        if self.probe is None:
+            return y
+        # Of how it quantizes only; arrays would have to be arguments.
+        formats = dataclasses.replace(self.stored, kernel=None, key=None)
+        return _probed(formats.gradient_losses, y, self.probe)
+
+    def as_operand(self, y: jax.Array) -> jax.Array:
+        if isinstance(self.stored, QuantizedKernel) and self.stored.products is not None:
+            self.note("operands", self.stored.product_losses(_plain(y)))
+        return self.dense.as_operand(y)
+
+
+def note_input_losses(stored, x: jax.Array, note: Callable[[str, Losses], None]) -> None:
+    """Notes the "activations" of a matmul, where what is stored for its kernel quantizes them."""
+    if isinstance(stored, QuantizedKernel) and stored.formats.activations is not None:
+        note("activations", stored.input_losses(_plain(x)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probed(losses, y: jax.Array, probe: Losses) -> jax.Array:
+    """y; the gradient of the probe is made of that of y."""
+    return y
+
+
+def _probed_fwd(losses, y, probe):
+    return y, None
+
+
+def _probed_bwd(losses, residuals, d_y):
+    return d_y, losses(_plain(d_y))
+
+
+_probed.defvjp(_probed_fwd, _probed_bwd)
 
 
 def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -53,7 +53,7 @@ def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
 def observe_quantization(quantizer, updater, state: State) -> dict[str, jax.Array]:
     """Figures of the weights of a quantized run; scalars, float32. As `observe`, run by itself.
 
-    Of activations none: their scales are made within the forward pass of a step.
+    Of activations and gradients see `activation_metrics`.
 
     Returns:
       `quantization_error/<layer kind>`: |q(w) - w| / |w|, of what the recipe leaves of the weights.

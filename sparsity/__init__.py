@@ -47,6 +47,7 @@ from sparsity.nm import check_nm, nm_mask, nm_violations, transposable_mask
 from sparsity.one_shot import sparsegpt, wanda_mask, wanda_scores
 from sparsity.pruning import Pruning
 from sparsity.quantization import block_scales, clipped, fake_quantize, quantize
+from sparsity.quantized import MatmulFormats, Quantization, Quantizer
 from sparsity.recipes import Recipe
 from sparsity.sparsity_distributions import erk, uniform
 from sparsity.sparsity_schedules import (
@@ -82,6 +83,7 @@ __all__ = [
     "IterativeNMPruning",
     "MagnitudePruning",
     "MaskedKernel",
+    "MatmulFormats",
     "NByM",
     "NoPruning",
     "NoUpdateSchedule",
@@ -90,6 +92,8 @@ __all__ = [
     "PeriodicSchedule",
     "PolynomialSchedule",
     "Pruning",
+    "Quantization",
+    "Quantizer",
     "RandomPruning",
     "Recipe",
     "RigL",

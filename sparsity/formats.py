@@ -239,6 +239,17 @@ def get_format(format: str | Format) -> Format:
     raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}, or an object")
 
 
+def format_name(format: str | Format) -> str:
+    """A format by its name, or by one and its block; of one that has none, the object as it is."""
+    format = get_format(format)
+    for name, known in FORMATS.items():
+        if format == known:
+            return name
+        if type(format) is type(known) and dataclasses.replace(format, block=known.block) == known:
+            return f"{name} in blocks of {format.block}"
+    return str(format)
+
+
 def element_bits(format: str | Format) -> int:
     """Bits of one element, without scales."""
     format = get_format(format)

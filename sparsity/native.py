@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsity.formats import E4M3, E5M2, FP8, Format, Int
+from sparsity.formats import E4M3, E5M2, FP8, Format, Int, format_name
 from sparsity.quantization import elements, noise_of_blocks, parts_of
 from sparsity.rounding import bits_of, divide, float_of
 from sparsity.scales import to_float
@@ -37,12 +37,14 @@ def check_formats(weights: Format | None, activations: Format | None) -> None:
         else:
             continue
         raise ValueError(
-            f"matmul='native' {why}, and {name} are {format}; use int8 or fp8_e4m3, or {_INSTEAD}"
+            f"matmul='native' {why}, and {name} are {format and format_name(format)}; "
+            f"use int8 or fp8_e4m3, or {_INSTEAD}"
         )
     if type(weights) is not type(activations):
         raise ValueError(
-            f"matmul='native' multiplies operands of one kind, and weights are {weights}, "
-            f"activations {activations}; use int8 or fp8_e4m3 for both, or {_INSTEAD}"
+            f"matmul='native' multiplies operands of one kind, and weights are "
+            f"{format_name(weights)}, activations {format_name(activations)}; "
+            f"use int8 or fp8_e4m3 for both, or {_INSTEAD}"
         )
     if all(isinstance(f, FP8) and f.element == E5M2 for f in pair):
         raise ValueError(

@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from sparsity.formats import FORMATS, Format, check_blocks, get_format
+from sparsity.formats import Format, check_blocks, format_name, get_format
 from sparsity.kernel_plan import cuts, shards_of
 from sparsity.kernels import dense
 from sparsity.layers import assign, names
 from sparsity.native import Matmul, check_formats, check_matmul
 from sparsity.quantization import clipped
-from sparsity.quantized_kernels import Order, QuantizedKernel
+from sparsity.quantized_kernels import Order, QuantizedKernel, figures, losses
 from sparsity.rounding import ROUNDINGS, Rounding
 
 DEFAULT_LAYERS = {r"(attention|feed_forward)/.*kernel": "mxfp8_e4m3"}
@@ -90,7 +89,7 @@ class MatmulFormats:
 
     def __str__(self) -> str:
         shown = [
-            f"{name} {_shown(format)}" + (f" ({rounding})" if rounding != "even" else "")
+            f"{name} {format_name(format)}" + (f" ({rounding})" if rounding != "even" else "")
             for name, format, rounding in (
                 ("weights", self.weights, self.rounding),
                 ("activations", self.activations, self.rounding),
@@ -310,11 +309,9 @@ class Quantizer:
 
         def measure(plan, kernel):
             if plan.formats.weights is not None:
-                w = dense(kernel).astype(jnp.float32)
-                q = self._wrapped(plan, kernel, None).dense().astype(jnp.float32)
-                norm = jnp.maximum(jnp.linalg.norm(w.ravel()), jnp.finfo(jnp.float32).tiny)
-                error = jnp.linalg.norm((q - w).ravel()) / norm
-                found[plan.name] = error, jnp.mean(plan.clipped(w), dtype=jnp.float32)
+                w = dense(kernel)
+                q = self._wrapped(plan, kernel, None).dense()
+                found[plan.name] = figures(losses(w, q, plan.clipped(w)))
             return kernel
 
         self._map(measure, tree)
@@ -334,9 +331,9 @@ class Quantizer:
         if self.quantization.attention is None:
             dense.append("the products of attention")
         else:
-            parts.append(f"{_shown(self.quantization.attention)} queries, keys and values")
+            parts.append(f"{format_name(self.quantization.attention)} queries, keys and values")
             dense.append("the probabilities of attention")
-        return f"quantized: {'; '.join(parts)}; in full precision: {', '.join(dense)}"
+        return f"quantized: {'; '.join(parts) or 'nothing'}; in full precision: {', '.join(dense)}"
 
     def _wrapped(self, plan: _Plan, kernel, clock) -> QuantizedKernel:
         return QuantizedKernel(
@@ -381,14 +378,3 @@ def _formats(given: str | MatmulFormats | None) -> MatmulFormats | None:
     if not isinstance(given, MatmulFormats):
         raise ValueError(f"{given!r}; use the name of a format, MatmulFormats(...), or None")
     return given.resolved()
-
-
-def _shown(format: str | Format) -> str:
-    """A format by its name where it has one, or one but for its block."""
-    format = get_format(format)
-    for name, known in FORMATS.items():
-        if format == known:
-            return name
-        if type(format) is type(known) and dataclasses.replace(format, block=known.block) == known:
-            return f"{name} in blocks of {format.block}"
-    return str(format)

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 from sparsity.formats import NVFP4, Format
 from sparsity.kernels import Kernel, MaskedKernel, dense
 from sparsity.native import codes_of
-from sparsity.quantization import fake_quantize
+from sparsity.quantization import clipped, fake_quantize
 
 if TYPE_CHECKING:
     from sparsity.quantized import MatmulFormats
 
 Order = Literal["sparsify_then_quantize", "quantize_then_sparsify"]
 Axes = tuple[int, ...]
+Losses = jax.Array
+"""float32 [4] of an array x that is read as q(x): |q(x) - x|^2, |x|^2, the number of entries above
+the greatest value of their block, and the number of all. A sum of some is that of all of them."""
 
 # What random bits are for: each has its own of a step.
 _WEIGHTS, _TURNED, _INPUTS, _INPUTS_BY_TOKENS, _GRADIENTS, _GRADIENTS_BY_TOKENS, _PRODUCTS = range(
@@ -73,7 +76,7 @@ class QuantizedKernel(Kernel):
         A scale belongs to one token, also in a format with one scale for a whole array: it would
         tell a token of those after it.
         """
-        return self._activations(x, self.formats.activations, _INPUTS)
+        return self._read(x, _INPUTS)
 
     @property
     def native(self) -> bool:
@@ -106,15 +109,15 @@ class QuantizedKernel(Kernel):
 
     def inputs_by_tokens(self, x: jax.Array) -> jax.Array:
         """The activations with blocks along the tokens of a sequence, for the kernel's gradient."""
-        return self._by_tokens(x, self.formats.activations, _INPUTS_BY_TOKENS)
+        return self._read(x, _INPUTS_BY_TOKENS)
 
     def gradients(self, d_y: jax.Array) -> jax.Array:
         """The outputs' gradients with blocks along the outputs, for the gradient of the inputs."""
-        return self._activations(d_y, self.formats.gradients, _GRADIENTS)
+        return self._read(d_y, _GRADIENTS)
 
     def gradients_by_tokens(self, d_y: jax.Array) -> jax.Array:
         """The outputs' gradients with blocks along tokens, for the kernel's gradient."""
-        return self._by_tokens(d_y, self.formats.gradients, _GRADIENTS_BY_TOKENS)
+        return self._read(d_y, _GRADIENTS_BY_TOKENS)
 
     def product_operand(self, y: jax.Array) -> jax.Array:
         """What an attention product reads of [batch, tokens, heads, head_dim].
@@ -122,9 +125,19 @@ class QuantizedKernel(Kernel):
         Blocks and scales are those of one token and head, along head_dim. The second product sums
         values over tokens: blocks along those would tell a token of those after it.
         """
-        if self.products is None:
-            return y
-        return _quantized(y, self.products, (-1,), *self._rounding(_PRODUCTS), rows=3)
+        return self._read(y, _PRODUCTS)
+
+    def input_losses(self, x: jax.Array) -> Losses | None:
+        """`Losses` of what `inputs` makes of x; None where it leaves x as it is."""
+        return self._losses(x, _INPUTS)
+
+    def gradient_losses(self, d_y: jax.Array) -> Losses | None:
+        """`Losses` of what `gradients` makes of d_y."""
+        return self._losses(d_y, _GRADIENTS)
+
+    def product_losses(self, y: jax.Array) -> Losses | None:
+        """`Losses` of what `product_operand` makes of y."""
+        return self._losses(y, _PRODUCTS)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -156,15 +169,27 @@ class QuantizedKernel(Kernel):
             return dataclasses.replace(inner, weight=read(inner.weight, self.key)).dense()
         return read(dense(inner), self.key)
 
-    def _activations(self, x, format: Format | None, purpose: int) -> jax.Array:
-        if format is None:
-            return x
-        return _quantized(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(purpose), rows=2)
+    def _blocks(self, purpose: int, ndim: int) -> tuple[Format | None, Axes, int]:
+        """Of an array [batch, tokens, ...]: its format, the axes of a block, and `rows` of it."""
+        f = self.formats
+        if purpose == _PRODUCTS:
+            return self.products, (-1,), 3
+        format = f.gradients if purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS) else f.activations
+        if purpose in (_INPUTS_BY_TOKENS, _GRADIENTS_BY_TOKENS):
+            return format, (1 - ndim,), 1
+        return format, tuple(range(2 - ndim, 0)), 2
 
-    def _by_tokens(self, x, format: Format | None, purpose: int) -> jax.Array:
+    def _read(self, x: jax.Array, purpose: int) -> jax.Array:
+        format, axes, rows = self._blocks(purpose, x.ndim)
         if format is None:
             return x
-        return _quantized(x, format, (1 - x.ndim,), *self._rounding(purpose), rows=1)
+        return _quantized(x, format, axes, *self._rounding(purpose), rows=rows)
+
+    def _losses(self, x: jax.Array, purpose: int) -> Losses | None:
+        format, axes, rows = self._blocks(purpose, x.ndim)
+        if format is None:
+            return None
+        return losses(x, self._read(x, purpose), _clipped(x, format, axes, rows))
 
     def _rounding(self, purpose: int, key=None) -> tuple[str, jax.Array | None]:
         """(rounding, key) for a purpose."""
@@ -183,17 +208,47 @@ def unquantized(leaf):
     return leaf.kernel if isinstance(leaf, QuantizedKernel) else leaf
 
 
+def losses(x: jax.Array, read: jax.Array, over: jax.Array) -> Losses:
+    """`Losses` of x that is read as another array; over: bool, which entries are clipped."""
+    x, read = x.astype(jnp.float32), read.astype(jnp.float32)
+    found = jnp.sum((read - x) ** 2), jnp.sum(x * x), jnp.sum(over, dtype=jnp.float32)
+    return jnp.stack([*found, jnp.float32(x.size)])
+
+
+def figures(losses: Losses) -> tuple[jax.Array, jax.Array]:
+    """(|q(x) - x| / |x|, the share of entries that are clipped), of `Losses` or a sum of some."""
+    lost, whole, over, count = losses
+    return jnp.sqrt(lost / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)), over / count
+
+
 def _quantized(x, format: Format, axes: Axes, rounding, key, rows: int = 0) -> jax.Array:
     """x in a format, with blocks along adjacent axes taken as one; its gradient passes straight.
 
     Args:
       rows: number of leading axes whose entries share no scale.
     """
+
+    def read(x, key, axis):
+        y = fake_quantize(x, format, axis=axis, rounding=rounding, key=key)
+        return y.astype(x.dtype)
+
+    return _by_blocks(read, x, key, format, axes, rows)
+
+
+def _clipped(x, format: Format, axes: Axes, rows: int) -> jax.Array:
+    """bool, where `_quantized` clips x."""
+    return _by_blocks(
+        lambda x, key, axis: clipped(x, format, axis=axis), x, None, format, axes, rows
+    )
+
+
+def _by_blocks(function, x, key, format: Format, axes: Axes, rows: int) -> jax.Array:
+    """function(x, key, axis), elementwise, with the blocks of `_quantized` along one axis."""
     if rows and (isinstance(format, NVFP4) or format.block == "tensor"):
         keys = None if key is None else jax.random.split(key, x.shape[:rows])
 
         def one(x, key):
-            return _quantized(x, format, axes, rounding, key)
+            return _by_blocks(function, x, key, format, axes, 0)
 
         for _ in range(rows):
             one = jax.vmap(one, (0, None if keys is None else 0))
@@ -201,9 +256,7 @@ def _quantized(x, format: Format, axes: Axes, rounding, key, rows: int = 0) -> j
     if isinstance(format.block, int) and x.shape[axes[-1]] % format.block == 0:
         axes = axes[-1:]  # the same blocks
     if len(axes) == 1:
-        y = fake_quantize(x, format, axis=axes[0], rounding=rounding, key=key)
-        return y.astype(x.dtype)
+        return function(x, key, axes[0])
     first, last = axes[0] + x.ndim, axes[-1] + x.ndim
     flat = x.reshape(*x.shape[:first], -1, *x.shape[last + 1 :])
-    y = fake_quantize(flat, format, axis=first, rounding=rounding, key=key)
-    return y.reshape(x.shape).astype(x.dtype)
+    return function(flat, key, first).reshape(x.shape)

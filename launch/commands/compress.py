@@ -20,7 +20,7 @@ def add(commands) -> None:
         "train goes on from it with its zeros kept. A pattern is N:M, N weights kept of every M "
         "along the inputs, or the fraction to prune, such as 0.5. A format is a name such as int4, "
         "int8, fp8_e4m3, mxfp8_e4m3, mxfp4_e2m1, nvfp4 or hbfp6, with a block of its own after a "
-        "colon: int4:128, int8:tensor.",
+        "colon: int4:128, int8:tensor; and integers with a zero point: int4:128:asymmetric.",
     )
     compress.add_argument("run", metavar="RUN", help="run directory")
     compress.add_argument(
@@ -133,7 +133,7 @@ def run(args, began: float) -> int:
     )
     if args.export:
         compressed_tensors.check(args.export, run.model, formats, args.activations)
-    bindings = _bindings(run, compression)
+    bindings = _bindings(run, directory / "config.gin", compression)
     new_run, config_text = build_run([str(directory / "config.gin")], bindings)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         report = compress(
@@ -169,7 +169,7 @@ def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
     return found
 
 
-def _bindings(run, compression) -> list[str]:
+def _bindings(run, config: Path, compression) -> list[str]:
     """What the configuration of the compressed run binds besides that of the run."""
     from sparsity.one_shot import KeepZeros
 
@@ -189,32 +189,69 @@ def _bindings(run, compression) -> list[str]:
     if compression.formats:
         # The checkpoint holds the values of the formats, which other dtypes may not hold.
         bindings.append("transformer.TransformerConfig.param_dtype = 'float32'")
-    if compression.activations:
-        inputs = {f"^{name}$": "@inputs/quantized.MatmulFormats()" for name in compression.formats}
-        layers = ", ".join(f"{name!r}: {formats}" for name, formats in inputs.items())
-        bindings.append(
-            "from sparsity import formats\n"
-            "from sparsity import quantized\n"
-            "run.Run.quantization = @quantized.Quantization()\n"
-            f"quantized.Quantization.layers = {{{layers}}}\n"
-            + _activation_binding(compression.activations)
-        )
+    if compression.formats and (compression.activations or run.quantization is not None):
+        bindings.append(_quantization_binding(run, config, compression))
     return bindings
 
 
-def _activation_binding(text: str) -> str:
-    """Gin's lines for the format of activations: its name, or an object with a block of its own."""
+def _quantization_binding(run, config: Path, compression) -> str:
+    """Gin's lines for what the compressed run quantizes as it goes: inputs of the named kernels.
+
+    Their weights have the values of their formats already. What the run quantizes of other matmuls
+    it goes on with.
+    """
+    from launch.bindings import Configurable, Key, format_value, parse_bindings
+
+    scope, before, selector = "inputs", {}, "quantized.Quantization"
+    if run.quantization is not None:
+        bound = parse_bindings(config.read_text()).values
+        reference = bound[Key(Configurable("pjit_train.run", "Run"), "", "quantization")]
+        before = bound[Key(reference.configurable, reference.scope, "layers")]
+        selector = f"{reference.scope}/{selector}" if reference.scope else selector
+        taken = {key.scope for key in bound}
+        while scope in taken:  # by what this command wrote before
+            scope += "_"
+    inputs = f"@{scope}/quantized.MatmulFormats()" if compression.activations else "None"
+    layers = [f"'^{name}$': {inputs}" for name in compression.formats]
+    layers += [
+        f"{pattern!r}: {format_value(formats)}"
+        for pattern, formats in before.items()
+        if pattern.strip("^$") not in compression.formats
+    ]
+    lines = [
+        "from sparsity import formats",
+        "from sparsity import quantized",
+        f"run.Run.quantization = @{selector}()",
+        f"{selector}.layers = {{{', '.join(layers)}}}",
+    ]
+    if compression.activations:
+        lines.append(_activation_binding(compression.activations, scope))
+    return "\n".join(lines)
+
+
+def _activation_binding(text: str, scope: str) -> str:
+    """Gin's lines for the format of activations: its name, or an object with a block of its own.
+
+    All else is bound too: a scope has what is bound outside of it.
+    """
     import dataclasses
 
     from pjit_train.compress_kernels import parse_format
     from sparsity.formats import FORMATS
+    from sparsity.quantized import MatmulFormats
 
     try:
         format = parse_format(text)
     except ValueError as error:
         raise UserError(f"--activations {text}: {error}") from error
+    lines = "".join(
+        f"{scope}/quantized.MatmulFormats.{field.name} = {field.default!r}\n"
+        for field in dataclasses.fields(MatmulFormats)
+        if field.name != "activations"
+    )
+    lines += f"{scope}/quantized.MatmulFormats.activations = "
     if FORMATS.get(text) == format:
-        return f"inputs/quantized.MatmulFormats.activations = {text!r}"
+        return lines + repr(text)
     kind = type(format).__name__
     fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
     default = type(format)()
@@ -224,9 +261,9 @@ def _activation_binding(text: str) -> str:
             f"--activations {text}: a block of one's own is for int4, int8, hbfp4, hbfp6, hbfp8, "
             "fp8_e4m3 and mxfp8_e4m3; use another format without a block"
         )
-    lines = [f"inputs/quantized.MatmulFormats.activations = @inputs/formats.{kind}()"]
-    lines += [f"inputs/formats.{kind}.{name} = {x!r}" for name, x in changed.items()]
-    return "\n".join(lines)
+    simple = {name: x for name, x in fields.items() if isinstance(x, int | str | float | None)}
+    own = [f"{scope}/formats.{kind}.{name} = {x!r}" for name, x in simple.items()]
+    return lines + "\n".join([f"@{scope}/formats.{kind}()", *own])
 
 
 def _print(report, out: Path, directory: Path, done: list[str]) -> None:

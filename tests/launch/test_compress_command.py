@@ -1,7 +1,10 @@
 """`torsion compress` of a tiny trained run: what it writes, says, and leaves alone."""
 
-import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,11 +15,9 @@ from safetensors import safe_open
 import pjit_train.compress
 from launch.cli import main
 from launch.configure import build_run
-from pjit_train import compressed_tensors
 from pjit_train.evaluate import restore_weights
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
-from sparsity import quantized
 from sparsity.formats import E2M1, MX
 from sparsity.kernels import dense
 from sparsity.quantization import quantize
@@ -296,44 +297,6 @@ def test_fine_tuned_in_between(here, capsys):
     assert not list(Path().glob("*hf-tuned*"))
 
 
-QUANTIZED = """
-from __gin__ import dynamic_registration
-from pjit_train import run
-from sparsity import quantized
-include 'run.gin'
-include 'configs/recipes/sr_ste.gin'
-run.Run.quantization = @quantized.Quantization()
-quantized.Quantization.layers = {'attention/.*kernel': 'int8', 'down/kernel': 'int4'}
-"""
-
-
-@pytest.mark.parametrize("order", ["sparsify_then_quantize", "quantize_then_sparsify"])
-def test_a_run_trained_in_formats_is_exported_in_them(here, order, capsys):
-    Path(f"{order}.gin").write_text(QUANTIZED + f"quantized.Quantization.order = '{order}'\n")
-    out = f"trained-{order}"
-    assert main(["train", f"{order}.gin", "--out", out, "--mesh", "data=1", "--steps", "2"]) == 0
-    capsys.readouterr()
-    assert main(["export", out, f"{out}-hf"]) == 2  # down has no activations in int4
-    assert "no activations in int4" in capsys.readouterr().err
-    gin = Path(f"{out}/config.gin")
-    run, _ = build_run([str(gin)])
-    layers = {"attention/.*kernel": "int8", "down/kernel": quantized.MatmulFormats(weights="int4")}
-    run = dataclasses.replace(
-        run, quantization=dataclasses.replace(run.quantization, layers=layers)
-    )
-    report = compressed_tensors.export(f"{out}-hf", run, Path(out))
-    assert report["step"] == 2
-    config = json.loads(Path(f"{out}-hf/config.json").read_text())["quantization_config"]
-    assert {g["format"] for g in config["config_groups"].values()} == {
-        "int-quantized",
-        "pack-quantized",
-    }
-    with safe_open(f"{out}-hf/model.safetensors", "numpy") as file:
-        prefix = "model.layers.1.self_attn.o_proj.weight"
-        found = file.get_tensor(prefix) * file.get_tensor(f"{prefix}_scale")
-    np.testing.assert_array_equal(found, kernels(out)[ATTENTION[3]][1].T)
-
-
 def test_quantized_then_pruned(here, capsys):
     command = ["compress", "dense", "--method", "wanda", "--format", "mxfp4_e2m1:16"]
     command += ["--order", "quantize_then_sparsify", "--quantizer", "rtn", "--sequences", "8"]
@@ -374,6 +337,30 @@ def test_what_is_no_run_directory_is_said(here, capsys):
         [line] = capsys.readouterr().err.splitlines()
         assert says in line
     assert not list(Path().glob("*-compressed-magnitude"))
+
+
+def test_a_killed_one_leaves_nothing_under_its_name_and_can_be_done_again(here, capsys):
+    before = files(here)
+    command = ["compress", "dense", "--method", "wanda", "--sequences", "8", "--out", "killed"]
+    torsion = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
+    started = subprocess.Popen([*torsion, *command], stderr=subprocess.PIPE)
+    half = Path(".killed.saving")
+    while started.poll() is None and not (half / "checkpoints").exists():
+        time.sleep(0.001)
+    started.kill()  # SIGKILL: nothing can be tidied up
+    said = started.communicate()[1].decode()
+    assert started.returncode == -signal.SIGKILL, said
+    left = files(half)
+    assert "config.gin" in left
+    assert "compress.json" not in left
+    assert not Path("killed").exists()
+    assert {n: f for n, f in files(here).items() if not n.startswith(".killed.saving/")} == before
+
+    report = figures(capsys, *command)
+    assert not half.exists()
+    assert json.loads(Path("killed/compress.json").read_text())["after"] == report["after"]
+    assert report["after"].items() <= figures(capsys, "eval", "killed").items()
+    assert {n: f for n, f in files(here).items() if not n.startswith("killed/")} == before
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])

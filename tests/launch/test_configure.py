@@ -62,6 +62,17 @@ def test_the_operative_configuration_builds_the_same_run(tmp_path):
     assert build_run([str(saved)]) == (run, text)
 
 
+def test_the_operative_configuration_keeps_the_order_of_patterns(tmp_path):
+    """Of which the first that matches counts."""
+    layers = {"up/kernel": "1:4", "down/kernel": "1:8", "(attention|feed_forward)/.*kernel": "2:4"}
+    recipe = "configs/recipes/sr_ste.gin"
+    run, text = build_run([*QUICKSTART, recipe], [f"recipes.Recipe.layers = {layers}"])
+    (tmp_path / "config.gin").write_text(text)
+    again, same = build_run([str(tmp_path / "config.gin")])
+    assert list(again.sparsity.layers.items()) == list(layers.items())
+    assert (again, same) == (run, text)
+
+
 def test_parameters_that_are_not_in_use_may_be_bound_in_files():
     run, text = build_run(
         QUICKSTART, ["run.Run.optimizer = @optimizers.SGD()", "optimizers.SGD.learning_rate = 0.1"]

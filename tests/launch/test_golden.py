@@ -60,7 +60,8 @@ def _parameters(part):
     for field in dataclasses.fields(part):
         yield f"{type(part).__module__.split('.')[-1]}.{type(part).__name__}.{field.name}"
         value = getattr(part, field.name)
-        for inner in value if isinstance(value, list) else [value]:
+        inside = list(value.values()) if isinstance(value, dict) else value
+        for inner in inside if isinstance(inside, list | tuple) else [inside]:
             if dataclasses.is_dataclass(inner):
                 yield from _parameters(inner)
 

@@ -15,10 +15,12 @@ from flax import nnx
 
 from pjit_train import compressed_tensors
 from pjit_train.compress_kernels import leaf, matrix_shape, parse_format
+from pjit_train.compressed_tensors_codes import input_scales, scheme
 from pjit_train.sharding import Rules
 from pjit_train.transformer import TransformerConfig
 from sparsity.gptq import gptq, rtn
 from sparsity.nm import nm_mask
+from sparsity.quantization import quantize
 
 pytestmark = pytest.mark.oracle
 
@@ -50,7 +52,15 @@ CASES = {
     "mxfp8_weights": ("mxfp8_e4m3", None, "mxfp8-quantized"),
     "mxfp4": ("mxfp4_e2m1", "mxfp4_e2m1", "mxfp4-pack-quantized"),
     "mxfp4_weights": ("mxfp4_e2m1", None, "mxfp4-pack-quantized"),
-    "nvfp4": ("nvfp4", None, "nvfp4-pack-quantized"),
+    "mxfp6": ("mxfp6_e2m3", "mxfp8_e4m3", "mxfp6-pack-quantized"),
+    "mxfp6_weights": ("mxfp6_e2m3", None, "mxfp6-pack-quantized"),
+    "nvfp4": ("nvfp4", "nvfp4", "nvfp4-pack-quantized"),
+    "nvfp4_weights": ("nvfp4", None, "nvfp4-pack-quantized"),
+    "w8a8_zero_points": ("int8:asymmetric", "int8:asymmetric", "int-quantized"),
+    "int8_zero_points": ("int8:tensor:asymmetric", None, "pack-quantized"),
+    "int4_zero_points": ("int4:asymmetric", None, "pack-quantized"),
+    "int4_groups_zero_points": ("int4:16:asymmetric", None, "pack-quantized"),
+    "w4a8_zero_points": ("int4:32:asymmetric", "int8", "pack-quantized"),
 }
 
 
@@ -76,6 +86,7 @@ def quantized_model(config, formats, activations=None, *, quantizer="gptq", seed
             format=parse_format(text),
             scales=scales,
             activations=None if activations is None else parse_format(activations),
+            input_scales=np.float32([100.5, 7.25]) if activations == "nvfp4" else (),
             pattern="2:4",
         )
     return params, quantized
@@ -122,7 +133,12 @@ def by_the_library(folder, module):
     }
     compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format)
     assert compressor.can_compress(torch.nn.Linear, scheme)
-    assert set(tensors) == set(compressor.compression_param_names(scheme))
+    expected = set(compressor.compression_param_names(scheme))
+    if scheme.input_activations is not None:
+        # The library registers it with a layer (`initialize_qparams`) and does not list it.
+        local = scheme.input_activations.dynamic == quantization.DynamicType.LOCAL
+        expected |= {"input_global_scale"} if local else set()
+    assert set(tensors) == expected
     return compressor.decompress(tensors, scheme)["weight"], scheme, tensors
 
 
@@ -173,6 +189,8 @@ def test_the_library_decompresses_our_weights(tmp_path, case, quantizer):
             assert kept.max() <= 2
             if scheme.input_activations is not None:
                 assert activations is not None
+            if activations == "nvfp4":
+                assert tensors["input_global_scale"] == [100.5, 7.25][layer]
 
 
 def from_pretrained(folder):
@@ -185,7 +203,13 @@ def from_pretrained(folder):
     )
 
 
-@pytest.mark.parametrize("case", ["w8a8", "int4_groups", "fp8", "mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("w8a8", "int4_groups", "fp8", "mxfp8", "mxfp4", "mxfp6", "nvfp4", "nvfp4_weights"),
+        *("w8a8_zero_points", "int4_groups_zero_points"),
+    ],
+)
 @pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
 def test_transformers_loads_our_weights(tmp_path, config, case):
     text, activations, _ = CASES[case]
@@ -197,7 +221,7 @@ def test_transformers_loads_our_weights(tmp_path, config, case):
         if kernel not in kernels:
             continue
         expected = expected_OI(params, kernel, layer)
-        if case == "nvfp4":
+        if text == "nvfp4":
             expected = torch.from_numpy(expected.copy()).bfloat16().float().numpy()
         np.testing.assert_array_equal(loaded[f"{module}.weight"].numpy(), expected)
     embedding = (
@@ -245,3 +269,21 @@ def test_kernels_in_several_formats_and_the_head(tmp_path):
             if kernel in formats:
                 exact(*by_the_library(folder, module), expected)
             np.testing.assert_array_equal(loaded[f"{module}.weight"].float().numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8:asymmetric", "nvfp4"])
+def test_the_library_reads_activations_as_we_do(name):
+    """Not in MX: it takes another scale than OCP where the greatest is near the next power of 2."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32) + np.float32(0.3)
+    format = parse_format(name)
+    args = quantization.QuantizationArgs.model_validate(scheme(format, format).inputs)
+    given = input_scales(np.abs(x).max(keepdims=True).ravel()) if name == "nvfp4" else None
+    g = None if given is None else torch.from_numpy(given)
+    value = torch.from_numpy(x)
+    scale, zero = compute_dynamic_scales_and_zp(value, args, None, global_scale=g)
+    found = fake_quantize(value, scale, zero, args, global_scale=g).numpy()
+    expected = np.asarray(quantize(x, format, scale=None if given is None else given[0]))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)

@@ -149,6 +149,8 @@ def test_formats_of_kernels_by_the_first_expression_that_matches():
         ({"query": "int4:x"}, "block='x'; use a number from 1"),
         ({"query": "int4:0"}, "block=0; use a number from 1"),
         ({"query": "nvfp4:channel"}, "block='channel'; use a number from 1"),
+        ({"query": "hbfp6:asymmetric"}, "hbfp6:asymmetric: a zero point is of integers; use int4"),
+        ({"query": "int4:asymetric"}, "block='asymetric'; use a number from 1"),
         ({"query": "mxfp8_e4m3"}, "query/kernel: 16 entries are not cut into blocks of 32; .* 16"),
         ({".*": "dense"}, "every kernel is left dense; give at least one a format"),
     ],
@@ -161,7 +163,14 @@ def test_a_format_that_cannot_be_is_told_in_one_line(layers, says):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("int4", "int4"), ("int4:128", "int4:128"), ("fp8_e4m3", "fp8_e4m3:channel"), ("nvfp4",) * 2],
+    [
+        ("int4", "int4"),
+        ("int4:128", "int4:128"),
+        ("int4:asymmetric", "int4:asymmetric"),
+        ("int8:tensor:asymmetric", "int8:tensor:asymmetric"),
+        ("fp8_e4m3", "fp8_e4m3:channel"),
+        ("nvfp4", "nvfp4"),
+    ],
 )
 def test_a_format_is_shown_as_it_is_written(text, shown):
     format = compress.parse_format(text)

@@ -1,5 +1,6 @@
 """Codes, scales and configuration of quantized folders; the library itself reads them in oracle."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import deserialize
+from safetensors import deserialize, safe_open
 from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train import compressed_tensors, huggingface
@@ -18,10 +19,11 @@ from pjit_train.compressed_tensors import QuantizedWeights
 from pjit_train.compressed_tensors_codes import (
     decode,
     encode,
-    pack_e2m1,
+    input_scales,
+    pack_floats,
     pack_int32,
     scheme,
-    unpack_e2m1,
+    unpack_floats,
     unpack_int32,
 )
 from pjit_train.errors import UserError
@@ -53,15 +55,24 @@ def test_integers_are_packed_bit_after_bit(bits, inputs, seed):
     np.testing.assert_array_equal(unpack_int32(words, bits, inputs), codes)
 
 
-def test_small_floats_are_packed_two_to_a_byte():
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(ml_dtypes.float4_e2m1fn, 4), (ml_dtypes.float6_e2m3fn, 6)]
+)
+def test_small_floats_are_packed_bit_after_bit(dtype, bits):
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 16, size=(5, 32), dtype=np.uint8)
-    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    packed = pack_e2m1(values)
-    np.testing.assert_array_equal(packed, codes[:, ::2] + 16 * codes[:, 1::2])
-    np.testing.assert_array_equal(unpack_e2m1(packed), values)
+    codes = rng.integers(0, 2**bits, size=(5, 32), dtype=np.uint8)
+    values = codes.view(dtype).astype(np.float32)
+    table = np.arange(2 ** (bits - 1), dtype=np.uint8).view(dtype).astype(np.float32)
+    packed = pack_floats(values, table)
+    assert (packed.dtype, packed.shape) == (np.uint8, (5, 32 * bits // 8))
+    for row, codes_I in zip(packed, codes, strict=True):
+        number = sum(int(byte) << 8 * i for i, byte in enumerate(row))
+        assert number == sum(int(code) << bits * i for i, code in enumerate(codes_I))
+    found = unpack_floats(packed, table)
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(values))
     # What division left beside a number is that number.
-    np.testing.assert_array_equal(pack_e2m1(values * np.float32(1 + 1e-6)), packed)
+    np.testing.assert_array_equal(pack_floats(values * np.float32(1 + 1e-6), table), packed)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +87,27 @@ def test_small_floats_are_packed_two_to_a_byte():
         ("fp8_e4m3", "fp8_e4m3", "float-quantized", {"weight": 512, "weight_scale": 32}),
         ("mxfp8_e4m3", "mxfp8_e4m3", "mxfp8-quantized", {"weight": 512, "weight_scale": 16}),
         ("mxfp4_e2m1", None, "mxfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 16}),
+        ("mxfp6_e2m3", None, "mxfp6-pack-quantized", {"weight_packed": 384, "weight_scale": 16}),
         ("nvfp4", None, "nvfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 32}),
+        ("nvfp4", "nvfp4", "nvfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 32}),
+        (
+            "int8:asymmetric",
+            "int8:asymmetric",
+            "int-quantized",
+            {"weight": 512, "weight_scale": 32, "weight_zero_point": 8},
+        ),
+        (
+            "int8:tensor:asymmetric",
+            "int8",
+            "int-quantized",
+            {"weight": 512, "weight_scale": 32, "weight_zero_point": 8},
+        ),
+        (
+            "int4:16:asymmetric",
+            None,
+            "pack-quantized",
+            {"weight_packed": 256, "weight_scale": 128, "weight_zero_point": 16},
+        ),
     ],
 )
 def test_what_is_stored_is_what_it_was(format, activations, name, nbytes):
@@ -103,11 +134,13 @@ def test_what_is_stored_is_what_it_was(format, activations, name, nbytes):
         ("mxint8", None, "no name for mxint8"),
         ("mxfp6_e3m2", None, "no name for mxfp6_e3m2"),
         ("mxfp8_e4m3:16", None, "no name for mxfp8_e4m3:16"),
-        ("nvfp4", "nvfp4", "no activations in nvfp4; it has int8"),
+        ("nvfp4", "int4", "no activations in int4; it has int8"),
+        ("int8", "nvfp4", "no name for int8 with activations in nvfp4"),
+        ("mxfp6_e2m3", "mxfp4_e2m1", "no name for mxfp6_e2m3 with activations in mxfp4_e2m1"),
         ("int8", "hbfp8", "no activations in hbfp8"),
         ("int8", "fp8_e4m3", "no name for int8 with activations in fp8_e4m3:channel"),
         ("mxfp4_e2m1", "mxfp8_e4m3", "no name for mxfp4_e2m1 with activations in mxfp8_e4m3"),
-        (Int(bits=4, symmetric=False), None, "no name for Int"),
+        (Int(bits=4, symmetric=False), "fp8_e4m3", "no name for int4:asymmetric with activations"),
         (FP8(element=E5M2), None, "no name for fp8_e5m2"),
         (FP8(block=128), None, "no name for fp8_e4m3:128"),
         (MX(block="channel"), None, "no name for mxfp8_e4m3:channel"),
@@ -247,6 +280,55 @@ def test_what_cannot_be_exported_is_known_before_compressing(tmp_path):
     with pytest.raises(UserError, match="no name for hbfp8"):
         check(tmp_path / "new", LLAMA, {QUERY: "int8", OUT: "hbfp8"}, "int8")
     check(tmp_path / "new", LLAMA, {QUERY: "int8"}, "int8")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    groups=st.sampled_from([None, 4, 8]),
+    shift=st.floats(-3, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_zero_points_are_packed_along_the_outputs(bits, groups, shift, seed):
+    """Against the definition, number by number: value = (code - zero point) * scale."""
+    rng = np.random.default_rng(seed)
+    kernel_IO = (rng.normal(size=(16, 5)) + shift).astype(np.float32)
+    kernel_IO[rng.random(kernel_IO.shape) < 0.3] = 0
+    kernel_IO[:, 2] = np.abs(kernel_IO[:, 2])  # nothing below 0
+    format = Int(bits=bits, block=groups or "channel", symmetric=False)
+    values, scales = rtn(kernel_IO, format)
+    stored = encode(np.asarray(values).T, scales, format, "pack-quantized")
+    size = groups or 16
+    words = stored["weight_zero_point"]
+    assert (words.dtype, words.shape) == (np.int32, (-(-5 * bits // 32), 16 // size))
+    codes_OI = unpack_int32(stored["weight_packed"], bits, 16)
+    for o in range(5):
+        for i in range(16):
+            column = sum(int(word) % 2**32 << 32 * n for n, word in enumerate(words[:, i // size]))
+            zero = (column >> bits * o) % 2**bits - 2 ** (bits - 1)
+            scale = stored["weight_scale"][o, i // size]
+            assert np.float32(codes_OI[o, i] - zero) * scale == np.asarray(values)[i, o]
+            assert (codes_OI[o, i] == zero) >= (kernel_IO[i, o] == 0)
+
+
+def test_activations_in_nvfp4_have_a_tensor_scale_in_the_file(tmp_path):
+    params, quantized = model({QUERY: "nvfp4", DOWN: "nvfp4"})
+    maxima = np.array([3.5, 0.0])
+    quantized = {
+        name: dataclasses.replace(weights, activations=NVFP4(), input_scales=input_scales(maxima))
+        for name, weights in quantized.items()
+    }
+    compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    with safe_open(tmp_path / "folder/model.safetensors", "numpy") as file:
+        for layer, expected in enumerate([448 * 6 / 3.5, 2.0**100]):
+            for module in ("self_attn.q_proj", "mlp.down_proj"):
+                name = f"model.layers.{layer}.{module}.input_global_scale"
+                found = file.get_tensor(name)
+                assert (found.dtype, found.shape) == (np.float32, (1,))
+                assert found == np.float32(expected)
+    config = json.loads((tmp_path / "folder/config.json").read_text())["quantization_config"]
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert (inputs["dynamic"], inputs["strategy"]) == ("local", "tensor_group")
 
 
 def test_fp8_without_a_scale_is_stored_with_ones():

@@ -265,9 +265,9 @@ def native(weights, activations=None):
     ("make", "says"),
     [
         (lambda: MatmulFormats(matmul="fast"), r"matmul='fast'; use emulated or native"),
-        (lambda: native("mxfp8_e4m3"), r"one scale to an output.*weights are MX.*use int8 or fp8"),
-        (lambda: native("int8", "nvfp4"), r"activations are NVFP4.*or matmul='emulated'"),
-        (lambda: native(Int(block=64)), r"weights are Int\(bits=8, block=64.*matmul='emulated'"),
+        (lambda: native("mxfp8_e4m3"), r"one scale to an output.*are mxfp8_e4m3; use int8 or fp8"),
+        (lambda: native("int8", "nvfp4"), r"activations are nvfp4; .*or matmul='emulated'"),
+        (lambda: native(Int(block=64)), r"weights are int8 in blocks of 64; .*matmul='emulated'"),
         (lambda: native(Int(symmetric=False)), r"takes no zero point.*use int8"),
         (lambda: MatmulFormats(weights="int8", matmul="native"), r"activations are None; use int8"),
         (
@@ -290,7 +290,7 @@ def native(weights, activations=None):
             lambda: Quantization(layers={"w": native("int8")}).build({"w": np.zeros((2**17, 1))}),
             r"^quantization: w: matmul='native' sums 131072",
         ),
-        (lambda: Quantization(layers={"w": native("int8", MX())}), r"activations are MX"),
+        (lambda: Quantization(layers={"w": native("int8", MX())}), r"are mxfp8_e4m3;"),
     ],
 )
 def test_what_is_not_there_is_one_line(make, says):

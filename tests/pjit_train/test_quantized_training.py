@@ -219,6 +219,8 @@ def test_a_run_goes_on_bit_for_bit_with_stochastic_rounding_and_packed(run, tmp_
     kind = "attention/query"
     assert 0 < found[-1][f"quantization_error/{kind}"] < 0.1
     assert 0 <= found[-1][f"clipped/{kind}"] < 0.2
+    assert 0 < found[-1][f"quantization_error/{kind}/activations"] < 0.1
+    assert 0 <= found[-1]["clipped/feed_forward/up/gradients"] < 0.2
     figures = evaluate(packed, out)
     assert figures["sparse"]
     assert figures["val_loss"] == found[-1]["val_loss"]

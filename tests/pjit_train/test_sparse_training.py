@@ -139,8 +139,9 @@ def test_observed_figures_are_those_of_the_definitions():
     for i in range(3):
         before = program.masks(state)
         old = jax.device_get(program.updater.masks(state["sparsity"]))
-        state, _ = step(state, make_batch(program, i))
-    got = {name: float(x) for name, x in program.observe(before, state).items()}
+        batch = make_batch(program, i)
+        state, _ = step(state, batch)
+    got = {name: float(x) for name, x in program.observe(before, state, batch).items()}
     new = jax.device_get(program.updater.masks(state["sparsity"]))
     adam = next(
         s
