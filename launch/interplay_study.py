@@ -187,7 +187,6 @@ def study_interplay(
     It is 1 where runs are missing in the end: some failed, or it was asked to stop.
     """
     out = out.resolve()  # its runs name it
-    out = out.resolve()  # its runs name it
     study, run = read_study(file, seeds, kind=InterplayStudy, example=SIZES["overnight"])
     if run.quantization is not None:
         raise UserError(f"{file}: run.Run.quantization is set; a study chooses the formats itself")
