@@ -49,8 +49,8 @@ def attention(
       tile_rows: the most rows of a head whose logits are held at a time; None for what suits the
         lengths. More than there are rows are as good as all of them.
       measured: on a CPU, take the tiles that were fastest here (`attention_tuning`) for None.
-      way: "rows" is `attention_rows` (anywhere), "flat" our kernel of a FLAT tile (TPU; on a CPU
-        interpreted, slowly), "splash" JAX's kernel (TPU), "cudnn" that of
+      way: "rows" is `attention_rows` (anywhere), "flat" our kernel of a FLAT tile (TPU, GPU; on a
+        CPU interpreted, slowly), "splash" JAX's kernel (TPU), "cudnn" that of
         `jax.nn.dot_product_attention` (GPU); "auto" takes splash or cudnn where it runs and fits,
         else rows.
       sequence: keys and values split over their columns are gathered, or passed round a ring with

@@ -1,9 +1,10 @@
 """A Pallas kernel of the FLAT tile (Kao et al., ASPLOS 2023): some rows of a head at a time.
 
-Keys and values of a head stay on chip while its tiles of rows go by. The logits of a tile are made
-chunk by chunk into one buffer of whole rows, normalised there and used; chunks that the mask
-empties are not made. It compiles for TPU, and on a CPU is interpreted, slowly. The backward pass
-is that of `attention_rows`.
+On a TPU the keys and values of a head stay on chip while its tiles of rows go by. The logits of a
+tile are made chunk by chunk into one buffer of whole rows, normalised there and used; chunks that
+the mask empties are not made. On a GPU, whose cores have no room for whole rows, a chunk is made
+again for its use. A CPU interprets the TPU's kernel, slowly. The backward pass is that of
+`attention_rows`.
 
 Letters in names: B batch, T rows, S columns, H heads, K key-value heads, D size of a head; tiles of
 R rows, chunks of C columns.
@@ -11,35 +12,60 @@ R rows, chunks of C columns.
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton
 
 from pjit_train.attention_masks import Mask
-from pjit_train.attention_rows import backward, row_corrections, tiles_for
+from pjit_train.attention_rows import LEAST, backward, row_corrections, tiles_for
 from pjit_train.errors import UserError
 from topology.accelerator import TPU_V4_CORE
 from topology.dataflow import best_tile
 
 _CHUNK = 128  # lanes of a TPU's vector
 _ROWS = 8  # and its sublanes
+_GPU_LEAST = 16  # side of a product on tensor cores; there all sides are powers of two
+_GPU_ROWS = 64  # of a tile, whose output and sums are to stay in registers
 
 
-def attend_flat(q, k, v, segments, row_offset, mask: Mask, tile_rows: int | None = None):
+def attend_flat(
+    q,
+    k,
+    v,
+    segments,
+    row_offset,
+    mask: Mask,
+    tile_rows: int | None = None,
+    *,
+    interpret: Literal["tpu", "gpu"] | None = None,
+):
     """Attention as `attention.attention` documents it, on the arrays of one device.
 
     Args:
       tile_rows: rows of a tile; None for those of the fastest tile that fits a core of TPU v4, by
-        the dataflow model (`topology.dataflow.best_tile`).
+        the dataflow model (`topology.dataflow.best_tile`), on a GPU for 64.
+      interpret: the kernel to interpret; None to compile this device's, or a TPU's on a CPU.
 
     Raises:
       UserError: keys and values of a head, and a tile of eight rows, do not fit a core of TPU v4.
     """
-    rows = tile_rows or _predicted_rows(q, k)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if interpret is None and platform == "cpu":
+        interpret = "tpu"
+    target = interpret or ("tpu" if platform == "tpu" else "gpu")
+    rows = min(tile_rows or (_GPU_ROWS if target == "gpu" else _predicted_rows(q, k)), q.shape[1])
+    rows = _power(rows) if target == "gpu" else -(-rows // _ROWS) * _ROWS
     row_offset = jnp.asarray(row_offset, jnp.int32).reshape(1)
-    return _attend(q, k, v, segments, row_offset, mask, min(rows, q.shape[1]))
+    return _attend(q, k, v, segments, row_offset, mask, rows, target, interpret is not None)
+
+
+def _power(size: int) -> int:
+    return max(_GPU_LEAST, 1 << (size - 1).bit_length())
 
 
 def _predicted_rows(q, k) -> int:
@@ -64,17 +90,17 @@ def _predicted_rows(q, k) -> int:
     return tile.rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, segments, row_offset, mask, rows):
-    return _forward(q, k, v, segments, row_offset, mask, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attend(q, k, v, segments, row_offset, mask, rows, target, interpret):
+    return _forward(q, k, v, segments, row_offset, mask, rows, target, interpret)[0]
 
 
-def _fwd(q, k, v, segments, row_offset, mask, rows):
-    out, stats = _forward(q, k, v, segments, row_offset, mask, rows)
+def _fwd(q, k, v, segments, row_offset, mask, rows, target, interpret):
+    out, stats = _forward(q, k, v, segments, row_offset, mask, rows, target, interpret)
     return out, (q, k, v, segments, row_offset, out, stats)
 
 
-def _bwd(mask, rows, residuals, d_out):
+def _bwd(mask, rows, target, interpret, residuals, d_out):
     q, k, v, segments, row_offset, out, stats = residuals
     delta = row_corrections(out, d_out)
     tiles = tiles_for(q.shape[1], k.shape[1])
@@ -85,61 +111,66 @@ def _bwd(mask, rows, residuals, d_out):
 _attend.defvjp(_fwd, _bwd)
 
 
-def _forward(q, k, v, segments, row_offset, mask: Mask, rows: int):
+def _forward(q, k, v, segments, row_offset, mask: Mask, R: int, target: str, interpret: bool):
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
-    R = -(-rows // _ROWS) * _ROWS
     n, m = -(-T // R), -(-S // _CHUNK)
+    size = _power(D) if target == "gpu" else D
 
-    def heads_first(x, length):  # [B, T, H, D] -> [B H, length, D]
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
-        return x.transpose(0, 2, 1, 3).reshape(-1, length, D)
+    def heads_first(x, length):  # [B, T, H, D] -> [B H, length, size]
+        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, size - D)))
+        return x.transpose(0, 2, 1, 3).reshape(-1, length, size)
 
-    rows_of_head = lambda x, i, _: (x, i, 0)  # noqa: E731
-    all_of_group = lambda x, i, _: (x // (H // K), 0, 0)  # noqa: E731
-    inputs = [heads_first(q, n * R), heads_first(k, m * _CHUNK), heads_first(v, m * _CHUNK)]
+    rows_of_head = lambda x, i: (x, i, 0)  # noqa: E731
+    all_of_group = lambda x, i: (x // (H // K), 0, 0)  # noqa: E731
+    inputs = [row_offset, heads_first(q, n * R)]
+    inputs += [heads_first(x, m * _CHUNK) for x in (k, v)]
     in_specs = [
-        pl.BlockSpec((1, R, D), rows_of_head),
-        pl.BlockSpec((1, m * _CHUNK, D), all_of_group),
-        pl.BlockSpec((1, m * _CHUNK, D), all_of_group),
+        pl.BlockSpec((1,), lambda x, i: (0,))
+        if target == "gpu"
+        else pl.BlockSpec(memory_space=pltpu.SMEM),
+        pl.BlockSpec((1, R, size), rows_of_head),
+        pl.BlockSpec((1, m * _CHUNK, size), all_of_group),
+        pl.BlockSpec((1, m * _CHUNK, size), all_of_group),
     ]
     if segments is not None:
         row_ids = jnp.pad(segments[0], ((0, 0), (0, n * R - T)))
         col_ids = jnp.pad(segments[1], ((0, 0), (0, m * _CHUNK - S)))
         inputs += [row_ids[:, :, None], col_ids[:, None, :]]
         in_specs += [
-            pl.BlockSpec((1, R, 1), lambda x, i, _: (x // H, i, 0)),
-            pl.BlockSpec((1, 1, m * _CHUNK), lambda x, i, _: (x // H, 0, 0)),
+            pl.BlockSpec((1, R, 1), lambda x, i: (x // H, i, 0)),
+            pl.BlockSpec((1, 1, m * _CHUNK), lambda x, i: (x // H, 0, 0)),
         ]
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    kept = target == "tpu"
     out, stats = pl.pallas_call(
-        functools.partial(_kernel, mask=mask, columns=S, scale=1 / math.sqrt(D)),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B * H, n),
-            in_specs=in_specs,
-            out_specs=[
-                pl.BlockSpec((1, R, D), rows_of_head),
-                pl.BlockSpec((1, R, 1), rows_of_head),
-            ],
-            scratch_shapes=[pltpu.VMEM((R, m * _CHUNK), jnp.float32)],
+        functools.partial(
+            _kernel, mask=mask, columns=S, chunks=m, scale=1 / math.sqrt(D), kept=kept
         ),
+        grid=(B * H, n),
+        in_specs=in_specs,
+        out_specs=[
+            pl.BlockSpec((1, R, size), rows_of_head),
+            pl.BlockSpec((1, R, 1), rows_of_head),
+        ],
         out_shape=[
-            jax.ShapeDtypeStruct((B * H, n * R, D), q.dtype),
+            jax.ShapeDtypeStruct((B * H, n * R, size), q.dtype),
             jax.ShapeDtypeStruct((B * H, n * R, 1), jnp.float32),
         ],
-        interpret=platform == "cpu",
-    )(row_offset, *inputs)
+        scratch_shapes=[pltpu.VMEM((R, m * _CHUNK), jnp.float32)] if kept else [],
+        compiler_params=None if kept else triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )(*inputs)
     out, stats = (x.reshape(B, H, n * R, -1).swapaxes(1, 2)[:, :T] for x in (out, stats))
-    return out, stats[..., 0]
+    return out[..., :D], stats[..., 0]
 
 
-def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, scale: float):
-    *ids, out, stats, logits = refs
-    R, S = logits.shape
+def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, chunks: int, scale: float, kept):
+    """`kept`: whether whole rows of logits are held, in the last of the refs."""
+    logits = refs[-1] if kept else None
+    *ids, out, stats = refs[:-1] if kept else refs
+    R = q.shape[1]
     top_row = offset[0] + pl.program_id(1) * R
-    first, last = 0, S // _CHUNK
+    first, last = 0, chunks
     if mask.causal:
         last = jnp.clip((top_row + R + _CHUNK - 1) // _CHUNK, 1, last)
     if mask.window:
@@ -150,21 +181,25 @@ def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, scale: float):
         jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32
     )
 
-    def make(j, top):
+    def make(j):
         chunk = pl.ds(j * _CHUNK, _CHUNK)
         made = dot(q[0], k[0, chunk, :], (((1,), (1,)), ((), ()))) * scale
         cols = j * _CHUNK + jax.lax.broadcasted_iota(jnp.int32, (R, _CHUNK), 1)
         pair = (ids[0][0], ids[1][0, :, chunk]) if ids else None
-        made = mask(made, rows, cols, pair, columns if columns < S else None)
-        logits[:, chunk] = made
+        return mask(made, rows, cols, pair, columns if columns % _CHUNK else None)
+
+    def reach(j, top):
+        made = make(j)
+        if kept:
+            logits[:, pl.ds(j * _CHUNK, _CHUNK)] = made
         return jnp.maximum(top, jnp.max(made, axis=-1, keepdims=True))
 
     # The floor keeps a row that sees nothing free of inf - inf.
-    top = jax.lax.fori_loop(first, last, make, jnp.full((R, 1), -1e30, jnp.float32))
+    top = jax.lax.fori_loop(first, last, reach, jnp.full((R, 1), LEAST, jnp.float32))
 
     def use(j, sums):
         chunk = pl.ds(j * _CHUNK, _CHUNK)
-        weights = jnp.exp(logits[:, chunk] - top)
+        weights = jnp.exp((logits[:, chunk] if kept else make(j)) - top)
         attended = dot(weights.astype(v.dtype), v[0, chunk, :], (((1,), (0,)), ((), ())))
         return sums[0] + attended, sums[1] + jnp.sum(weights, axis=-1, keepdims=True)
 

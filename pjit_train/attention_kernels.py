@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pjit_train.attention_masks import Mask
 
-PLATFORMS = {"flat": ("tpu", "cpu"), "splash": ("tpu",), "cudnn": ("gpu",)}
+PLATFORMS = {"flat": ("tpu", "gpu", "cpu"), "splash": ("tpu",), "cudnn": ("gpu",)}
 _BLOCK = 128  # what lengths must be a multiple of for splash
 
 
@@ -42,6 +42,11 @@ def cudnn_misfit(q, k, segments, mask: Mask) -> str | None:
         return "needs rows that begin at the first column"
     if mask.window is not None and not mask.causal:
         return "takes a window only of a causal mask"
+    try:  # jax.nn knows which versions of cuDNN, and which devices, can
+        like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, k)]
+        jax.eval_shape(lambda *qkv: attend_cudnn(*qkv, mask), *like)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return f"is refused by jax.nn: {str(error).splitlines()[0].rstrip('.')}"
     return None
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+_LEAST_WIDTH = 128  # columns by which the choices for a tile differ, at least
 _MAX_GROUPS = 8  # tiles of the forward pass are within so many loops, each with its own columns
 
 
@@ -85,26 +87,34 @@ class Mask:
         """Whether a row's columns are a run of known length."""
         return self.causal and self.window is not None
 
-    def blocks(self, n: int, R: int, m: int, C: int, S: int):
-        """Pairs (i, j) of the n blocks of R rows and the m of C columns, of which S are no padding.
+    def widths(self, n: int, S: int) -> list[int]:
+        """Numbers of columns, from the first on, of which each of n tiles takes one while running.
+
+        Only S where what a tile sees is known before, or has a width of its own. A single tile,
+        such as a token and its cache, is not worth the programs to choose from.
+        """
+        if not self.causal or self.slides or self.offset is not None or n == 1:
+            return [S]
+        size = max(_LEAST_WIDTH, -(-S // _MAX_GROUPS))
+        return [*range(size, S, size), S]
+
+    def blocks(self, n: int, R: int, m: int, C: int, S: int, offset: int | jax.Array):
+        """Pairs of the n blocks of R rows and the m of C columns, of which S are no padding.
+
+        Args:
+          offset: index of the first row; while tracing, so are the results.
 
         Returns:
-          Two int arrays [pairs, 2]: of blocks that are seen whole, and of others that hold any
-          that is seen. Both together have every block where the first row's index is not known.
+          The pairs, int [n m, 2]; bool [n m] of those that are seen whole; and of others that hold
+          any that is seen.
         """
         i, j = (x.ravel() for x in np.meshgrid(np.arange(n), np.arange(m), indexing="ij"))
         seen = np.ones(n * m, bool)
         whole = np.full(n * m, not self.segmented) & ((j + 1) * C <= S)
-        if self.offset is not None:
-            top, bottom = self.offset + i * R, self.offset + (i + 1) * R - 1
-            left, right = j * C, np.minimum((j + 1) * C, S) - 1
-            if self.causal:
-                seen &= left <= bottom
-                whole &= right <= top
-            if self.window:
-                seen &= right > top - self.window
-                whole &= left > bottom - self.window
-        elif self.causal or self.window:
-            whole[:] = False
-        pairs = np.stack([i, j], axis=1).astype(np.int32)
-        return pairs[seen & whole], pairs[seen & ~whole]
+        top, bottom = offset + i * R, offset + (i + 1) * R - 1
+        left, right = j * C, np.minimum((j + 1) * C, S) - 1
+        if self.causal:
+            seen, whole = seen & (left <= bottom), whole & (right <= top)
+        if self.window:
+            seen, whole = seen & (right > top - self.window), whole & (left > bottom - self.window)
+        return np.stack([i, j], axis=1).astype(np.int32), seen & whole, seen & ~whole

@@ -21,9 +21,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pjit_train.attention_masks import Mask
 from pjit_train.sharding import varying, varying_axes
+
+LEAST = float(jnp.finfo(jnp.float32).min)  # of the largest logit of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,7 @@ def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
     R, n = _split(T, tiles.rows)
     G, scale = H // K, 1 / math.sqrt(D)
     width, groups = mask.row_groups(n, R, S)
+    widths = mask.widths(n, S)
     h = _chunk(B * K, tiles.logits // (G * R * width))
 
     q_xnhMD = _row_tiles(q, n, R, K, h)
@@ -121,7 +125,7 @@ def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
                 logits.append((s, low, high))
             tops = [jnp.max(s, axis=-1, keepdims=True) for s, _, _ in logits]
             # The floor keeps a row that sees nothing free of inf - inf.
-            top = jnp.maximum(functools.reduce(jnp.maximum, tops), -1e30)
+            top = jnp.maximum(functools.reduce(jnp.maximum, tops), LEAST)
             out, total = 0, 0
             for s, low, high in logits:
                 # Not s * scale - top, which a compiler may round once or twice: a mask would change
@@ -137,12 +141,20 @@ def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
             total = jnp.maximum(total, 1e-30)
             return out / total, (top * scale + jnp.log(total))[..., 0]
 
+        def narrowest(x):
+            """The tile, of no more columns than its last row may see."""
+            which = jnp.searchsorted(jnp.array(widths[:-1]), row_offset + (x[0] + 1) * R)
+            return jax.lax.switch(
+                which, [functools.partial(tile, pieces=[(0, w, True)]) for w in widths], x
+            )
+
         parts = []
         for first, last, pieces in groups:
             some = slice(first, last)
             ids = None if segments is None else row_ids_nhM[some]
             xs = jnp.arange(first, last), q_nhMD[some], ids
-            parts.append(_map(functools.partial(tile, pieces=pieces), xs, last - first))
+            one = functools.partial(tile, pieces=pieces) if len(widths) == 1 else narrowest
+            parts.append(_map(one, xs, last - first))
         return jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
     xs = q_xnhMD, kT_xhDS, v_xhSD, row_ids, col_ids
@@ -177,7 +189,9 @@ def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, til
         col_ids = jnp.pad(col_ids, ((0, 0), (0, 0), (0, m * C - S)))
         col_ids = col_ids.reshape(-1, h, m, C).swapaxes(1, 2)
     within = jnp.tile(jnp.arange(R), G)
-    pairs = mask.blocks(n, R, m, C, S)
+    pairs, whole, cut = mask.blocks(
+        n, R, m, C, S, row_offset if mask.offset is None else mask.offset
+    )
 
     def chunk(x):
         q_nhMD, d_out_nhMD, stats_nhM, delta_nhM, k_mhCD, kT_mhDC, v_mhCD, row_ids, col_ids = x
@@ -193,7 +207,8 @@ def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, til
                 ids = None if segments is None else (row_ids[i][:, None], col_ids[j][:, :, None])
                 rows_M, padded = row_offset + i * R + within, m * C > S
                 logits_hCM = mask(logits_hCM, rows_M, cols_C1, ids, S if padded else None)
-            weights_hCM = jnp.exp(logits_hCM * scale - stats_nhM[i][:, None])
+            # At most 1 by definition, not by the rounding of logits beyond a million.
+            weights_hCM = jnp.exp(jnp.minimum(logits_hCM * scale - stats_nhM[i][:, None], 0))
             d_weights_hCM = product("hcd,hmd->hcm", v_mhCD[j], d_out_hMD)
             d_logits_hCM = weights_hCM * (d_weights_hCM - delta_nhM[i][:, None])
             d_logits_hCM = d_logits_hCM.astype(q.dtype)
@@ -201,15 +216,13 @@ def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, til
             dqT_nhDM = dqT_nhDM.at[i].add(product("hdc,hcm->hdm", kT_mhDC[j], d_logits_hCM))
             dk_mhCD = dk_mhCD.at[j].add(product("hcm,hmd->hcd", d_logits_hCM, q_hMD))
             dv_mhCD = dv_mhCD.at[j].add(product("hcm,hmd->hcd", weights_hCM, d_out_hMD))
-            return (dqT_nhDM, dk_mhCD, dv_mhCD), None
+            return dqT_nhDM, dk_mhCD, dv_mhCD
 
         shapes = (n, h, D, G * R), (m, h, C, D), (m, h, C, D)
         axes = frozenset().union(*map(varying_axes, jax.tree.leaves(x)))
         sums = varying(tuple(jnp.zeros(s, jnp.float32) for s in shapes), axes)
-        for some, masked in zip(pairs, (False, True), strict=True):
-            if len(some):
-                one = functools.partial(block, masked=masked)
-                sums, _ = jax.lax.scan(one, sums, (some[:, 0], some[:, 1]))
+        for some, masked in ((whole, False), (cut, True)):
+            sums = _go_over(functools.partial(block, masked=masked), sums, pairs, some)
         return sums
 
     xs = q_xnhMD, d_out_xnhMD, stats_xnhM, delta_xnhM, k_xmhCD
@@ -217,6 +230,17 @@ def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, til
     dqT_xnhDM, dk_xmhCD, dv_xmhCD = _map(chunk, xs, len(q_xnhMD))
     dq = _from_rows(dqT_xnhDM.swapaxes(-1, -2), B, T, K, R) * scale
     return dq, _from_rows(dk_xmhCD, B, S, K, C) * scale, _from_rows(dv_xmhCD, B, S, K, C)
+
+
+def _go_over(step, sums, pairs, some):
+    """`sums` after the steps of some of the pairs, of which may be known only while running."""
+    if isinstance(some, np.ndarray):
+        pairs = pairs[some].T
+        if pairs.size:
+            sums, _ = jax.lax.scan(lambda sums, pair: (step(sums, pair), None), sums, tuple(pairs))
+        return sums
+    order = jnp.asarray(pairs)[jnp.argsort(~some)]
+    return jax.lax.fori_loop(0, jnp.sum(some), lambda p, sums: step(sums, order[p]), sums)
 
 
 def _split(length: int, most: int) -> tuple[int, int]:

@@ -1,19 +1,24 @@
-"""The training step against a bare hand-written one: ratio of medians, the two alternating.
+"""The training step against a bare hand-written one, and against itself with plain attention.
 
-python tests/bench/step.py [--steps 20]
+Ratios of medians, all three alternating in one run.
+
+    python tests/bench/step.py [--steps 20]
 """
 
 import argparse
 import os
 import statistics
 import time
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import plain
 
+from pjit_train import blocks
 from pjit_train.data import TextData
 from pjit_train.optimizers import AdamW, Schedule
 from pjit_train.program import Program
@@ -47,40 +52,78 @@ def bench_run(**model) -> Run:
     )
 
 
+def plain_attention(q, k, v, *, causal, segments, **ways):
+    """All logits at once, in place of `pjit_train.attention.attention` in the model's blocks."""
+    assert (causal, segments, q.shape) == (True, None, k.shape)
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def trainer(inputs, targets, attention):
+    """The trainer's step with this attention: a function that makes a step and gives its loss."""
+    with mock.patch.object(blocks, "attention", attention):
+        program = Program(bench_run(), make_mesh(MeshShape(data=1), jax.devices()[:1]))
+        batch = program.global_batch(
+            lambda rows: {"inputs": inputs[rows], "targets": targets[rows]}
+        )
+        compiled, state = program.compile_step(batch), program.new_state()
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return jax.block_until_ready(metrics)["loss"]
+
+    return step
+
+
+def bare(inputs, targets):
+    """The same of `plain`."""
+    state, compiled = plain.make_step()
+
+    def step():
+        nonlocal state
+        state, loss = compiled(state, inputs, targets)
+        return jax.block_until_ready(loss)
+
+    return step
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
     rng = np.random.default_rng(0)
-    inputs, targets = rng.integers(0, 255, (2, plain.BATCH, plain.LENGTH)).astype(np.int32)
-
-    program = Program(bench_run(), make_mesh(MeshShape(data=1), jax.devices()[:1]))
-    batch = program.global_batch(lambda rows: {"inputs": inputs[rows], "targets": targets[rows]})
-    ours, our_state = program.compile_step(batch), program.new_state()
-    state, bare = plain.make_step()
-
-    times = {"bare": [], "torsion": []}
-    processor = {"bare": [], "torsion": []}
+    batch = rng.integers(0, 255, (2, plain.BATCH, plain.LENGTH)).astype(np.int32)
+    sides = {
+        "bare": bare(*batch),
+        "plain attention": trainer(*batch, plain_attention),
+        "torsion": trainer(*batch, blocks.attention),
+    }
+    losses = {}
+    wall, processor = ({name: [] for name in sides} for _ in range(2))
     for _ in range(steps + 2):
-        began, busy = time.perf_counter(), time.process_time()
-        state, loss = bare(state, inputs, targets)
-        jax.block_until_ready(loss)
-        times["bare"].append(time.perf_counter() - began)
-        processor["bare"].append(time.process_time() - busy)
-        began, busy = time.perf_counter(), time.process_time()
-        our_state, metrics = ours(our_state, batch)
-        jax.block_until_ready(metrics)
-        times["torsion"].append(time.perf_counter() - began)
-        processor["torsion"].append(time.process_time() - busy)
-    medians = {name: statistics.median(t[2:]) for name, t in times.items()}
+        for name, step in sides.items():
+            began, busy = time.perf_counter(), time.process_time()
+            loss = step()
+            wall[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - busy)
+            losses[name] = float(loss)
+    medians = {name: statistics.median(t[2:]) for name, t in wall.items()}
+    busy = {name: statistics.median(t[2:]) for name, t in processor.items()}
+    print("losses", *(f"{loss:.4f}" for loss in losses.values()))
     for name, seconds in medians.items():
         tokens = plain.BATCH * plain.LENGTH / seconds
         print(
-            f"{name:8} {seconds:.3f} s a step (least {min(times[name]):.3f})  {tokens:,.0f} tok/s"
+            f"{name:15} {seconds:.3f} s a step (least {min(wall[name]):.3f})  {tokens:,.0f} tok/s, "
+            f"{busy[name]:.3f} s of processor time"
         )
-        print(f"         {statistics.median(processor[name][2:]):.3f} s of processor time")
-    print(f"losses {float(loss):.4f} and {float(metrics['loss']):.4f}")
-    print(f"torsion is {medians['bare'] / medians['torsion']:.2f} times as fast as the bare step")
+    for name in ("bare", "plain attention"):
+        print(
+            f"torsion is {medians[name] / medians['torsion']:.2f} times as fast as {name}, "
+            f"{busy[name] / busy['torsion']:.2f} by processor time"
+        )
 
 
 if __name__ == "__main__":

@@ -9,32 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train.attention import attention
 from pjit_train.sharding import MeshShape, make_mesh
 
-
-def reference(q, k, v, *, causal=False, window=None, segments=None, row_offset=0):
-    """[B, T, H, D] by the definition, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    group = q.shape[2] // k.shape[2]
-    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-    logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
-    rows = row_offset + np.arange(q.shape[1])[:, None]
-    cols = np.arange(k.shape[1])[None, :]
-    seen = np.ones((q.shape[0], 1, rows.size, cols.size), bool)
-    if causal:
-        seen &= cols <= rows
-    if window is not None:
-        seen &= cols > rows - window
-    if segments is not None:
-        seen &= (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
-    logits = np.where(seen, logits, -np.inf)
-    top = np.max(logits, axis=-1, keepdims=True)
-    weights = np.exp(logits - np.where(np.isfinite(top), top, 0))
-    total = weights.sum(-1, keepdims=True)
-    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    return np.einsum("bhts,bshd->bthd", weights, v)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def random(seed, *shapes, scale=1.0):
@@ -46,7 +26,60 @@ def gradients(function, *args):
     """Gradients of a fixed random projection of the output, and the output."""
     out, vjp = jax.vjp(function, *args)
     (d_out,) = random(99, out.shape)
-    return out, vjp(d_out)
+    return out, vjp(d_out.astype(out.dtype))
+
+
+def seen_by(shape, segments=None, *, causal=False, window=None, row_offset=0):
+    """bool [B, T, S]: which columns a row sees."""
+    rows = row_offset + np.arange(shape[1])[:, None]
+    cols = np.arange(shape[2])[None, :]
+    seen = np.ones(shape, bool)
+    if causal:
+        seen &= cols <= rows
+    if window is not None:
+        seen &= cols > rows - window
+    if segments is not None:
+        seen &= segments[0][:, :, None] == segments[1][:, None, :]
+    return seen
+
+
+def weights_of(q, k, seen):
+    """Softmax of the logits [B, H, T, S]; zeros in rows that see nothing."""
+    logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    logits = np.where(seen[:, None], logits, -np.inf)
+    top = np.max(logits, axis=-1, keepdims=True)
+    weights = np.exp(logits - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
+def wide(q, k, v):
+    """In float64, with keys and values for every query head."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    return q, np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+
+
+def reference(q, k, v, **options):
+    """[B, T, H, D] by the definition, in float64."""
+    q, k, v = wide(q, k, v)
+    weights = weights_of(q, k, seen_by((len(q), q.shape[1], k.shape[1]), **options))
+    return np.einsum("bhts,bshd->bthd", weights, v)
+
+
+def reference_gradients(q, k, v, d_out, **options):
+    """By the softmax's Jacobian diag(w) - w w', over whole rows, in float64."""
+    kv_shape = k.shape
+    (q, k, v), d_out = wide(q, k, v), np.asarray(d_out, np.float64)
+    w = weights_of(q, k, seen_by((len(q), q.shape[1], k.shape[1]), **options))
+    d_weights = np.einsum("bthd,bshd->bhts", d_out, v)
+    d_logits = w * d_weights - w * np.sum(w * d_weights, axis=-1, keepdims=True)
+    d_logits /= np.sqrt(q.shape[-1])
+    d_q = np.einsum("bhts,bshd->bthd", d_logits, k)
+    d_k = np.einsum("bhts,bthd->bshd", d_logits, q)
+    d_v = np.einsum("bhts,bthd->bshd", w, d_out)
+    of_heads = (*kv_shape[:2], kv_shape[2], -1, kv_shape[3])
+    return d_q, *(x.reshape(of_heads).sum(axis=3) for x in (d_k, d_v))
 
 
 @settings(max_examples=15, deadline=None)
@@ -97,34 +130,97 @@ def test_gradients_are_those_of_the_definition(
         rng = np.random.default_rng(1)
         segments = tuple(np.sort(rng.integers(0, 3, (2, n))) for n in (rows, columns))
 
-    def plain(q, k, v):
-        """Differentiated by jax, in float64 (enabled around the call)."""
-        k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
-        logits = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
-        t, s = np.arange(rows)[:, None], np.arange(columns)[None]
-        seen = np.ones((2, 1, rows, columns), bool)
-        seen &= (s <= t) if causal else True
-        seen &= (s > t - window) if window else True
-        if segmented:
-            seen &= (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
-        # A row that sees nothing has no weights, and no gradient.
-        logits = jnp.where(seen, logits, -1e300)
-        weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
-        return jnp.einsum("bhts,bshd->bthd", weights, v)
-
     def tiled(q, k, v):
         return attention(
             q, k, v, causal=causal, window=window, segments=segments, tile_rows=tile_rows
         )
 
     _, got = jax.jit(functools.partial(gradients, tiled))(q, k, v)
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v)]
-        d_out = jnp.asarray(np.asarray(random(99, q.shape)[0]), jnp.float64)
-        want = jax.jit(lambda *a: jax.vjp(plain, *a)[1](d_out))(*wide)
+    (d_out,) = random(99, q.shape)
+    want = reference_gradients(q, k, v, d_out, causal=causal, window=window, segments=segments)
     for g, w in zip(got, want, strict=True):
         # As far as float32 logits are right: those of scale 4 go to a hundred.
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(1, scale) ** 3)
+
+
+def absolute_terms(q, k, v, d_out, **options):
+    """The gradients with every term of their sums taken positive, in float64."""
+    weights = weights_of(*wide(q, k, v)[:2], seen_by((*q.shape[:2], k.shape[1]), **options))
+    kv_shape = k.shape
+    q, k, v = (np.abs(x) for x in wide(q, k, v))
+    d_out = np.abs(np.asarray(d_out, np.float64))
+    d_weights = np.einsum("bthd,bshd->bhts", d_out, v)
+    d_logits = weights * (d_weights + np.sum(weights * d_weights, axis=-1, keepdims=True))
+    d_logits /= np.sqrt(q.shape[-1])
+    d_q = np.einsum("bhts,bshd->bthd", d_logits, k)
+    d_k = np.einsum("bhts,bthd->bshd", d_logits, q)
+    d_v = np.einsum("bhts,bthd->bshd", weights, d_out)
+    of_heads = (*kv_shape[:2], kv_shape[2], -1, kv_shape[3])
+    return d_q, *(x.reshape(of_heads).sum(axis=3) for x in (d_k, d_v))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    lengths=st.sampled_from([(3, 3), (16, 5), (37, 41), (1, 9)]),
+    heads=st.sampled_from([(4, 2), (3, 3), (4, 1)]),
+    size=st.sampled_from([5, 8]),
+    scale=st.sampled_from([1e-15, 1e-3, 1.0, 30.0]),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 5]),
+    blind=st.booleans(),
+    tile_rows=st.sampled_from([2, 5, 128]),
+    seed=st.integers(0, 1000),
+)
+def test_gradients_are_within_their_rounding(
+    dtype, lengths, heads, size, scale, causal, window, blind, tile_rows, seed
+):
+    """In bfloat16 to 1/64, in float32 to 1e-5, of the sum of an entry's terms taken positive.
+
+    (bfloat16 rounds by up to 1/256: here weights, gradients of logits, and the output.) Logits of a
+    size L are known to L roundings of float32. `blind`: some rows see nothing.
+    """
+    q, k, v = (
+        x.astype(dtype)
+        for x in random(
+            seed, (2, lengths[0], heads[0], size), *[(2, lengths[1], heads[1], size)] * 2,
+            scale=scale,
+        )
+    )  # fmt: skip
+    segments = tuple(np.zeros((2, n), int) for n in lengths) if blind else None
+    if blind:
+        segments[0][:, ::3] = 1
+    options = dict(causal=causal, window=window, segments=segments)
+    _, got = jax.jit(
+        functools.partial(gradients, functools.partial(attention, **options, tile_rows=tile_rows))
+    )(q, k, v)
+    (d_out,) = random(99, q.shape)
+    want = reference_gradients(q, k, v, d_out.astype(dtype), **options)
+    if blind:
+        assert not np.any(np.asarray(got[0], np.float32)[:, ::3])
+    logit = size**0.5 * float(jnp.max(jnp.abs(q)) * jnp.max(jnp.abs(k)))
+    close = (1e-5 if dtype == "float32" else 1 / 64) + 1e-6 * logit
+    bounds = absolute_terms(q, k, v, d_out, **options)
+    for g, w, bound in zip(got, want, bounds, strict=True):
+        assert g.dtype == jnp.dtype(dtype)
+        assert np.all(np.abs(np.asarray(g, np.float64) - w) <= close * bound + 1e-37)
+
+
+def test_logits_as_large_as_float32_holds():
+    """One column has all of a row's weight, be its logit zero or far below; nothing overflows."""
+    rng = np.random.default_rng(0)
+    column = rng.integers(0, 6, 9)
+    k = np.zeros((1, 6, 1, 8), np.float32)
+    k[0, :, 0, :6] = -1e19 * (1 - np.eye(6))
+    q = np.zeros((1, 9, 1, 8), np.float32)
+    q[0, np.arange(9), 0, column] = 1e19
+    for shift in (0, -1e18):  # the largest logit of a row: 0, or -1e37
+        v = rng.normal(size=k.shape).astype(np.float32)
+        out, (d_q, d_k, d_v) = jax.jit(functools.partial(gradients, attention))(q, k + shift, v)
+        np.testing.assert_array_equal(out[0, :, 0], v[0, column, 0])
+        # To a rounding of such a logit, a weight is anything between 0 and 1, but no more.
+        assert all(np.all(np.isfinite(d)) for d in (d_q, d_k))
+        assert np.all(np.abs(d_v) <= np.sum(np.abs(random(99, q.shape)[0])))
 
 
 def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient():
@@ -143,6 +239,59 @@ def test_bfloat16_is_within_its_rounding_of_float32():
     assert got.dtype == jnp.bfloat16
     want = reference(*[np.asarray(x, np.float32) for x in low], causal=True)
     np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.02)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 30}])
+def test_an_offset_known_only_while_running(options):
+    """One program for all; its rows' columns begin and end anywhere, in the cache and outside."""
+    q, k, v = random(0, (1, 40, 2, 8), *[(1, 300, 2, 8)] * 2)
+    segments = (np.zeros((1, 40), int), np.zeros((1, 300), int))
+    (d_out,) = random(99, q.shape)
+
+    @jax.jit
+    def run(offset):
+        attend = functools.partial(
+            attention, **options, segments=segments, row_offset=offset, tile_rows=16
+        )
+        return gradients(attend, q, k, v)
+
+    for offset in (0, 100, 117, 260, 290):
+        out, grads = run(offset)
+        where = options | {"row_offset": offset}
+        np.testing.assert_allclose(out, reference(q, k, v, **where), rtol=1e-5, atol=1e-5)
+        want = reference_gradients(q, k, v, d_out, **where)
+        for g, w in zip(grads, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_split_rows_skip_what_the_mask_empties(monkeypatch):
+    """Exponentials that 4 devices compute, of 512 x 512 that each would without a mask."""
+    counts, exponential = [], jnp.exp
+
+    def counted(x):
+        jax.debug.callback(lambda size=x.size: counts.append(size))
+        return exponential(x)
+
+    monkeypatch.setattr(jnp, "exp", counted)
+    (q,) = random(0, (1, 512, 1, 8))
+
+    def of(shape, function):
+        with jax.set_mesh(make_mesh(MeshShape(data=1, **shape))):
+            spec = P(None, "sequence" if shape else None, None, None)
+            x = jax.device_put(np.asarray(q), spec)
+            jax.block_until_ready(jax.jit(function)(x))
+            jax.effects_barrier()
+        found = sum(counts) / 512**2
+        counts.clear()
+        return found
+
+    attend = lambda x: attention(x, x, x, causal=True, tile_rows=32)  # noqa: E731
+    # A tile has up to 127 columns more than its last row sees; half, and a quarter of them.
+    assert 0.5 < of({"sequence": 4}, attend) < 0.5 + 0.25
+    forward = of({"sequence": 4}, attend)
+    both = of({"sequence": 4}, lambda x: gradients(attend, x))
+    # Blocks of the backward pass are done if any of it is seen: 16 x 17 / 2 of 16 x 16.
+    assert both - forward == pytest.approx(17 / 32)
 
 
 def test_memory_is_linear_in_the_length():

@@ -1,17 +1,19 @@
 """Every way to run attention against the row-tiled one, which test_attention holds to float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_attention import gradients, random, reference
+from test_attention import gradients, random, reference, reference_gradients
 from test_collectives import collectives
 
 from pjit_train import attention_kernels
 from pjit_train.attention import attention
+from pjit_train.attention_flat import attend_flat
 from pjit_train.attention_masks import Mask
 from pjit_train.errors import UserError
 from pjit_train.sharding import MeshShape, make_mesh
@@ -21,37 +23,126 @@ def ids(length, seed=1, batch=2):
     return np.sort(np.random.default_rng(seed).integers(0, 3, (batch, length)))
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "options"),
-    [
-        (37, 150, {}),
-        (140, 140, {"causal": True}),
-        (300, 300, {"causal": True, "window": 40}),
-        (50, 200, {"causal": True, "row_offset": 130, "segments": (ids(50), ids(200))}),
-    ],
-)
-def test_flat_kernel_is_the_definition(rows, columns, options):
+@pytest.fixture
+def cudnn(monkeypatch):
+    """As on a machine with cuDNN; programs for its devices can be made without any."""
+    theirs = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{theirs}.check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+FLAT = [
+    (37, 150, {}),
+    (140, 140, {"causal": True}),
+    (300, 300, {"causal": True, "window": 40}),
+    (50, 200, {"causal": True, "row_offset": 130, "segments": (ids(50), ids(200))}),
+]
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize(("rows", "columns", "options"), FLAT)
+def test_flat_kernel_is_the_definition(rows, columns, options, target):
     """Interpreted: ragged lengths, grouped heads, chunks that the mask empties, rows of zeros."""
-    q, k, v = random(0, (2, rows, 4, 8), *[(2, columns, 2, 8)] * 2)
-    run = lambda **o: jax.jit(  # noqa: E731
-        functools.partial(gradients, functools.partial(attention, **options, **o))
-    )(q, k, v)
-    out, grads = run(way="flat", tile_rows=24)
+    q, k, v = random(0, (2, rows, 4, 24), *[(2, columns, 2, 24)] * 2)
+    place = {"row_offset": 0, "segments": None} | options
+    mask = Mask(options.get("causal", False), options.get("window"), None, "segments" in options)
+    attend = lambda q, k, v: attend_flat(  # noqa: E731
+        q, k, v, place["segments"], place["row_offset"], mask, 24, interpret=target
+    )
+    out, grads = jax.jit(functools.partial(gradients, attend))(q, k, v)
     np.testing.assert_allclose(out, reference(q, k, v, **options), rtol=1e-5, atol=1e-5)
-    for g, w in zip(grads, run(way="rows")[1], strict=True):
+    want = reference_gradients(q, k, v, random(99, q.shape)[0], **options)
+    for g, w in zip(grads, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=2e-5)
+
+
+def test_flat_is_interpreted_on_a_cpu():
+    q, k, v = random(0, *[(1, 40, 2, 8)] * 3)
+    out = attention(q, k, v, causal=True, way="flat", tile_rows=16)
+    np.testing.assert_allclose(out, reference(q, k, v, causal=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "options"), [(64, {"causal": True}), (40, {"window": 70})])
+def test_flat_kernel_becomes_a_program_for_a_gpu(cudnn, dtype, size, options):
+    """Of Triton, in one kernel; sizes that are no powers of two, documents."""
+    array = jax.ShapeDtypeStruct
+    q, k = (array((2, n, h, size), dtype) for n, h in ((200, 4), (300, 2)))
+    documents = array((2, 200), "int32"), array((2, 300), "int32")
+    attend = lambda q, k, v, *ids: attention(q, k, v, segments=ids, way="flat", **options)  # noqa: E731
+    program = jax.jit(attend).trace(q, k, k, *documents).lower(lowering_platforms=("cuda",))
+    assert program.as_text().count("custom_call @__gpu$xla.gpu.triton") == 1
+
+
+SPLASH = [
+    {"causal": True, "documents": True},
+    {"causal": True, "window": 40},
+    {"causal": True, "window": 1},
+    {"documents": True},
+    {"columns": 256},
+]
+
+
+@pytest.mark.parametrize("options", SPLASH, ids=str)
+def test_splash_kernel_is_the_definition(options):
+    """JAX's kernel, interpreted, as this project calls it: heads in groups, scale, documents."""
+    options = dict(options)
+    documents, columns = options.pop("documents", False), options.pop("columns", 128)
+    q, k, v = random(0, (1, 128, 4, 32), *[(1, columns, 2, 32)] * 2)
+    segments = (ids(128, batch=1),) * 2 if documents else None
+    mask = Mask(options.get("causal", False), options.get("window"), 0, documents)
+    assert attention_kernels.splash_misfit(q, k, segments, mask) is None
+    attend = functools.partial(
+        attention_kernels.attend_splash, segments=segments, mask=mask, interpret=True
+    )
+    out, grads = jax.jit(functools.partial(gradients, attend))(q, k, v)
+    options |= {"segments": segments}
+    np.testing.assert_allclose(out, reference(q, k, v, **options), rtol=1e-5, atol=1e-5)
+    want = reference_gradients(q, k, v, random(99, q.shape)[0], **options)
+    for g, w in zip(grads, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 40}, {}])
-def test_splash_kernel_is_the_definition(options):
-    """JAX's kernel, interpreted, as this project calls it: heads in groups, documents."""
-    q, k, v = random(0, (1, 128, 4, 32), *[(1, 128, 2, 32)] * 2)
-    segments = (ids(128, batch=1),) * 2
-    mask = Mask(options.get("causal", False), options.get("window"), 0, True)
-    assert attention_kernels.splash_misfit(q, k, segments, mask) is None
-    out = attention_kernels.attend_splash(q, k, v, segments, mask, interpret=True)
-    want = reference(q, k, v, segments=segments, **options)
-    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    ("options", "kind", "window"),
+    [
+        ({}, "NO_MASK", 0),
+        ({"causal": True}, "CAUSAL", 0),
+        ({"causal": True, "window": 100}, "CAUSAL", 100),
+    ],
+)
+@pytest.mark.parametrize("way", ["cudnn", "auto"])
+def test_cudnn_is_told_what_is_asked_for(cudnn, way, options, kind, window):
+    """Lowered for a GPU, forward and backward: grouped heads, scale, mask and window.
+
+    cuDNN's windows count as ours: of 3, a row sees itself and two before (`jax.nn`).
+    """
+    q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    attend = functools.partial(attention, **options, way=way)
+    program = jax.jit(functools.partial(gradients, attend)).trace(q, k, k)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @__cudnn\$(fmha\w+)\((.*?)\) -> ", text)
+    assert [name for name, _ in calls] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    for _, call in calls:
+        call = call.replace("\\22", "")
+        assert f"mask_type: {kind}," in call
+        assert f"sliding_window_length: {window}," in call
+        assert "fmha_scale: 0.125," in call  # 1 / sqrt(64)
+        assert "tensor<2x256x4x64xbf16>, tensor<2x256x2x64xbf16>, tensor<2x256x2x64xbf16>" in call
+
+
+def test_a_gpu_without_cudnn_goes_by_rows_and_says_so_where_it_may_not(cudnn, monkeypatch):
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", missing)
+    (q,) = random(0, (1, 16, 2, 8))
+    q = q.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(attention(q, q, q), attention(q, q, q, way="rows"))
+    with pytest.raises(UserError) as error:
+        attention(q, q, q, way="cudnn")
+    says = "attention='cudnn' is refused by jax.nn: cuDNN is not detected; use 'rows' or 'auto'"
+    assert str(error.value) == says
 
 
 RING = [
@@ -158,7 +249,7 @@ def test_what_cannot_run_is_one_line(options, says):
         ("cudnn", {"segments": True}, False),
     ],
 )
-def test_kernels_are_chosen_only_where_they_fit(kernel, changes, fits):
+def test_kernels_are_chosen_only_where_they_fit(cudnn, kernel, changes, fits):
     given = dict(length=256, size=64, dtype=jnp.bfloat16, mask=Mask(True, None, 0, False))
     given |= changes
     q = jax.ShapeDtypeStruct((1, given["length"], 4, given["size"]), given["dtype"])
