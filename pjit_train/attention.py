@@ -106,6 +106,19 @@ def attention(
     )(q, k, v, segments, row_offset)
 
 
+def check_way(way: str, platform: str) -> None:
+    """Raises a UserError where a way of `attention` does not run on devices of a platform."""
+    if way in ("auto", "rows"):
+        return
+    if way not in PLATFORMS:
+        raise UserError(f"attention={way!r} is unknown; use auto, rows, {', '.join(PLATFORMS)}")
+    if _family(platform) not in PLATFORMS[way]:
+        places = " or ".join(PLATFORMS[way])
+        raise UserError(
+            f"attention={way!r} runs on {places} and this is {platform}; use 'rows' or 'auto'"
+        )
+
+
 def _check(q, k, v, window, tile_rows):
     if k.shape != v.shape:
         raise ValueError(f"attention: k is {k.shape} and v is {v.shape}; they must be alike")
@@ -128,23 +141,20 @@ def _choose(way: str, q, k, segments, mask: Mask) -> str:
       UserError: what is asked for does neither.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    platform = _family(jax.default_backend() if device is None else device.platform)
     if way == "auto":
         best = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "rows")
         return best if best == "rows" or not FITS[best](q, k, segments, mask) else "rows"
     if way == "rows":
         return way
-    if way not in PLATFORMS:
-        raise UserError(f"attention={way!r} is unknown; use auto, rows, {', '.join(PLATFORMS)}")
-    if platform not in PLATFORMS[way]:
-        places = " or ".join(PLATFORMS[way])
-        raise UserError(
-            f"attention={way!r} runs on {places} and this is {platform}; use 'rows' or 'auto'"
-        )
+    check_way(way, platform)
     if reason := FITS[way](q, k, segments, mask):
         raise UserError(f"attention={way!r} {reason}; use 'rows' or 'auto'")
     return way
+
+
+def _family(platform: str) -> str:
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _local(way, tile_rows, measured, mask, q, k, v, segments, row_offset):

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train import huggingface
 from pjit_train.activation_metrics import observe_activations
+from pjit_train.attention import check_way
 from pjit_train.errors import UserError
 from pjit_train.loss import cross_entropy
 from pjit_train.run import Run
@@ -62,6 +63,7 @@ class Program:
         self._evaluations: dict[Any, Callable] = {}  # by the structure of the weights
         with jax.set_mesh(mesh):
             check_layout(run.model, run.rules, mesh)
+            check_way(run.model.attention, mesh.devices.flat[0].platform)
             self.graph, _ = split_model(run.model, run.rules)
             params = abstract(self._new_params, 0)
             try:
