@@ -121,8 +121,8 @@ def _forward(q, k, v, segments, row_offset, mask: Mask, R: int, target: str, int
         x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, size - D)))
         return x.transpose(0, 2, 1, 3).reshape(-1, length, size)
 
-    rows_of_head = lambda x, i: (x, i, 0)  # noqa: E731
-    all_of_group = lambda x, i: (x // (H // K), 0, 0)  # noqa: E731
+    rows_of_head = lambda x, i: (x, i, 0)
+    all_of_group = lambda x, i: (x // (H // K), 0, 0)
     inputs = [row_offset, heads_first(q, n * R)]
     inputs += [heads_first(x, m * _CHUNK) for x in (k, v)]
     in_specs = [

@@ -72,7 +72,7 @@ def _ring_bwd(axis, causal, window, zigzag, tile_rows, residuals, d_out):
     pairs = functools.partial(_pairs, causal=causal, window=window, zigzag=zigzag)
     rows = (q, d_out, stats, row_corrections(out, d_out), segments[:1])
     size = jax.lax.axis_size(axis)
-    zeros = lambda x: varying(jnp.zeros(x.shape, jnp.float32), varying_axes(q))  # noqa: E731
+    zeros = lambda x: varying(jnp.zeros(x.shape, jnp.float32), varying_axes(q))
 
     def add(d_q, d_columns, columns, turn):
         for some_rows, some_columns, offset, mask, put, put_columns in pairs(
@@ -175,7 +175,7 @@ def _zigzag(x, axis, *, back: bool = False):
     """From consecutive tokens on the devices to pieces r and 2 P - 1 - r on device r, or back."""
     size = jax.lax.axis_size(axis)
     me = jax.lax.axis_index(axis)
-    place = lambda piece: min(piece, 2 * size - 1 - piece)  # noqa: E731
+    place = lambda piece: min(piece, 2 * size - 1 - piece)
     halves = jnp.split(x, 2, axis=1)
     # Of the pieces 2 r and 2 r + 1 of a device one goes to the first half, the other to the second:
     # which, is decided by whether the piece is of the first P.

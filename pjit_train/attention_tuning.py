@@ -73,7 +73,7 @@ def candidates(default: Tiles) -> list[Tiles]:
 
 def _measure(q_shape, k_shape, dtype, mask: Mask, default: Tiles) -> Tiles:
     rng = np.random.default_rng(0)
-    random = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    random = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)
     q, k, v, d_out = map(random, (q_shape, k_shape, k_shape, q_shape))
     segments = None
     if mask.segmented:
@@ -83,7 +83,7 @@ def _measure(q_shape, k_shape, dtype, mask: Mask, default: Tiles) -> Tiles:
     def run(tiles):
         @jax.jit
         def both(q, k, v, d_out):
-            attend = lambda *a: attend_rows(*a, segments, offset, mask, tiles)  # noqa: E731
+            attend = lambda *a: attend_rows(*a, segments, offset, mask, tiles)
             out, pull_back = jax.vjp(attend, q, k, v)
             return out, pull_back(d_out)
 

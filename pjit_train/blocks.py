@@ -308,7 +308,7 @@ def run_layers(blocks: Block, x_BTD, config: BlockConfig, *, cache=None, positio
 def _unstack(tree, layers: int):
     """The layers of stacked arrays; the transpose is a concatenation, not a sum of padded ones."""
     parts = jax.tree.map(lambda x: [p[0] for p in jax.lax.split(x, [1] * layers)], tree)
-    is_parts = lambda x: isinstance(x, list)  # noqa: E731
+    is_parts = lambda x: isinstance(x, list)
     return [jax.tree.map(lambda p, i=i: p[i], parts, is_leaf=is_parts) for i in range(layers)]
 
 

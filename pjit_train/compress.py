@@ -350,7 +350,7 @@ def _trained(program: Program, weights) -> dict[str, Any]:
     Args:
       weights: what `Program.weights` gives.
     """
-    is_kernel = lambda x: isinstance(x, QuantizedKernel)  # noqa: E731
+    is_kernel = lambda x: isinstance(x, QuantizedKernel)
     with jax.set_mesh(program.mesh):
         masters = dense_tree(jax.tree.map(unquantized, weights, is_leaf=is_kernel))
         return jax.tree.map(np.asarray, masters)

@@ -183,7 +183,7 @@ def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
 
 def _trained(weights) -> dict[str, QuantizedWeights]:
     """Of the kernels that a run's own quantization rounds, with the scales that it takes."""
-    is_kernel = lambda x: isinstance(x, Kernel)  # noqa: E731
+    is_kernel = lambda x: isinstance(x, Kernel)
     leaves = jax.tree.leaves(weights, is_leaf=is_kernel)
     labels = jax.tree.leaves(names(jax.tree.map(lambda x: 0, weights, is_leaf=is_kernel)))
     found = {}

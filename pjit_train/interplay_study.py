@@ -298,7 +298,7 @@ class Measures:
 
 def _errors(x, kernel_IO, pattern: str, format: str) -> dict[str, float]:
     """The errors of one kernel and of its dot products, relative."""
-    mask_of = lambda w: magnitude_mask(w, pattern)  # noqa: E731
+    mask_of = lambda w: magnitude_mask(w, pattern)
     tensor = tensor_interplay(kernel_IO, mask_of, format, axis=0)
     dot = dot_interplay(x, kernel_IO, mask_of, format)
     exact = jnp.matmul(x, kernel_IO, precision=jax.lax.Precision.HIGHEST)

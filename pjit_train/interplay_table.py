@@ -208,7 +208,7 @@ def _equal_bytes(losses: Sequence[Loss]) -> list[list[str]]:
         if key[0] != SPARSE:
             continue
         row = [f"{_called(key[1])}, {key[2]}", f"{size:,}", _mean(values)]
-        mean = lambda k: statistics.fmean(found[k][1].values())  # noqa: E731
+        mean = lambda k: statistics.fmean(found[k][1].values())
         small_enough = [k for k in dense if found[k][0] <= size]
         if not small_enough:
             rows.append([*row, "-", "-", "-", "-"])

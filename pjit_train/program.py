@@ -96,7 +96,7 @@ class Program:
         with jax.set_mesh(self.mesh):
             folder = self.run.initial_weights
             if folder is None:
-                make = lambda seed: self._new_state(self._new_params(seed))  # noqa: E731
+                make = lambda seed: self._new_state(self._new_params(seed))
                 return jax.jit(make, static_argnums=0)(self.run.seed)
             params = huggingface.load(folder, self.run.model, rules=self.run.rules)[1]
             return jax.jit(self._new_state, donate_argnums=0)(params)

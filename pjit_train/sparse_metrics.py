@@ -74,7 +74,7 @@ def kind(name: str) -> str:
 
 def _adam(optimizer_state):
     """Adam's state inside an optimizer's; None where there is none."""
-    is_adam = lambda x: hasattr(x, "mu") and hasattr(x, "nu")  # noqa: E731
+    is_adam = lambda x: hasattr(x, "mu") and hasattr(x, "nu")
     return next(filter(is_adam, jax.tree.leaves(optimizer_state, is_leaf=is_adam)), None)
 
 

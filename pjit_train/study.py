@@ -180,7 +180,7 @@ def model_of_equal_bytes(run: Run) -> TransformerConfig:
 
     unit = 2 * model.num_heads
     widths = range(unit, model.d_model + 1, unit)
-    in_proportion = lambda width: shaped(width, max(model.d_ff * width // model.d_model, 1))  # noqa: E731
+    in_proportion = lambda width: shaped(width, max(model.d_ff * width // model.d_model, 1))
     width = min(widths, key=lambda width: abs(size(in_proportion(width)) - budget))
     one, two = size(shaped(width, 1)), size(shaped(width, 2))
     return shaped(width, max(round(1 + (budget - one) / (two - one)), 1))

@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
         table_VD = gathered_for_tokens(self.embedding, self.rules, self.config.dtype, exact=True)
         stored = self.embedding.get_value()
         if isinstance(stored, QuantizedKernel):  # after it was gathered, as the lookup's table is
-            read = lambda table: dataclasses.replace(stored, kernel=table).dense()  # noqa: E731
+            read = lambda table: dataclasses.replace(stored, kernel=table).dense()
             table_VD = straight_through(read, table_VD)
         return table_VD.T
 

@@ -169,7 +169,7 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
         new = _scales(jnp.where(kept, w, 0), format, scales.tensor_scale)
         # `w` is one block: its scale has an axis of blocks only where there are several.
         new = jax.tree.map(lambda x: x.reshape(-1, outputs) if x.ndim else x, new)
-        place = lambda old, x: old.at[group[first]].set(x) if x.ndim else old  # noqa: E731
+        place = lambda old, x: old.at[group[first]].set(x) if x.ndim else old
         carry = block, errors, jax.tree.map(place, scales, new)
         return jax.lax.fori_loop(first, first + format.block, quantize_input, carry)
 

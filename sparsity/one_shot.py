@@ -307,12 +307,12 @@ class KeepZerosUpdater:
             return self._where_nonzero(params, updates), KeepZerosState(None, inner_state)
 
         inner = optax.with_extra_args_support(inner)
-        init = lambda params: KeepZerosState(None, inner.init(params))  # noqa: E731
+        init = lambda params: KeepZerosState(None, inner.init(params))
         return optax.GradientTransformationExtraArgs(init, update)
 
     def _where_nonzero(self, params, tree):
         masks = self.masks(None, params)
-        keep = lambda m, x: x if m is None else jnp.where(m, x, 0)  # noqa: E731
+        keep = lambda m, x: x if m is None else jnp.where(m, x, 0)
         return jax.tree.map(keep, masks, tree, is_leaf=lambda x: x is None)
 
     def global_norm(self, grads, count):

@@ -6,6 +6,7 @@ import os
 os.environ["PJRT_NPROC"] = "64"
 
 import jax
+import pytest
 
 from pjit_train.data.cache import default_cache_dir
 
@@ -15,3 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiled programs are kept for the next run of the tests, as `torsion train` keeps its own.
 jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """LLVM makes slower code in a fraction of the time; XLA's program (HLO) is the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

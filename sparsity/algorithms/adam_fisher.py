@@ -91,7 +91,7 @@ class AdamBasedFisherPruning(BaseUpdater):
         def reset(x):
             if not _is_adam(x):
                 return x
-            zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
+            zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
             return x._replace(mu=zero(x.mu), nu=zero(x.nu))
 
         inner_state = jax.tree.map(reset, sparse_state.inner_state, is_leaf=_is_adam)

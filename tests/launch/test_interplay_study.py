@@ -7,7 +7,6 @@ import re
 import statistics
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,13 +72,6 @@ def here(tmp_path, monkeypatch):
     Path("tiny.gin").write_text(TINY)
     Path("corpus.txt").write_text("a cat sat on a mat. " * 200)
     return tmp_path
-
-
-@pytest.fixture
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def command(*options: str) -> int:

@@ -123,7 +123,7 @@ def test_a_flipped_bit_in_memory_is_found_and_the_disk_is_read(memory, state, tm
         logger = logging.getLogger("torsion")
         propagates, logger.propagate = logger.propagate, True
         try:
-            read = lambda wanted: memory_copy.read(memory, wanted)  # noqa: E731
+            read = lambda wanted: memory_copy.read(memory, wanted)
             found = checkpoints.restore(abstract(state), memory=(7, read))
         finally:
             logger.propagate = propagates

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import LLAMA, B, make_batch, make_program, quick_compiles  # noqa: F401
+from test_sharding import LLAMA, B, make_batch, make_program
 
 from sparsity.formats import Int
 from sparsity.quantized import MatmulFormats, Quantization

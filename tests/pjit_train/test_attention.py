@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train.attention import attention
 from pjit_train.sharding import MeshShape, make_mesh
@@ -100,7 +99,7 @@ def test_output_is_the_definition(
 ):
     q, k, v = random(seed, (2, rows, heads[0], 8), *[(2, columns, heads[1], 8)] * 2, scale=scale)
     rng = np.random.default_rng(seed)
-    ids = lambda n: np.sort(rng.integers(0, 3, (2, n)))  # noqa: E731
+    ids = lambda n: np.sort(rng.integers(0, 3, (2, n)))
     segments = (ids(rows), ids(columns)) if segmented else None
     options = dict(causal=causal, window=window, segments=segments, row_offset=offset)
     got = jax.jit(functools.partial(attention, **options, tile_rows=tile_rows))(q, k, v)
@@ -285,7 +284,7 @@ def test_split_rows_skip_what_the_mask_empties(monkeypatch):
         counts.clear()
         return found
 
-    attend = lambda x: attention(x, x, x, causal=True, tile_rows=32)  # noqa: E731
+    attend = lambda x: attention(x, x, x, causal=True, tile_rows=32)
     # A tile has up to 127 columns more than its last row sees; half, and a quarter of them.
     assert 0.5 < of({"sequence": 4}, attend) < 0.5 + 0.25
     forward = of({"sequence": 4}, attend)
@@ -299,7 +298,7 @@ def test_memory_is_linear_in_the_length():
 
     def temporary(length):
         q = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
-        loss = lambda q, k, v: attention(q, k, v, causal=True).sum()  # noqa: E731
+        loss = lambda q, k, v: attention(q, k, v, causal=True).sum()
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -313,7 +312,7 @@ def test_memory_is_linear_in_the_length():
 def test_sharded_equals_one_device(shape):
     q, k, v = random(0, (2, 32, 4, 8), *[(2, 32, 2, 8)] * 2)
     ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 32)))
-    attend = lambda *a: attention(*a, causal=True, segments=(ids, ids), tile_rows=8)  # noqa: E731
+    attend = lambda *a: attention(*a, causal=True, segments=(ids, ids), tile_rows=8)
     want, want_grads = gradients(attend, q, k, v)
     with jax.set_mesh(make_mesh(MeshShape(**shape))):
         used = {a for a, n in shape.items() if n > 1}

@@ -46,7 +46,7 @@ def test_flat_kernel_is_the_definition(rows, columns, options, target):
     q, k, v = random(0, (2, rows, 4, 24), *[(2, columns, 2, 24)] * 2)
     place = {"row_offset": 0, "segments": None} | options
     mask = Mask(options.get("causal", False), options.get("window"), None, "segments" in options)
-    attend = lambda q, k, v: attend_flat(  # noqa: E731
+    attend = lambda q, k, v: attend_flat(
         q, k, v, place["segments"], place["row_offset"], mask, 24, interpret=target
     )
     out, grads = jax.jit(functools.partial(gradients, attend))(q, k, v)
@@ -69,7 +69,7 @@ def test_flat_kernel_becomes_a_program_for_a_gpu(cudnn, dtype, size, options):
     array = jax.ShapeDtypeStruct
     q, k = (array((2, n, h, size), dtype) for n, h in ((200, 4), (300, 2)))
     documents = array((2, 200), "int32"), array((2, 300), "int32")
-    attend = lambda q, k, v, *ids: attention(q, k, v, segments=ids, way="flat", **options)  # noqa: E731
+    attend = lambda q, k, v, *ids: attention(q, k, v, segments=ids, way="flat", **options)
     program = jax.jit(attend).trace(q, k, k, *documents).lower(lowering_platforms=("cuda",))
     assert program.as_text().count("custom_call @__gpu$xla.gpu.triton") == 1
 
@@ -185,7 +185,7 @@ def test_ring_has_the_collectives_that_it_needs_and_none_more():
     """Of 4 devices with 8 tokens each; the rounds are a loop, so a round's stand once."""
     pieces, passed = (2, 4), (2, 8)  # [batch, tokens]: half of a device's, and all
     found = collectives(ring(0, "ring")[0].as_text())
-    shape = lambda tokens, heads: ("collective-permute", tuple(sorted((*tokens, heads, 8))))  # noqa: E731
+    shape = lambda tokens, heads: ("collective-permute", tuple(sorted((*tokens, heads, 8))))
     assert found == {
         # Into zigzag order two permutations for each of q and the output's cotangent, and back
         # for the output and q's gradient; likewise k, v and their gradients.

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train import blocks, calibrate, projection
 from pjit_train.data.sources import TextFiles

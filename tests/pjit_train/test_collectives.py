@@ -11,7 +11,7 @@ import re
 from collections import Counter
 
 import pytest
-from test_sharding import LLAMA, B, D, F, H, K, T, V, compiled, d, quick_compiles  # noqa: F401
+from test_sharding import LLAMA, B, D, F, H, K, T, V, compiled, d
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train import calibrate
 from pjit_train import compress_kernels as compress

@@ -11,7 +11,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
-from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train import compressed_tensors, huggingface
 from pjit_train.compress_kernels import leaf, matrix_shape, parse_format

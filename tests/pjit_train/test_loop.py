@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-from test_sharding import quick_compiles  # noqa: F401
 
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.sources import TextFiles
@@ -73,7 +72,7 @@ def saved(directory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(run, tmp_path_factory, quick_compiles):  # noqa: F811
+def uninterrupted(run, tmp_path_factory, quick_compiles):
     directory = tmp_path_factory.mktemp("whole")
     train(run, directory, config_text="# all of it\n")
     return directory

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
+from test_sharding import LLAMA, make_batch, make_program
 
 from pjit_train.errors import UserError
 from pjit_train.projection import project

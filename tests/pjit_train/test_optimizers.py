@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_sharding import D, make_batch, make_program, quick_compiles  # noqa: F401
+from test_sharding import D, make_batch, make_program
 
 from pjit_train.errors import UserError
 from pjit_train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule, matrix_axes
@@ -172,7 +172,7 @@ def test_adafactor_factors_every_block_kernel_as_matrices():
         np.testing.assert_allclose(got.reshape(matrix), adafactor_step(grad, param, 0.3), rtol=1e-4)
 
 
-def test_adafactor_trains_alike_on_a_mesh_and_keeps_its_moments_sharded(quick_compiles):  # noqa: F811
+def test_adafactor_trains_alike_on_a_mesh_and_keeps_its_moments_sharded(quick_compiles):
     adafactor = Adafactor(learning_rate=0.1, schedule=FLAT, min_dim_size_to_factor=20)
     losses, initial = [], None
     for mesh in ({}, {"fsdp": 2, "tensor": 2}):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_collectives import collectives
 from test_loop import rows, run, text  # noqa: F401
-from test_sharding import GPT2, LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
+from test_sharding import GPT2, LLAMA, make_batch, make_program
 
 from pjit_train.blocks import rotary_angles, rotate
 from pjit_train.checkpoint import CheckpointConfig

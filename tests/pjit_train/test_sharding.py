@@ -87,14 +87,6 @@ def make_batch(program: Program, seed: int, **more):
     return program.global_batch(lambda rows: {name: x[rows] for name, x in arrays.items()})
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """LLVM makes slower code in a fraction of the time; XLA's program (HLO) is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def compiled(model, mesh: tuple[tuple[str, int], ...], accumulate: int = 1):
     """(program, compiled step) of a layout; compiled once for all the tests of a process."""
@@ -164,7 +156,7 @@ def test_state_is_created_sharded():
         "head": ((D, V), (D // 2, V // 2)),
     }
     parts = dict(sharded.values())
-    shown = lambda shape: f"[{','.join(map(str, shape))}]"  # noqa: E731
+    shown = lambda shape: f"[{','.join(map(str, shape))}]"
     for name, (whole, part) in sharded.items():
         assert shown(part) in text, name
         assert shown(whole) not in text, name

@@ -10,7 +10,7 @@ import optax
 import pytest
 from test_collectives import collectives
 from test_loop import rows, run, text  # noqa: F401
-from test_sharding import LLAMA, make_batch, make_program, quick_compiles  # noqa: F401
+from test_sharding import LLAMA, make_batch, make_program
 
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
@@ -74,7 +74,7 @@ def trained(name: str, mesh=()):
 
 def kernels(program, state) -> dict[str, np.ndarray]:
     """The kernels that the recipe is about, as the forward pass reads them."""
-    is_kernel = lambda x: isinstance(x, MaskedKernel)  # noqa: E731
+    is_kernel = lambda x: isinstance(x, MaskedKernel)
     leaves = jax.tree.leaves_with_path(program.weights(state), is_leaf=is_kernel)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(dense(leaf))
@@ -150,7 +150,7 @@ def test_observed_figures_are_those_of_the_definitions():
     )
     flips, size, noise = 0, 0, {True: [], False: []}
     for path, mask in jax.tree.leaves_with_path(new):
-        at = lambda tree, path=path: functools.reduce(lambda t, k: t[k.key], path, tree)  # noqa: E731
+        at = lambda tree, path=path: functools.reduce(lambda t, k: t[k.key], path, tree)
         flips += np.sum(mask != at(old))
         size += mask.size
         m = np.asarray(at(adam.mu), np.float64) / (1 - 0.9**3)

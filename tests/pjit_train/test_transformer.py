@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sharding import GPT2, LLAMA, T, V, quick_compiles  # noqa: F401
+from test_sharding import GPT2, LLAMA, T, V
 
 from pjit_train.blocks import rotary_angles
 from pjit_train.errors import UserError

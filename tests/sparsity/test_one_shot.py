@@ -13,14 +13,6 @@ from sparsity import one_shot
 INPUTS, OUTPUTS, TOKENS = 48, 12, 400
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """LLVM makes slower code in a fraction of the time; XLA's program (HLO) is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def problem(seed: int, inputs: int = INPUTS, outputs: int = OUTPUTS):
     """A kernel and correlated inputs, some far larger than others, as a language model has them."""
     rng = np.random.default_rng(seed)
@@ -165,7 +157,7 @@ def test_of_two_equal_inputs_one_takes_over_the_weight_of_the_other():
     x = np.repeat(rng.normal(size=(TOKENS, 8)), 2, axis=1)
     kernel = rng.normal(size=(16, 5)).astype(np.float32)
     pruned = one_shot.sparsegpt(kernel, x.T @ x, pattern="1:2", damping=1e-6)
-    together = lambda w: np.asarray(w).reshape(8, 2, 5).sum(1)  # noqa: E731
+    together = lambda w: np.asarray(w).reshape(8, 2, 5).sum(1)
     np.testing.assert_allclose(together(pruned), together(kernel), atol=1e-3)
 
 

@@ -24,13 +24,6 @@ ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
 BOTH = MatmulFormats(weights=MX(block=4), activations=MX(block=4))
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -226,7 +219,7 @@ def test_every_recipe_trains_quantized_in_either_order(name, order):
         decay = float(updater.settings(state)["decay"]) if name in NAMES else 0.0
         params, state, value, read, mask = step(params, state)
         values.append(float(value))
-        q = lambda w: np.asarray(_mx_of_inputs(w))  # noqa: E731
+        q = lambda w: np.asarray(_mx_of_inputs(w))
         mask = np.asarray(mask) == 1
         if order == ORDERS[0]:
             want = q(np.where(mask, w, np.float32(decay) * w))
@@ -274,8 +267,8 @@ def test_errors_and_clipped_weights_are_counted():
 
 def test_what_is_quantized_and_what_is_not_is_said():
     params = {"attention": {"query": {"kernel": normal(8, 2, 4)}}, "head": normal(8, 4)}
-    contraction = lambda name, shape: (-len(shape),)  # noqa: E731
-    build = lambda **options: Quantization(**options).build(params, contraction=contraction)  # noqa: E731
+    contraction = lambda name, shape: (-len(shape),)
+    build = lambda **options: Quantization(**options).build(params, contraction=contraction)
     said = build(layers={"query": BOTH}).describe()
     assert "weights mxfp8_e4m3 in blocks of 4" in said
     assert said.endswith("in full precision: head, the products of attention")
