@@ -123,7 +123,9 @@ class Attempt:
             why = f" ({said['text']})" if said else ""
             return Failure(f"{self._name(process)} {how}{why}{after}")
         silent = time.monotonic() - self._progress
-        limit = self._plan.hang_seconds * (1 if self._kind == "step" else _SAVING)
+        every = self._plan.run.eval_every
+        stepping = self._kind == "step" and not (every and self._step % every == 0)
+        limit = self._plan.hang_seconds * (1 if stepping else _SAVING)
         limit = limit if self._first else _START
         if silent > limit:
             quiet = [i for i, answer in enumerate(answers) if answer["silent"] > 3]

@@ -12,6 +12,7 @@ from pathlib import Path
 from pjit_train.errors import UserError
 
 RAY = "2.60.0"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def private_directory() -> Path:
@@ -65,17 +66,19 @@ def joined(address: str) -> Iterator[None]:
     Raises:
       UserError: nobody answers there, or a Ray of another version.
     """
+    if address == "auto":  # a job that was submitted has it in its environment
+        address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise UserError(f"--address {address}: want HOST:PORT of a Ray head, or auto")
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
+        if (problem := _unreachable(host, int(port))) is not None:
             raise UserError(
-                f"--address {address}: nobody answers there ({error.strerror or error}); start a "
-                "head there with `ray start --head`, or leave --address out to emulate a pod here"
-            ) from error
+                f"--address {address}: nobody answers there ({problem}); start a head there with "
+                "`ray start --head`, or leave --address out to emulate a pod here"
+            )
+        if host in _LOOPBACK and _unreachable(_own_address(), int(port)) is not None:
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray takes that address
     ray = _import_ray()
     try:
         with _quiet():
@@ -116,6 +119,23 @@ def dashboard() -> str | None:
     import ray
 
     return ray._private.worker.global_worker.node.webui_url or None
+
+
+def _unreachable(host: str, port: int) -> str | None:
+    """Why nobody answers there; None if somebody does."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _own_address() -> str:
+    """The address of this machine for others; the loopback one where it has none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; an address for examples (RFC 5737)
+        return probe.getsockname()[0]
+    return "127.0.0.1"
 
 
 def _import_ray():

@@ -1,7 +1,7 @@
 """The process that holds Ray and supervises: `python -m launch.pod.driver OPTIONS`, as JSON.
 
-A `keeper` starts it, and starts it again where it dies; it ends with its keeper. It leaves with the
-exit codes of the command line, or RAY_LOST. What Ray and other libraries print goes to
+A `keeper` starts it, and starts it again where it dies; it ends with its keeper. It leaves with
+ENDED plus an exit code of the command line, or RAY_LOST. What Ray and other libraries print goes to
 `pod/driver.log`.
 """
 
@@ -9,23 +9,20 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 
-from launch.pod.keeper import RAY_LOST, adopt_orphans, end_all_but
+from launch.pod.keeper import ENDED, RAY_LOST
+from launch.pod.trainer import end_with_parent
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.lock import held
 
 
 def main() -> int:
     options = json.loads(sys.argv[1])
-    adopt_orphans()
-    threading.Thread(target=_end_with, args=(options,), daemon=True).start()
+    end_with_parent(options["keeper"])
     # One that holds Ray needs no device, and must not take one from the trainers.
     os.environ["JAX_PLATFORMS"] = "cpu"
     for number in (signal.SIGINT, signal.SIGTERM):  # until there is something to save
@@ -36,20 +33,21 @@ def main() -> int:
     out, problems = _duplicate(1), _duplicate(2)
     try:
         with contextlib.ExitStack() as stack:
-            return _drive(options, out, stack)
+            _drive(options, out, stack)
+        return ENDED
     except (UserError, TrainingError) as error:
         print("torsion:", " ".join(str(error).splitlines()), file=problems, flush=True)
-        return 2 if isinstance(error, UserError) else 1
+        return ENDED + (2 if isinstance(error, UserError) else 1)
     except Exception as error:
         traceback.print_exc()
         ray = sys.modules.get("ray")
         if ray is not None and isinstance(error, ray.exceptions.RayError):
             return RAY_LOST
         traceback.print_exc(file=problems)
-        return 1
+        return ENDED + 1
 
 
-def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
+def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
     from launch.configure import build_run
     from launch.directory import check_directory
     from launch.pod import cluster, faults, timeline
@@ -98,6 +96,7 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
     record = stack.enter_context(contextlib.closing(Record(directory / "pod" / "events.jsonl")))
     view = stack.enter_context(contextlib.closing(View(plan, record, out)))
     with _ray(options, cluster):
+        from launch.pod import data
         from launch.pod.supervisor import Supervisor
 
         chips = {}
@@ -114,6 +113,7 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
             f"slice {slice}: {slice.num_chips} chips on {slice.num_hosts} hosts in "
             f"{plan.hosts(slice).processes} processes"
         )
+        data.prepare(run.data, record, on_cluster=options["address"] is not None)
         supervisor = Supervisor(plan, record, chips)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: supervisor.stop())
@@ -125,16 +125,6 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> int:
     view.close()
     for line in timeline.summary(record.events, run):
         view.say(line)
-    return 0
-
-
-def _end_with(options: dict) -> None:
-    """Ends this process and all that came from it when its keeper is gone."""
-    while os.getppid() == options["keeper"]:
-        time.sleep(0.5)
-    end_all_but(set())
-    shutil.rmtree(options["private"], ignore_errors=True)
-    os._exit(1)
 
 
 def _duplicate(fd: int):

@@ -8,6 +8,7 @@ from topology import checkpoint_interval
 
 CAUSES = {
     "kept": "steps that are kept",
+    "data": "tokenizing the corpus",
     "redone": "steps that a failure undid",
     "save": "saving checkpoints",
     "start": "starting, and restoring",
@@ -80,7 +81,7 @@ def account(events: Sequence[dict]) -> Account:
             cause = "kept" if last[after["step"]] == after["attempt"] else "redone"
         elif after["event"] == "failure":
             cause = "failure"
-        elif after["event"] == "attempt" and before["event"] != "failure":
+        elif after["event"] in _BEGINS and before["event"] not in ("failure", "tokenized"):
             cause = "away"
         spans.append(Span(start, end, cause, attempt))
     seconds = dict.fromkeys(CAUSES, 0.0)
@@ -90,8 +91,12 @@ def account(events: Sequence[dict]) -> Account:
     return Account(tuple(spans), seconds, kinds.count("step"), kinds.count("failure"))
 
 
+_BEGINS = ("attempt", "tokenize")  # the first of a driver
 # What the time after an event goes to, where the event that follows does not say it.
 _NEXT = {
+    "tokenize": "data",
+    "tokenized": "start",
+    "stopped": "away",
     "attempt": "start",
     "joined": "start",
     "begin": "start",

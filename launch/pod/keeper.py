@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 from launch.pod.cluster import private_directory
+from launch.pod.reaper import Reaper
 from launch.pod.record import read_events
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-RAY_LOST = 3  # the exit code of a driver where Ray's head is gone
+ENDED = 100  # plus an exit code of this command: of a driver that ended by itself
+RAY_LOST = 1  # of a driver where Ray's head is gone; Ray itself ends processes with it
 _FRUITLESS = 3  # drivers in a row that die without a new step
 
 
@@ -29,6 +31,7 @@ def keep(options: dict) -> int:
     SIGINT and SIGTERM are passed on as a request to save and end; a second one ends all at once.
     """
     adopt_orphans()
+    reaper = Reaper()
     others = _children()
     driver, asked = None, 0
 
@@ -43,6 +46,7 @@ def keep(options: dict) -> int:
     try:
         while True:
             private = private_directory()
+            reaper.made(private)
             steps = _best_step(options)
             try:
                 driver = subprocess.Popen(
@@ -61,9 +65,9 @@ def keep(options: dict) -> int:
                 end_all_but(others)
                 shutil.rmtree(private, ignore_errors=True)
             if asked:
-                return 130 if code != 0 else 0
-            if code in (0, 1, 2):
-                return code
+                return 130 if code != ENDED else 0
+            if code in (ENDED, ENDED + 1, ENDED + 2):
+                return code - ENDED
             fruitless = 0 if _best_step(options) > steps else fruitless + 1
             if fruitless >= _FRUITLESS:
                 print(
@@ -75,6 +79,7 @@ def keep(options: dict) -> int:
             what = "Ray's head is gone" if code == RAY_LOST else f"the driver died ({code})"
             print(f"{time.strftime('%H:%M:%S')} {what}; another goes on", flush=True)
     finally:
+        reaper.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 

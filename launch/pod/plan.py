@@ -12,9 +12,11 @@ from pjit_train.run import Run
 from topology import TPU_V4, Slice
 
 MiB, GiB = 2**20, 2**30
-# Measured: a trainer that waits, imported JAX and all; an agent; a local Ray without its workers.
-_WARM, _AGENT, _RAY = 330 * MiB, 130 * MiB, 750 * MiB
-_DEVICE = 12 * MiB  # that XLA:CPU takes for an emulated device, beside what is computed
+# Measured, shared pages in parts: a trainer that waits, imported JAX and all, and what it takes
+# more to compile; an agent; a local Ray with the driver and the manager.
+_WARM, _COMPILING, _AGENT, _RAY = 250 * MiB, 150 * MiB, 80 * MiB, 750 * MiB
+_DEVICE = 1.5 * MiB  # that XLA:CPU takes for an emulated device, beside what is computed
+_KEPT = 30  # activations of a layer for the backward pass, in multiples of d_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,30 +73,37 @@ class Plan:
     def standing_orders(self) -> dict:
         """What holds for every attempt, of every trainer."""
         devices = self.hosts(self.slice).devices_per_process
-        threads = str(min(8 * devices, 1024))
+        threads = str(min(8 * devices, 4096))
+        env = {"PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"} if self.emulate else {}
+        if "TORSION_CACHE" in os.environ:  # a cluster's hosts do not have it from this command
+            env["TORSION_CACHE"] = os.environ["TORSION_CACHE"]
         return {
             "config": str(self.config),
             "directory": str(self.directory),
             "devices": devices if self.emulate else None,
-            "hang_seconds": self.hang_seconds,
             "log": log_file(self.directory),
             "cwd": os.getcwd(),
-            "env": {"PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"} if self.emulate else {},
+            "env": env,
         }
 
     def memory(self) -> int:
         """Bytes that the emulated pod takes, to first order: of processes, and of arrays.
 
         Each device holds its shard of the parameters, their gradients and two moments, and while it
-        computes all parameters of its `tensor` part; each process waits with another one beside it.
+        computes all parameters of its `tensor` part, and activations; each process waits with
+        another one beside it.
         """
         hosts, sizes = self.hosts(self.slice), check_mesh(self.run, self.slice)
         processes = hosts.processes
         parameters = 4 * self.run.model.flops_per_token(self.run.data.seq_len) / 6
         gathered = parameters / sizes["tensor"]
-        per_device = gathered + 4 * gathered / sizes["fsdp"] + _DEVICE
+        data, model = self.run.data, self.run.model
+        tokens = data.batch_size * data.seq_len * sizes["tensor"] / self.slice.num_chips
+        width = _KEPT * model.num_layers * model.d_model + 3 * model.vocab_size
+        activations = 4 * tokens * width / sizes["tensor"]
+        per_device = gathered + 4 * gathered / sizes["fsdp"] + activations + _DEVICE
         arrays = int(self.slice.num_chips * per_device)
-        return _RAY + (processes + 1) * (_AGENT + _WARM) + processes * _WARM + arrays
+        return _RAY + (processes + 1) * (_AGENT + _WARM) + processes * (_WARM + _COMPILING) + arrays
 
     def check_memory(self, free: int | None = None) -> None:
         """Raises a UserError where the emulated pod would not fit into `free` bytes of memory."""

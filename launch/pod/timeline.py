@@ -11,6 +11,7 @@ from pjit_train.run import Run
 
 _COLOURS = {
     "kept": "#2e8b57",
+    "data": "#17838f",
     "redone": "#d98c00",
     "save": "#3f72c4",
     "start": "#a9a9a9",

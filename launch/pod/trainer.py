@@ -19,6 +19,10 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BEAT = 1.0  # seconds between signs of life
+_DAY = 86400  # seconds
+# Emulated devices, above which collectives have to come one after another: with several at once
+# there are never threads enough for all devices to meet in one, and XLA stops for good.
+_MANY = 128
 
 
 class StaleAttemptError(Exception):
@@ -112,12 +116,14 @@ def main() -> None:
 
 def _warm(standing: dict[str, Any]):
     """All that needs no other process: imports, configuration, tokens."""
-    # One that waits in vain is ended by the driver, and before that by nobody else.
-    limit = int(standing["hang_seconds"]) + 60
+    # One that waits in vain is ended by the driver, and before that by nobody else. The flags are
+    # part of the compilation cache's keys, so that they are the same in all runs.
     os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_timeout_seconds={limit} "
-        f"--xla_cpu_collective_call_terminate_timeout_seconds={limit}"
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_timeout_seconds={_DAY} "
+        f"--xla_cpu_collective_call_terminate_timeout_seconds={_DAY}"
     )
+    if (standing["devices"] or 0) > _MANY:
+        os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     from launch import process
 
     process.prepare(standing["devices"])

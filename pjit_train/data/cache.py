@@ -19,9 +19,9 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,29 @@ class TokenSplit:
     largest: int
 
 
+class Encoded(NamedTuple):
+    """Some documents: the ids of each, [tokens], and the UTF-8 bytes of the text of all."""
+
+    ids: Sequence[np.ndarray]
+    text_bytes: int
+
+
+def encode(texts: Sequence[str], tokenizer) -> Encoded:
+    """Returns the ids of texts under one of `tokenizers`."""
+    text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return Encoded(tokenizer.encode_batch(texts), text_bytes)
+
+
+def tokenize(source, split: str, tokenizer, cache_dir: Path) -> Iterator[Encoded]:
+    """Yields the documents of a split that are not empty, in their order, encoded in this process.
+
+    Another function of this form may do it elsewhere (see `open_cache`): only the documents and
+    their order count for the cache, not how many come at a time.
+    """
+    for texts in batches(source.documents(split, cache_dir)):
+        yield encode(texts, tokenizer)
+
+
 def default_cache_dir() -> Path:
     """Returns $TORSION_CACHE, or ~/.cache/torsion."""
     return Path(os.environ.get("TORSION_CACHE") or "~/.cache/torsion").expanduser()
@@ -76,13 +99,19 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def open_cache(source, tokenizer, cache_dir: Path) -> dict[str, TokenSplit]:
+def open_cache(
+    source,
+    tokenizer,
+    cache_dir: Path,
+    tokenize: Callable[[Any, str, Any, Path], Iterator[Encoded]] = tokenize,
+) -> dict[str, TokenSplit]:
     """Opens the cache of a source under a tokenizer, and builds it first where there is none.
 
     Args:
       source: one of `sources`.
       tokenizer: one of `tokenizers`.
       cache_dir: where caches are kept; made if missing.
+      tokenize: reads and encodes a split where it has to be built; by default in this process.
 
     Returns:
       The splits "train" and "validation".
@@ -97,7 +126,7 @@ def open_cache(source, tokenizer, cache_dir: Path) -> dict[str, TokenSplit]:
         return splits
     with locked(path):
         if (splits := _load(path)) is None:  # else another process built it while this one waited
-            _build(path, key, source, tokenizer, cache_dir)
+            _build(path, key, source, tokenizer, cache_dir, tokenize)
             splits = _load(path)
     return splits
 
@@ -125,18 +154,21 @@ def _load(path: Path) -> dict[str, TokenSplit] | None:
         return None
 
 
-def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path) -> None:
+def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path, tokenize) -> None:
     """Builds the cache at `path`, in place of an unreadable one."""
     prefix = f"{path.name}.{socket.gethostname()}."  # hosts may share the directory, not the lock
     for abandoned in path.parent.glob(f"{prefix}*.tmp"):
         shutil.rmtree(abandoned, ignore_errors=True)
     temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
-    dtype = _id_type(tokenizer.vocab_size)
+    dtype = id_type(tokenizer.vocab_size)
     try:
         temporary.mkdir()
         splits = {
             split: _write_split(
-                temporary / split, source.documents(split, cache_dir), tokenizer, dtype
+                temporary / split,
+                tokenize(source, split, tokenizer, cache_dir),
+                tokenizer.separator,
+                dtype,
             )
             for split in SPLITS
         }
@@ -158,23 +190,24 @@ def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _id_type(vocab_size: int) -> type[np.unsignedinteger]:
+def id_type(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds the ids of a vocabulary."""
     if vocab_size <= 1 << 8:
         return np.uint8
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def _write_split(stem: Path, documents: Iterable[str], tokenizer, dtype) -> dict[str, Any]:
+def _write_split(
+    stem: Path, encoded: Iterable[Encoded], separator: int, dtype: type[np.unsignedinteger]
+) -> dict[str, Any]:
     """Writes stem.tokens and stem.starts; returns their entry in cache.json."""
     digest = hashlib.sha256()
     written = text_bytes = largest = documents_written = 0
     with open(f"{stem}.tokens", "wb") as tokens_file, open(f"{stem}.starts", "wb") as starts_file:
-        for texts in _batches(documents):
-            encoded = tokenizer.encode_batch(texts)
-            separator = np.asarray([tokenizer.separator])
-            parts = [part for ids in encoded for part in (separator, ids)]
+        for documents, size in encoded:
+            parts = [part for ids in documents for part in (np.asarray([separator]), ids)]
             tokens = np.concatenate(parts)
-            lengths = np.asarray([1 + len(ids) for ids in encoded])
+            lengths = np.asarray([1 + len(ids) for ids in documents])
             starts = written + np.cumsum(lengths) - lengths
             largest = max(largest, int(tokens.max()))
             data = tokens.astype(dtype).tobytes()
@@ -183,7 +216,7 @@ def _write_split(stem: Path, documents: Iterable[str], tokenizer, dtype) -> dict
             digest.update(data)
             written += len(tokens)
             documents_written += len(starts)
-            text_bytes += sum(len(text.encode("utf-8", "replace")) for text in texts)
+            text_bytes += size
     return {
         "tokens_bytes": written * np.dtype(dtype).itemsize,
         "starts_bytes": documents_written * np.dtype(np.int64).itemsize,
@@ -193,7 +226,7 @@ def _write_split(stem: Path, documents: Iterable[str], tokenizer, dtype) -> dict
     }
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
     """Groups the documents that are not empty into lists small enough to hold."""
     batch, characters = [], 0
     for text in documents:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pjit_train.data.cache import default_cache_dir, open_cache
+from pjit_train.data.cache import TokenSplit, default_cache_dir, open_cache, tokenize
 from pjit_train.data.packing import PackedRows
 from pjit_train.data.sources import PythonStdlib, TextFiles, Tfds
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
@@ -46,22 +46,7 @@ class TextData:
         Raises UserError for an option that makes no sense and for a corpus that cannot be read or
         is shorter than one row.
         """
-        for name in ("seq_len", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"TextData.{name}={value!r} must be a whole number, at least 1")
-        if not isinstance(self.sources, Sequence) or not self.sources:
-            raise UserError(f"TextData.sources={self.sources!r} must be a list of sources")
-        weights = [1.0] * len(self.sources) if self.weights is None else list(self.weights)
-        if len(weights) != len(self.sources):
-            raise UserError(
-                f"TextData.weights={weights} must be as many as the {len(self.sources)} sources"
-            )
-        if not all(0 < weight < math.inf for weight in weights):
-            raise UserError(f"TextData.weights={weights} must be finite and greater than 0")
-
-        cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
-        caches = [open_cache(source, self.tokenizer, cache_dir) for source in self.sources]
+        caches = self.open_caches()
         rows = {
             split: [
                 PackedRows(
@@ -77,7 +62,33 @@ class TextData:
                     f"{source} has {len(packed.split.tokens)} training tokens, fewer than the "
                     f"{self.seq_len + 1} of one row: give more text, or a seq_len below them"
                 )
+        weights = [1.0] * len(caches) if self.weights is None else list(self.weights)
         return Batches(self, rows, weights, seed)
+
+    def open_caches(self, tokenize=tokenize) -> list[dict[str, TokenSplit]]:
+        """Opens the token cache of each source, tokenized first if it is not there.
+
+        Args:
+          tokenize: as `cache.open_cache` takes it.
+
+        Raises UserError for an option that makes no sense and for a corpus that cannot be read.
+        """
+        for name in ("seq_len", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"TextData.{name}={value!r} must be a whole number, at least 1")
+        if not isinstance(self.sources, Sequence) or not self.sources:
+            raise UserError(f"TextData.sources={self.sources!r} must be a list of sources")
+        weights = [1.0] * len(self.sources) if self.weights is None else list(self.weights)
+        if len(weights) != len(self.sources):
+            raise UserError(
+                f"TextData.weights={weights} must be as many as the {len(self.sources)} sources"
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise UserError(f"TextData.weights={weights} must be finite and greater than 0")
+
+        cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
+        return [open_cache(source, self.tokenizer, cache_dir, tokenize) for source in self.sources]
 
 
 class Batches:

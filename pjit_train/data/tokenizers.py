@@ -74,6 +74,11 @@ class TokenizerJson:
     path: str
     separator_token: str | None = None
 
+    def __getstate__(self) -> dict:
+        """The fields and the file's text, so that a copy in another process needs no file."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"_text": self._text}  # a pickled library object would lose its settings
+
     @functools.cached_property
     def _tokenizer(self):
         # Imported here because the bytes tokenizer needs no library.

@@ -32,6 +32,7 @@ def test_every_second_has_one_cause():
     assert found.seconds == pytest.approx(
         {
             "kept": 4.0,
+            "data": 0.0,
             "redone": 1.0,
             "save": 0.5,
             "start": 6.0 + 1.5,
@@ -51,6 +52,24 @@ def test_a_time_without_a_driver_is_apart():
     events = [*EVENTS[:9], {"time": 213.5, "event": "attempt", "attempt": 2}, *EVENTS[12:]]
     events[-3:] = [event | {"at": event["at"] + 100} for event in EVENTS[12:]]
     assert account(events).seconds["away"] == pytest.approx(100.0)
+
+
+def test_tokenizing_is_a_cause_of_its_own():
+    """8 s of tokenizing that failed, a minute without a driver, and 20 s in which it is done."""
+    before = [
+        {"time": 8.0, "event": "tokenize", "attempt": 1, "text": "tokenizing"},
+        {"time": 16.0, "event": "stopped", "attempt": 1, "error": "no text"},
+        {"time": 76.0, "event": "tokenize", "attempt": 1, "text": "tokenizing"},
+        {"time": 90.0, "event": "part", "text": "tokenized 3 MB"},
+        {"time": 96.0, "event": "tokenized", "attempt": 1, "text": "tokenized"},
+    ]
+    found, without = account([*before, *EVENTS]), account(EVENTS)
+    assert found.seconds == without.seconds | {
+        "data": 8.0 + 20.0,
+        "away": 60.0,
+        "start": without.seconds["start"] + 4.0,
+    }
+    assert page([*before, *EVENTS]).count("2 attempts") == 1
 
 
 def test_what_is_expected_of_as_many_failures():

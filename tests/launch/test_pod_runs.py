@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,14 +69,46 @@ def folder(tmp_path_factory):
     shutil.rmtree(temporary)
 
 
-def start(folder: Path, out: str, *options: str) -> subprocess.Popen:
+@pytest.fixture
+def head():
+    """A Ray head on the loopback interface: (its process, its address, how to reach it)."""
+    directory = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
+    token = directory / "token"
+    token.touch(mode=0o600)
+    token.write_text("1" * 64)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    options = f"--head --block --node-ip-address=127.0.0.1 --port={address[10:]} --num-cpus=2"
+    options += " --object-store-memory=100000000 --include-dashboard=false"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split()]
+    process = subprocess.Popen(
+        [*command, f"--temp-dir={directory}/r"],
+        env=os.environ | access | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "Ray runtime started" in line:
+            break
+    assert process.poll() is None
+    yield psutil.Process(process.pid), address, access
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
+    process.communicate()
+    shutil.rmtree(directory)
+
+
+def start(folder: Path, out: str, *options: str, more: dict | None = None) -> subprocess.Popen:
     code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
     paths = [path for path in sys.path if path]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "TORSION_CACHE": str(folder / "cache"),
     }
-    env |= {"TMPDIR": str((folder / "t").resolve())}
+    env |= {"TMPDIR": str((folder / "t").resolve())} | (more or {})
     return subprocess.Popen(
         [sys.executable, "-c", code, "pod", "run.gin", *OPTIONS, "--out", out, *options],
         cwd=folder,
@@ -118,11 +151,14 @@ class Watched:
     def until(self, folder: Path, out: str, step: int) -> None:
         """Watches until the pod's metrics reach a step, or it ends."""
         file, deadline = folder / out / "metrics.jsonl", time.monotonic() + 240
+        looked = 0.0
         while not file.exists() or file.read_text().count("\n") < step:
             if self.process.poll() is not None:
                 break
             assert time.monotonic() < deadline
-            self.look()
+            if time.monotonic() - looked > 1:  # it takes as much of a processor as a trainer
+                self.look()
+                looked = time.monotonic()
             time.sleep(0.1)
 
 
@@ -200,10 +236,12 @@ def test_whatever_fails_the_losses_are_those_of_a_quiet_run(folder, undisturbed)
 
 
 @pytest.mark.slow
-def test_interrupted_once_it_saves_and_killed_it_goes_on(folder, undisturbed):
-    process = start(folder, "stopped")
+def test_interrupted_on_a_cluster_it_saves_and_killed_it_goes_on(folder, undisturbed, head):
+    ray, address, access = head
+    process = start(folder, "stopped", "--address", address, more=access)
     watched = Watched(process)
     watched.until(folder, "stopped", 2)
+    ours = [p for p in ray.children(recursive=True) if "ray::Agent" in p.name()]
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -212,21 +250,31 @@ def test_interrupted_once_it_saves_and_killed_it_goes_on(folder, undisturbed):
     assert len(saved) < STEPS
     assert (folder / "stopped" / "checkpoints" / str(len(saved))).is_dir()
     assert watched.left() == []
+    psutil.wait_procs(ours, timeout=20)
+    names = {p.name() for p in ray.children(recursive=True)}
+    assert len(ours) >= 2
+    assert not {name for name in names if name.startswith(("ray::Agent", "ray::Manager"))}
+    assert not {p for p in ray.children(recursive=True) if "launch.pod" in " ".join(p.cmdline())}
 
     process = start(folder, "stopped")
     watched = Watched(process)
     watched.until(folder, "stopped", len(saved) + 3)
     watched.look()
-    process.kill()  # the keeper: nobody is left to clear up
+    children = psutil.Process(process.pid).children()
+    [driver] = (child for child in children if "launch.pod.driver" in child.cmdline())
+    process.send_signal(signal.SIGSTOP)
+    driver.kill()
+    process.kill()  # both at once: nobody is left to clear up but the reaper
     process.wait()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 30  # Ray's helpers would take a minute
     while watched.left() and time.monotonic() < end:
         time.sleep(0.1)
     assert watched.left() == []
+    assert list((folder / "t").iterdir()) == []
 
     process = start(folder, "stopped")
     watched = Watched(process)
-    watched.until(folder, "stopped", STEPS - 4)
+    watched.until(folder, "stopped", len(saved) + 6)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
