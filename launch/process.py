@@ -10,6 +10,11 @@ from pjit_train.errors import UserError
 
 log = logging.getLogger("torsion")
 
+# Emulated devices, above which collectives have to come one after another: with several at once
+# there are never threads enough for all devices to meet in one, and XLA stops for good.
+_MANY = 128
+_ONE_COLLECTIVE_AT_A_TIME = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
 
 def use_huge_pages() -> None:
     """Starts this command anew, once, with glibc told to ask for huge pages.
@@ -56,7 +61,10 @@ def prepare(devices: int | None = None) -> None:
         # A thread that waits in a collective is missing to the other devices: XLA stops for good
         # when each of its threads waits, and takes one thread a core or device otherwise.
         if devices > 1:
-            os.environ.setdefault("PJRT_NPROC", str(min(8 * devices, 1024)))
+            os.environ.setdefault("PJRT_NPROC", str(min(8 * devices, 4096)))
+        if devices > _MANY:
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} {_ONE_COLLECTIVE_AT_A_TIME}".strip()
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
 

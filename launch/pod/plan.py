@@ -73,8 +73,7 @@ class Plan:
     def standing_orders(self) -> dict:
         """What holds for every attempt, of every trainer."""
         devices = self.hosts(self.slice).devices_per_process
-        threads = str(min(8 * devices, 4096))
-        env = {"PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"} if self.emulate else {}
+        env = {"JAX_PLATFORMS": "cpu"} if self.emulate else {}
         if "TORSION_CACHE" in os.environ:  # a cluster's hosts do not have it from this command
             env["TORSION_CACHE"] = os.environ["TORSION_CACHE"]
         return {

@@ -20,9 +20,6 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BEAT = 1.0  # seconds between signs of life
 _DAY = 86400  # seconds
-# Emulated devices, above which collectives have to come one after another: with several at once
-# there are never threads enough for all devices to meet in one, and XLA stops for good.
-_MANY = 128
 
 
 class StaleAttemptError(Exception):
@@ -122,8 +119,6 @@ def _warm(standing: dict[str, Any]):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_timeout_seconds={_DAY} "
         f"--xla_cpu_collective_call_terminate_timeout_seconds={_DAY}"
     )
-    if (standing["devices"] or 0) > _MANY:
-        os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     from launch import process
 
     process.prepare(standing["devices"])
