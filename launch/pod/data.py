@@ -23,7 +23,7 @@ from pjit_train.data.text import TextData
 from pjit_train.errors import TrainingError, UserError
 
 _SAY = 10.0  # seconds between two lines of progress
-_RETRIES = 3  # of documents whose task died
+_RETRIES = 3  # of documents whose task died; for ever by default, and no named parameter has it
 
 
 def prepare(data: TextData, record: Record, *, on_cluster: bool) -> None:
