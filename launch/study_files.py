@@ -66,7 +66,7 @@ def write(out: Path, table: str, results: dict[str, Any], figures: Mapping[str, 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets a file be written beside its place, and then puts it there."""
-    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # commands may end at once
     try:
         write(beside)
         os.replace(beside, path)

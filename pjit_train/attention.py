@@ -8,6 +8,7 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pjit_train.attention_kernels import FITS, PLATFORMS, attend_cudnn, attend_splash
@@ -67,6 +68,7 @@ def attention(
       UserError: the way asked for does not run on this device, or not for these inputs.
     """
     _check(q, k, v, window, tile_rows)
+    q, k, v = map(jnp.asarray, (q, k, v))
     spec = spec_of(q)
     batch, rows, heads, _ = spec if any(spec) else [None] * 4
     offset = row_offset if isinstance(row_offset, int) and rows is None else None

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
 from pjit_train.attention_masks import Mask
-from pjit_train.attention_rows import LEAST, backward, row_corrections, tiles_for
+from pjit_train.attention_rows import LEAST, RowStats, backward, row_corrections, tiles_for
 from pjit_train.errors import UserError
 from topology.accelerator import TPU_V4_CORE
 from topology.dataflow import best_tile
@@ -150,18 +150,18 @@ def _forward(q, k, v, segments, row_offset, mask: Mask, R: int, target: str, int
         in_specs=in_specs,
         out_specs=[
             pl.BlockSpec((1, R, size), rows_of_head),
-            pl.BlockSpec((1, R, 1), rows_of_head),
+            pl.BlockSpec((1, R, 2), rows_of_head),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((B * H, n * R, size), q.dtype),
-            jax.ShapeDtypeStruct((B * H, n * R, 1), jnp.float32),
+            jax.ShapeDtypeStruct((B * H, n * R, 2), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((R, m * _CHUNK), jnp.float32)] if kept else [],
         compiler_params=None if kept else triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )(*inputs)
     out, stats = (x.reshape(B, H, n * R, -1).swapaxes(1, 2)[:, :T] for x in (out, stats))
-    return out[..., :D], stats[..., 0]
+    return out[..., :D], RowStats(stats[..., 0], stats[..., 1])
 
 
 def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, chunks: int, scale: float, kept):
@@ -183,7 +183,7 @@ def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, chunks: int, scale
 
     def make(j):
         chunk = pl.ds(j * _CHUNK, _CHUNK)
-        made = dot(q[0], k[0, chunk, :], (((1,), (1,)), ((), ()))) * scale
+        made = dot(q[0], k[0, chunk, :], (((1,), (1,)), ((), ())))
         cols = j * _CHUNK + jax.lax.broadcasted_iota(jnp.int32, (R, _CHUNK), 1)
         pair = (ids[0][0], ids[1][0, :, chunk]) if ids else None
         return mask(made, rows, cols, pair, columns if columns % _CHUNK else None)
@@ -199,7 +199,7 @@ def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, chunks: int, scale
 
     def use(j, sums):
         chunk = pl.ds(j * _CHUNK, _CHUNK)
-        weights = jnp.exp((logits[:, chunk] if kept else make(j)) - top)
+        weights = jnp.exp(((logits[:, chunk] if kept else make(j)) - top) * scale)
         attended = dot(weights.astype(v.dtype), v[0, chunk, :], (((1,), (0,)), ((), ())))
         return sums[0] + attended, sums[1] + jnp.sum(weights, axis=-1, keepdims=True)
 
@@ -207,4 +207,4 @@ def _kernel(offset, q, k, v, *refs, mask: Mask, columns: int, chunks: int, scale
     attended, total = jax.lax.fori_loop(first, last, use, zeros)
     total = jnp.maximum(total, 1e-30)
     out[0] = (attended / total).astype(out.dtype)
-    stats[0] = top + jnp.log(total)
+    stats[0, :, 0:1], stats[0, :, 1:2] = top, jnp.log(total)

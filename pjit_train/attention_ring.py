@@ -10,12 +10,20 @@ Letters in names: B batch, t rows of a device, H heads, D size of a head.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pjit_train.attention_masks import Mask
-from pjit_train.attention_rows import backward, forward, row_corrections, tiles_for
+from pjit_train.attention_rows import (
+    LEAST,
+    RowStats,
+    backward,
+    forward,
+    row_corrections,
+    tiles_for,
+)
 from pjit_train.sharding import varying, varying_axes
 
 
@@ -46,7 +54,8 @@ def _ring_fwd(q, k, v, segments, axis, causal, window, zigzag, tile_rows):
     pairs = functools.partial(_pairs, causal=causal, window=window, zigzag=zigzag)
     columns = (k, v, segments[1:])
     rows, size = (q, segments[:1]), jax.lax.axis_size(axis)
-    total = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+    nothing = RowStats(jnp.full(q.shape[:3], LEAST), jnp.full(q.shape[:3], -jnp.inf))
+    total = jnp.zeros(q.shape, jnp.float32), nothing
     total = varying(total, varying_axes(q))
 
     def add(total, rows, columns, turn):
@@ -106,10 +115,12 @@ def _sum(a, b):
 
 
 def _join(one, other):
-    """Attention over two sets of columns, of (output, log of the sum of exponentials) of each."""
-    stats = jnp.logaddexp(one[1], other[1])
-    one_share, other_share = (jnp.exp(x - stats)[..., None] for x in (one[1], other[1]))
-    return one[0] * one_share + other[0] * other_share, stats
+    """Attention over two sets of columns, of (output, row statistics) of each."""
+    top, scale = jnp.maximum(one[1].top, other[1].top), 1 / math.sqrt(one[0].shape[-1])
+    logs = [stats.log_total + (stats.top - top) * scale for _, stats in (one, other)]
+    log_total = jnp.logaddexp(*logs)
+    shares = [jnp.exp(log - log_total)[..., None] for log in logs]
+    return one[0] * shares[0] + other[0] * shares[1], RowStats(top, log_total)
 
 
 def _pass_on(tree, axis):

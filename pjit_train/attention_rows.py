@@ -18,6 +18,7 @@ M = G R; x chunks of h pairs of a batch and a key-value head.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,20 @@ from pjit_train.attention_masks import Mask
 from pjit_train.sharding import varying, varying_axes
 
 LEAST = float(jnp.finfo(jnp.float32).min)  # of the largest logit of a row
+
+
+class RowStats(NamedTuple):
+    """What the weights of a row are made of: exp((logit - top) / sqrt(D) - log_total).
+
+    In two, since of a large top their sum would keep nothing of the other.
+
+    Attributes:
+      top: [B, T, H], the largest logit, before scaling; LEAST of a row that sees nothing.
+      log_total: [B, T, H], the log of the row's sum of exponentials, of logits less the top.
+    """
+
+    top: jax.Array
+    log_total: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +101,7 @@ _attend.defvjp(_fwd, _bwd)
 
 
 def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
-    """The output [B, T, H, D] and the log of each row's sum of exponentials [B, T, H], float32.
-
-    The latter is hugely negative for a row that sees nothing.
-    """
+    """The output [B, T, H, D], and the statistics of its rows; float32."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     R, n = _split(T, tiles.rows)
@@ -139,7 +151,7 @@ def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
                     preferred_element_type=jnp.float32,
                 )
             total = jnp.maximum(total, 1e-30)
-            return out / total, (top * scale + jnp.log(total))[..., 0]
+            return out / total, RowStats(top, jnp.log(total))
 
         def narrowest(x):
             """The tile, of no more columns than its last row may see."""
@@ -158,8 +170,9 @@ def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
         return jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
     xs = q_xnhMD, kT_xhDS, v_xhSD, row_ids, col_ids
-    out_xnhMD, stats_xnhM = _map(chunk, xs, len(q_xnhMD))
-    return _from_rows(out_xnhMD, B, T, K, R), _from_rows(stats_xnhM[..., None], B, T, K, R)[..., 0]
+    out_xnhMD, stats_xnhM1 = _map(chunk, xs, len(q_xnhMD))
+    stats = jax.tree.map(lambda x: _from_rows(x, B, T, K, R)[..., 0], stats_xnhM1)
+    return _from_rows(out_xnhMD, B, T, K, R), stats
 
 
 def row_corrections(out, d_out):
@@ -167,12 +180,14 @@ def row_corrections(out, d_out):
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
 
-def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, tiles: Tiles):
+def backward(
+    q, k, v, segments, row_offset, d_out, stats: RowStats, delta, mask: Mask, tiles: Tiles
+):
     """Gradients of q, k and v, float32, from the statistics of `forward` and row corrections.
 
     Args:
       d_out: the cotangent of the output, [B, T, H, D].
-      stats: the log of each row's sum of exponentials, over all columns it sees, [B, T, H].
+      stats: over all columns that a row sees.
       delta: what `row_corrections` gives, [B, T, H].
     """
     B, T, H, D = q.shape
@@ -180,9 +195,12 @@ def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, til
     (R, n), (C, m) = _split(T, tiles.block), _split(S, tiles.block)
     G, scale = H // K, 1 / math.sqrt(D)
     h = _chunk(B * K, tiles.block_logits // (G * R * C))
+    d_out = jnp.asarray(d_out)  # a cotangent may come from numpy
 
     q_xnhMD, d_out_xnhMD = _row_tiles(q, n, R, K, h), _row_tiles(d_out, n, R, K, h)
-    stats_xnhM, delta_xnhM = (_row_tiles(x[..., None], n, R, K, h)[..., 0] for x in (stats, delta))
+    stats_xnhM, delta_xnhM = jax.tree.map(
+        lambda x: _row_tiles(x[..., None], n, R, K, h)[..., 0], (stats, delta)
+    )
     k_xmhCD, v_xmhCD = _row_tiles(k, m, C, K, h), _row_tiles(v, m, C, K, h)
     row_ids, col_ids = _segment_tiles(segments, n, R, K, G, h)
     if segments is not None:
@@ -207,8 +225,10 @@ def backward(q, k, v, segments, row_offset, d_out, stats, delta, mask: Mask, til
                 ids = None if segments is None else (row_ids[i][:, None], col_ids[j][:, :, None])
                 rows_M, padded = row_offset + i * R + within, m * C > S
                 logits_hCM = mask(logits_hCM, rows_M, cols_C1, ids, S if padded else None)
-            # At most 1 by definition, not by the rounding of logits beyond a million.
-            weights_hCM = jnp.exp(jnp.minimum(logits_hCM * scale - stats_nhM[i][:, None], 0))
+            top_hM, log_total_hM = stats_nhM.top[i], stats_nhM.log_total[i]
+            # Made again, a logit beyond a million may round to one above the top.
+            below_hCM = jnp.minimum(logits_hCM - top_hM[:, None], 0)
+            weights_hCM = jnp.exp(below_hCM * scale - log_total_hM[:, None])
             d_weights_hCM = product("hcd,hmd->hcm", v_mhCD[j], d_out_hMD)
             d_logits_hCM = weights_hCM * (d_weights_hCM - delta_nhM[i][:, None])
             d_logits_hCM = d_logits_hCM.astype(q.dtype)

@@ -222,6 +222,25 @@ def test_logits_as_large_as_float32_holds():
         assert np.all(np.abs(d_v) <= np.sum(np.abs(random(99, q.shape)[0])))
 
 
+@pytest.mark.parametrize("way", ["rows", "flat"])
+@pytest.mark.parametrize("logit", [1e3, 1e6, 2.0**34])
+def test_equal_logits_share_a_row_however_large_they_are(way, logit):
+    """In the gradient as in the output; integers, whose products are exact."""
+    k = np.full((1, 3, 1, 4), 2.0, np.float32)
+    q = np.full((1, 5, 1, 4), logit / 4, np.float32)  # logits of 2 logit, less after scaling
+    k[0, 2] = 1.0  # far below
+    (v,) = random(0, k.shape)
+    out, (d_q, d_k, d_v) = gradients(functools.partial(attention, way=way), q, k, v)
+    (d_out,) = random(99, q.shape)
+    share = np.array([0.5, 0.5, 0.0])
+    np.testing.assert_allclose(out[0, :, 0], np.tile(share @ v[0, :, 0], (5, 1)), rtol=1e-6)
+    np.testing.assert_allclose(d_v[0, :, 0], np.outer(share, d_out.sum((0, 1, 2))), rtol=1e-5)
+    d_weights = d_out[0, :, 0] @ v[0, :, 0].T
+    d_logits = share * (d_weights - (d_weights @ share)[:, None])
+    np.testing.assert_allclose(d_q[0, :, 0], d_logits @ k[0, :, 0] / 2, atol=1e-5)
+    np.testing.assert_allclose(d_k[0, :, 0], d_logits.T @ q[0, :, 0] / 2, rtol=1e-4)
+
+
 def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient():
     q, k, v = random(0, *[(1, 4, 2, 8)] * 3)
     segments = (np.array([[0, 0, 7, 0]]), np.array([[0, 0, 0, 0]]))
