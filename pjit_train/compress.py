@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -20,11 +21,14 @@ from pjit_train.compress_kernels import (
     QUANTIZERS,
     REPORT,
     SCALES,
+    SMOOTHED,
     kept_zeros,
     kernel_bytes,
     leaf,
+    load_scales,
     matrix_shape,
     parse_format,
+    quantized_kernels,
     relative_error,
     smooth,
     squares,
@@ -126,8 +130,9 @@ def compress(
     It holds the parameters as a checkpoint of step 0, with the optimizer's state of a first step:
     training that resumes there repeats the run's schedule on what is left (as ASP does; Mishra et
     al., 2021). Quantized kernels hold the values of their format, and `SCALES` the scales, by which
-    `compressed_tensors` finds the codes again. The directory appears when all of it is written and
-    read back, or not at all.
+    `compressed_tensors` finds the codes again. Kernels that an earlier compression of the run
+    quantized, and this one does not, keep their formats and scales. The directory appears when all
+    of it is written and read back, or not at all.
 
     Args:
       run: of `directory`, on a mesh of one device.
@@ -144,13 +149,16 @@ def compress(
       over the calibration text and all layers, of "sparsity" alone, of "quantization" alone and
       "together", X the inputs that the kernel has when it is changed and W the kernel before
       anything but smoothing; after fine-tuning "together" is what quantizing adds to the trained
-      kernel. Under "before", "between" and "after" are the figures of `validate`, those between by
-      the name of what was just done. "bytes" counts all parameters: see `kernel_bytes`. Zeros,
-      violations and figures after are those of the written checkpoint.
+      kernel. Of a kernel that only an earlier compression changed they are the errors of that one.
+      Under "before", "between" and "after" are the figures of `validate`, those between by the name
+      of what was just done, with inputs of the kernels in `formats` not quantized yet. "bytes"
+      counts all parameters: see `kernel_bytes`. Zeros, violations and figures after are those of
+      the written checkpoint.
 
     Raises:
-      UserError: there is no such checkpoint or too little text, weights are not finite, training
-        was stopped, or `out` exists or cannot be written.
+      UserError: there is no such checkpoint or too little text, weights are not finite or would
+        leave a format that they were compressed to, training was stopped, or `out` exists or cannot
+        be written.
     """
     if out.exists():
         raise UserError(f"{out} exists; remove it, or use another --out")
@@ -159,6 +167,7 @@ def compress(
     batches = run.data.prepare(run.seed)
     text = calibration_batches(batches, compression.sequences)
     step, weights = restore_weights(program, directory, step)
+    earlier = _earlier(directory, step, compression)
     params = _as_in(new, _trained(program, weights))
     for name in {**compression.patterns, **compression.formats}:
         if not np.isfinite(np.asarray(leaf(params, name), np.float32)).all():
@@ -172,12 +181,16 @@ def compress(
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
         temporary.mkdir(parents=True)
         (temporary / "config.gin").write_text(config_text)
-        work = _Work(compression, run, new, batches, text, temporary)
+        work = _Work(compression, earlier, run, new, batches, text, temporary)
         before = validate(new, weights, batches)
         params = work.compress(params)
         save_params(new, params, temporary)
-        if work.scales:
-            save_file(stored_scales(work.scales), temporary / SCALES)
+        scales = work.scales | {
+            name: load_scales(directory, name, matrix_shape(name, leaf(params, name).shape)[0])
+            for name in earlier
+        }
+        if scales:
+            save_file(stored_scales(scales), temporary / SCALES)
         weights = restore_weights(new, temporary)[1]
         written = _trained(new, weights)
         asked = dataclasses.asdict(compression)
@@ -201,24 +214,56 @@ def compress(
     return report
 
 
+def _earlier(directory: Path, step: int, compression: Compression) -> dict[str, dict[str, Any]]:
+    """What was reported of the kernels that stay in the formats of an earlier compression.
+
+    Raises a UserError where a weight of them has left its format, or would.
+    """
+    c, rows = compression, quantized_kernels(directory)
+    rows = {name: row for name, row in rows.items() if name not in c.formats}
+    for name, row in rows.items():
+        for moved, what, instead in (
+            (step > 0, f"training to step {step}", "use --step 0"),
+            (c.smooth is not None and re.search(SMOOTHED, name), "smoothing", "leave that out"),
+            (c.finetune > 0, "fine-tuning", "leave that out"),
+            (c.method == "sparsegpt" and name in c.patterns, "sparsegpt", "use magnitude or wanda"),
+        ):
+            if moved:
+                raise UserError(
+                    f"compress: {name} was compressed to {row['format']} before, and {what} moves "
+                    f"its weights out of that; {instead}, or give it a format again"
+                )
+    return rows
+
+
 class _Work:
     """The passes over a model and what is noted on the way.
 
     Attributes:
+      earlier: see `_earlier`.
+      reads: the quantizer of what goes on in its formats; None for none.
       reference: the parameters that errors together are measured against.
       errors: what `squares` gave for each layer, by kind of change and name of kernel.
       scales: of each layer, by name of quantized kernel.
       between: see `compress`.
     """
 
-    def __init__(self, compression: Compression, run: Run, new: Program, batches, text, folder):
-        self.compression, self.run, self.new = compression, run, new
+    def __init__(self, compression, earlier, run: Run, new: Program, batches, text, folder):
+        self.compression, self.earlier, self.run, self.new = compression, earlier, run, new
         self.batches, self.text, self.folder = batches, text, folder
         self.names = list({**compression.patterns, **compression.formats})
         self.reference: dict[str, Any] = {}
         self.errors = {kind: defaultdict(list) for kind in ("sparsify", "quantize", "together")}
         self.scales: dict[str, list[Scales]] = defaultdict(list)
         self.between: dict[str, dict[str, float]] = {}
+        self.reads = None
+        if (quantization := new.run.quantization) is not None:
+            layers = {f"^{name}$": None for name in compression.formats}
+            layers |= {p: given for p, given in quantization.layers.items() if p not in layers}
+            quantization = dataclasses.replace(quantization, layers=layers)
+            going_on = dataclasses.replace(new.run, quantization=quantization)
+            with jax.set_mesh(new.mesh):
+                self.reads = going_on.build_quantizer(new.abstract_state["params"], new.mesh)
 
     def compress(self, params: dict[str, Any]) -> dict[str, Any]:
         c = self.compression
@@ -229,7 +274,7 @@ class _Work:
         for number, kind in enumerate(c.passes):
             last = number + 1 == len(c.passes)
             params = self._pass(kind, params, first=number == 0, last=last)
-            if not last or self.new.quantizer is not None:  # "after" has quantized activations
+            if not last or c.activations is not None:  # "after" has quantized activations
                 self._validate(kind, params)
             if kind == "sparsify" and c.finetune:
                 self.reference = params = self._finetune(params)
@@ -279,7 +324,11 @@ class _Work:
         self.errors[kind][name].append(jax.device_get(found))
 
     def _validate(self, what: str, params) -> None:
-        self.between[what] = validate(self.new, _on_mesh(self.new, params), self.batches)
+        weights = _on_mesh(self.new, params)
+        if self.reads is not None:
+            with jax.set_mesh(self.new.mesh):
+                weights = self.reads.weights(weights)
+        self.between[what] = validate(self.new, weights, self.batches)
 
     def _finetune(self, params) -> dict[str, Any]:
         """The parameters after some more steps of the run, its schedule spanning those."""
@@ -309,28 +358,34 @@ class _Work:
           itemsize: bytes of a parameter of the run that was compressed.
         """
         c, kernels = self.compression, {}
+        formats = {name: (row["format"], row["activations"]) for name, row in self.earlier.items()}
+        formats |= {name: (format, c.activations) for name, format in c.formats.items()}
         kept = kept_zeros(self.new.run)
         total = sum(x.size for x in jax.tree.leaves(written)) * itemsize
         whole = {"before": total, "zeros": total, "packed": total}
-        for name in self.names:
-            kernel, pattern, format = leaf(written, name), kept.get(name), c.formats.get(name)
+        for name in dict.fromkeys([*self.names, *self.earlier]):
+            kernel, pattern = leaf(written, name), kept.get(name)
+            format, activations = formats.get(name, (None, None))
             parsed = None if format is None else parse_format(format)
             shape = matrix_shape(name, kernel.shape)
             size = kernel_bytes(shape, parsed, pattern, itemsize)
             for how, count in size.items():
                 whole[how] += count - kernel.size * itemsize
-            errors = {"sparsity": "sparsify", "quantization": "quantize", "together": "together"}
+            kinds = {"sparsity": "sparsify", "quantization": "quantize", "together": "together"}
+            errors = {
+                shown: relative_error(self.errors[kind][name])
+                for shown, kind in kinds.items()
+                if self.errors[kind][name]
+            }
+            transposable = c.transposable and name in c.patterns
             kernels[name] = {
                 "pattern": pattern,
                 "sparsity": float(np.mean(kernel == 0)),
-                "violations": pattern and violations(name, kernel, pattern, c.transposable),
+                "violations": pattern and violations(name, kernel, pattern, transposable),
                 "format": format,
+                "activations": activations,
                 "bytes": {"before": kernel.size * itemsize, **size},
-                "errors": {
-                    shown: relative_error(self.errors[kind][name])
-                    for shown, kind in errors.items()
-                    if self.errors[kind][name]
-                },
+                "errors": errors or self.earlier[name]["errors"],
             }
         return {"kernels": kernels, "bytes": whole}
 

@@ -5,6 +5,7 @@ Letters in names: L layers, I inputs of a kernel, O its outputs.
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,6 +167,9 @@ QUANTIZERS = {
 }
 
 
+SMOOTHED = r"/(query|key|value|up|gate)/kernel$"  # what `smooth` multiplies
+
+
 def smooth(
     params: dict[str, Any], maxima: Mapping[str, np.ndarray], strength: float
 ) -> dict[str, Any]:
@@ -307,6 +311,14 @@ def stored_scales(scales: Mapping[str, list[Scales]]) -> dict[str, np.ndarray]:
         if layers[0].tensor_scale is not None:
             found[f"{name}/tensor"] = np.stack([x.tensor_scale for x in layers])
     return found
+
+
+def quantized_kernels(directory: Path) -> dict[str, dict[str, Any]]:
+    """By name, what `REPORT` says of kernels that have a format; {} where there is no report."""
+    if not (directory / REPORT).exists():
+        return {}
+    rows = json.loads((directory / REPORT).read_text())["kernels"]
+    return {name: row for name, row in rows.items() if row["format"] is not None}
 
 
 def load_scales(directory: Path, name: str, layers: int) -> list[Scales]:

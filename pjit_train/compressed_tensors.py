@@ -22,11 +22,11 @@ from pjit_train import huggingface
 from pjit_train.blocks import BlockConfig
 from pjit_train.calibrate import calibration_batches, input_maxima
 from pjit_train.compress_kernels import (
-    REPORT,
     kept_zeros,
     load_scales,
     matrix_shape,
     parse_format,
+    quantized_kernels,
     violations,
 )
 from pjit_train.compressed_tensors_codes import Scheme, decode, encode, input_scales, scheme
@@ -81,21 +81,23 @@ class QuantizedWeights:
 
 
 def check(
-    folder: str | Path, config: BlockConfig, formats: Mapping[str, str], activations: str | None
+    folder: str | Path, config: BlockConfig, formats: Mapping[str, tuple[str, str | None]]
 ) -> None:
     """Raises the UserError that `export` would, of what is known before a run is compressed.
 
     Args:
-      formats: by name of a kernel; see `compress_kernels.kernel_formats`.
+      formats: of the weights and of the activations (or None), by name of a kernel; see
+        `compress_kernels.kernel_formats`.
     """
     huggingface.check_new(folder)
-    inputs = None if activations is None else parse_format(activations)
-    _Packing(
-        write_config(config)[0],
-        {
-            name: QuantizedWeights(format=parse_format(format), scales=(), activations=inputs)
-            for name, format in formats.items()
-        },
+    _Packing(write_config(config)[0], {name: _weights(*given) for name, given in formats.items()})
+
+
+def _weights(format: str, activations: str | None, **rest) -> QuantizedWeights:
+    return QuantizedWeights(
+        format=parse_format(format),
+        activations=None if activations is None else parse_format(activations),
+        **{"scales": (), **rest},
     )
 
 
@@ -155,6 +157,7 @@ def export(
     with jax.set_mesh(program.mesh):
         quantized = {} if plain else _trained(weights) | _compressed(run, directory)
         params = jax.tree.map(np.asarray, dense_tree(weights))
+    _Packing(write_config(run.model)[0], quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params)
     if not quantized:
         huggingface.save(folder, run.model, params)
@@ -164,20 +167,15 @@ def export(
 
 def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
     """Of the kernels that `compress` quantized."""
-    if not (directory / REPORT).exists():
-        return {}
-    report, patterns = json.loads((directory / REPORT).read_text()), kept_zeros(run)
-    activations = report.get("activations")
-    activations = None if activations is None else parse_format(activations)
+    patterns = kept_zeros(run)
     return {
-        name: QuantizedWeights(
-            format=parse_format(row["format"]),
+        name: _weights(
+            row["format"],
+            row["activations"],
             scales=load_scales(directory, name, run.model.num_layers if "/" in name else 1),
-            activations=activations,
             pattern=patterns.get(name),
         )
-        for name, row in report["kernels"].items()
-        if row.get("format") is not None
+        for name, row in quantized_kernels(directory).items()
     }
 
 

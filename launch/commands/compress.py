@@ -110,7 +110,12 @@ def run(args, began: float) -> int:
     from launch.configure import build_run
     from pjit_train import compressed_tensors
     from pjit_train.compress import Compression, compress
-    from pjit_train.compress_kernels import KERNELS, kernel_formats, kernel_patterns
+    from pjit_train.compress_kernels import (
+        KERNELS,
+        kernel_formats,
+        kernel_patterns,
+        quantized_kernels,
+    )
 
     if prunes:
         patterns.setdefault(KERNELS, args.pattern)
@@ -132,7 +137,10 @@ def run(args, began: float) -> int:
         sequences=args.sequences,
     )
     if args.export:
-        compressed_tensors.check(args.export, run.model, formats, args.activations)
+        rows = quantized_kernels(directory)
+        kept = {name: (row["format"], row["activations"]) for name, row in rows.items()}
+        given = {name: (format, args.activations) for name, format in formats.items()}
+        compressed_tensors.check(args.export, run.model, kept | given)
     bindings = _bindings(run, directory / "config.gin", compression)
     new_run, config_text = build_run([str(directory / "config.gin")], bindings)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
@@ -171,11 +179,13 @@ def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
 
 def _bindings(run, config: Path, compression) -> list[str]:
     """What the configuration of the compressed run binds besides that of the run."""
+    from pjit_train.compress_kernels import kept_zeros
     from sparsity.one_shot import KeepZeros
 
     bindings = []
     if compression.patterns:
-        kept = {f"^{name}$": pattern for name, pattern in compression.patterns.items()}
+        patterns = kept_zeros(run) | compression.patterns
+        kept = {f"^{name}$": pattern for name, pattern in patterns.items()}
     elif run.sparsity is not None and not isinstance(run.sparsity, KeepZeros):
         kept = {f"^{name}$": "0.0" for name in compression.formats}  # the zeros that there are
     else:
@@ -200,13 +210,21 @@ def _quantization_binding(run, config: Path, compression) -> str:
     Their weights have the values of their formats already. What the run quantizes of other matmuls
     it goes on with.
     """
-    from launch.bindings import Configurable, Key, format_value, parse_bindings
+    from launch.bindings import Configurable, Key, Reference, format_value, parse_bindings
+    from sparsity.quantized import Quantization
 
     scope, before, selector = "inputs", {}, "quantized.Quantization"
     if run.quantization is not None:
         bound = parse_bindings(config.read_text()).values
         reference = bound[Key(Configurable("pjit_train.run", "Run"), "", "quantization")]
-        before = bound[Key(reference.configurable, reference.scope, "layers")]
+        if not isinstance(reference, Reference) or reference.configurable.name != "Quantization":
+            raise UserError(
+                f"{config}: run.Run.quantization = {format_value(reference)}: its layers cannot be "
+                "given other formats; bind it to @quantized.Quantization() and train the run so"
+            )
+        # A default that is no literal is not written.
+        layers = Key(reference.configurable, reference.scope, "layers")
+        before = bound.get(layers, Quantization().layers)
         selector = f"{reference.scope}/{selector}" if reference.scope else selector
         taken = {key.scope for key in bound}
         while scope in taken:  # by what this command wrote before

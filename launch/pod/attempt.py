@@ -123,10 +123,7 @@ class Attempt:
             why = f" ({said['text']})" if said else ""
             return Failure(f"{self._name(process)} {how}{why}{after}")
         silent = time.monotonic() - self._progress
-        every = self._plan.run.eval_every
-        stepping = self._kind == "step" and not (every and self._step % every == 0)
-        limit = self._plan.hang_seconds * (1 if stepping else _SAVING)
-        limit = limit if self._first else _START
+        limit = patience(self._plan, self._kind, self._step) if self._first else _START
         if silent > limit:
             quiet = [i for i, answer in enumerate(answers) if answer["silent"] > 3]
             who = " and ".join(self._name(i) for i in quiet)
@@ -233,6 +230,16 @@ class Attempt:
         hosts = self._layout.hosts_of(process)
         which = f"host {hosts[0]}" if len(hosts) == 1 else f"hosts {hosts[0]}-{hosts[-1]}"
         return f"process {process} ({which})"
+
+
+def patience(plan: Plan, kind: str, step: int) -> float:
+    """Seconds in which something has to come after an event of a kind, of process 0 at a step.
+
+    After a step the next comes, but where a validation does; other events are of a save.
+    """
+    every, steps = plan.run.eval_every, plan.run.steps
+    validating = every and (step % every == 0 or step == steps)
+    return plan.hang_seconds * (1 if kind == "step" and not validating else _SAVING)
 
 
 def communication_share(plan: Plan, slice: Slice) -> float:

@@ -53,7 +53,11 @@ def prepare(data: TextData, record: Record, *, on_cluster: bool) -> None:
                 size += part.text_bytes
                 if time.monotonic() - said > _SAY:
                     said = time.monotonic()
-                    record("part", text=f"tokenized {size / 1e6:,.0f} MB of {what}")
+                    record(
+                        "tokenizing",
+                        attempt=attempt,
+                        text=f"tokenized {size / 1e6:,.0f} MB of {what}",
+                    )
         except Exception as error:
             record("stopped", attempt=attempt, error=str(error))
             raise

@@ -27,11 +27,11 @@ def main() -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     for number in (signal.SIGINT, signal.SIGTERM):  # until there is something to save
         signal.signal(number, lambda *_: os._exit(130))
-    from launch import process
-
-    process.prepare()
     out, problems = _duplicate(1), _duplicate(2)
     try:
+        from launch import process
+
+        process.prepare()
         with contextlib.ExitStack() as stack:
             _drive(options, out, stack)
         return ENDED
@@ -39,11 +39,12 @@ def main() -> int:
         print("torsion:", " ".join(str(error).splitlines()), file=problems, flush=True)
         return ENDED + (2 if isinstance(error, UserError) else 1)
     except Exception as error:
-        traceback.print_exc()
+        traceback.print_exc()  # into the log, where there is one by now
         ray = sys.modules.get("ray")
         if ray is not None and isinstance(error, ray.exceptions.RayError):
             return RAY_LOST
-        traceback.print_exc(file=problems)
+        if not os.path.sameopenfile(2, problems.fileno()):
+            traceback.print_exc(file=problems)
         return ENDED + 1
 
 

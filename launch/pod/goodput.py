@@ -95,6 +95,7 @@ _BEGINS = ("attempt", "tokenize")  # the first of a driver
 # What the time after an event goes to, where the event that follows does not say it.
 _NEXT = {
     "tokenize": "data",
+    "tokenizing": "data",
     "tokenized": "start",
     "stopped": "away",
     "attempt": "start",

@@ -8,20 +8,18 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from launch.pod.cluster import private_directory
-from launch.pod.reaper import Reaper
+from launch.pod.reaper import cleared_directory
 from launch.pod.record import read_events
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 ENDED = 100  # plus an exit code of this command: of a driver that ended by itself
-RAY_LOST = 1  # of a driver where Ray's head is gone; Ray itself ends processes with it
+RAY_LOST = 1  # of a driver where Ray's head is gone; of any where an exception is not caught
 _FRUITLESS = 3  # drivers in a row that die without a new step
 
 
@@ -31,8 +29,6 @@ def keep(options: dict) -> int:
     SIGINT and SIGTERM are passed on as a request to save and end; a second one ends all at once.
     """
     adopt_orphans()
-    reaper = Reaper()
-    others = _children()
     driver, asked = None, 0
 
     def on_signal(number, frame):
@@ -45,41 +41,44 @@ def keep(options: dict) -> int:
     fruitless = 0
     try:
         while True:
-            private = private_directory()
-            reaper.made(private)
             steps = _best_step(options)
-            try:
-                driver = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "launch.pod.driver",
-                        json.dumps(options | {"keeper": os.getpid(), "private": str(private)}),
-                    ],
-                    start_new_session=True,
-                )
-                if asked:
-                    driver.send_signal(signal.SIGINT)
-                code = driver.wait()
-            finally:
-                end_all_but(others)
-                shutil.rmtree(private, ignore_errors=True)
+            with cleared_directory() as private:
+                others = _children()
+                try:
+                    driver = subprocess.Popen(
+                        [
+                            sys.executable,
+                            "-m",
+                            "launch.pod.driver",
+                            json.dumps(options | {"keeper": os.getpid(), "private": str(private)}),
+                        ],
+                        start_new_session=True,
+                    )
+                    if asked:
+                        driver.send_signal(signal.SIGINT)
+                    code = driver.wait()
+                finally:
+                    end_all_but(others)
             if asked:
                 return 130 if code != ENDED else 0
             if code in (ENDED, ENDED + 1, ENDED + 2):
                 return code - ENDED
             fruitless = 0 if _best_step(options) > steps else fruitless + 1
+            how = (
+                f"left with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+            )
+            if code == RAY_LOST:
+                how += " (Ray's head may be gone)"
             if fruitless >= _FRUITLESS:
+                logs = Path(options["out"]) / "pod"
                 print(
-                    f"torsion: the driver died {fruitless} times without a new step (the last "
-                    f"time with {code}); see {options['out']}/pod",
+                    f"torsion: the driver {how}, the last of {fruitless} times without a new step"
+                    + (f"; see {logs}" if logs.exists() else ""),
                     file=sys.stderr,
                 )
                 return 1
-            what = "Ray's head is gone" if code == RAY_LOST else f"the driver died ({code})"
-            print(f"{time.strftime('%H:%M:%S')} {what}; another goes on", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} the driver {how}; another goes on", flush=True)
     finally:
-        reaper.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -16,7 +16,10 @@ MiB, GiB = 2**20, 2**30
 # more to compile; an agent; a local Ray with the driver and the manager.
 _WARM, _COMPILING, _AGENT, _RAY = 250 * MiB, 150 * MiB, 80 * MiB, 750 * MiB
 _DEVICE = 1.5 * MiB  # that XLA:CPU takes for an emulated device, beside what is computed
-_KEPT = 30  # activations of a layer for the backward pass, in multiples of d_model
+# Activations in multiples of d_model, by XLA:CPU's analysis of compiled steps: (of each layer for the
+# backward pass, once for all) under each `remat`, and of a validation.
+_KEPT = {"none": (30, 0), "dots": (11, 25), "full": (1, 38)}
+_VALIDATION = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,8 @@ class Plan:
         """Bytes that the emulated pod takes, to first order: of processes, and of arrays.
 
         Each device holds its shard of the parameters, their gradients and two moments, and while it
-        computes all parameters of its `tensor` part, and activations; each process waits with
+        computes all parameters of its `tensor` part, and the activations of a part of the batch, of
+        which `accumulate` make one, or of a validation's whole batch; each process waits with
         another one beside it.
         """
         hosts, sizes = self.hosts(self.slice), check_mesh(self.run, self.slice)
@@ -97,9 +101,13 @@ class Plan:
         parameters = 4 * self.run.model.flops_per_token(self.run.data.seq_len) / 6
         gathered = parameters / sizes["tensor"]
         data, model = self.run.data, self.run.model
-        tokens = data.batch_size * data.seq_len * sizes["tensor"] / self.slice.num_chips
-        width = _KEPT * model.num_layers * model.d_model + 3 * model.vocab_size
-        activations = 4 * tokens * width / sizes["tensor"]
+        # In unrolled layers XLA:CPU undoes what `remat` asks for.
+        kept, once = _KEPT[model.remat if model.layers == "scan" else "none"]
+        trained = (kept * model.num_layers + once) * model.d_model + 3 * model.vocab_size
+        trained /= self.run.accumulate
+        validated = _VALIDATION * model.d_model + model.vocab_size if self.run.eval_every else 0
+        tokens = data.batch_size * data.seq_len / self.slice.num_chips
+        activations = 4 * tokens * max(trained, validated)
         per_device = gathered + 4 * gathered / sizes["fsdp"] + activations + _DEVICE
         arrays = int(self.slice.num_chips * per_device)
         return _RAY + (processes + 1) * (_AGENT + _WARM) + processes * (_WARM + _COMPILING) + arrays
@@ -113,7 +121,7 @@ class Plan:
             raise UserError(
                 f"--slice {self.slice}: {hosts} hosts in {self.hosts(self.slice).processes} "
                 f"processes need about {needed / GiB:.1f} GiB and {free / GiB:.1f} GiB are free; "
-                "use more --hosts-per-process, or a smaller slice"
+                "use more --hosts-per-process, a smaller slice, or a larger run.Run.accumulate"
             )
 
 

@@ -1,58 +1,76 @@
-"""The process that clears up after a keeper that was killed: `python -m launch.pod.reaper`.
+"""The process that clears up after a keeper that was killed: `python -m launch.pod.reaper DIRECTORY`.
 
 Drivers, trainers and Ray's servers die with their parents; some of Ray's helpers take a minute to.
-This process reads the directories that the keeper has made for Ray from standard input, a line
-each, until the keeper's end. Then it kills all that has files open there, as every process of Ray
-has its log, and removes them. Of a keeper that ends by itself nothing is left to clear up.
+This process waits at its standard input for the keeper's end. Then it kills all processes of the
+Ray of that directory, and removes it.
 """
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from launch.pod.cluster import private_directory
 
 _QUIET = 1.0  # seconds in which none is found, after which all are gone
 
 
-class Reaper:
-    """The reaper of this process."""
+@contextlib.contextmanager
+def cleared_directory() -> Iterator[Path]:
+    """A new directory for a Ray; it is removed at the end, by a reaper if this process is killed.
 
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.pod.reaper"],
+    What runs there has to be ended before, but where this process is killed. A reaper that dies
+    does no harm: there is none until the next directory is made.
+    """
+    directory, process = private_directory(), None
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.pod.reaper", str(directory)],
             stdin=subprocess.PIPE,
-            text=True,
             start_new_session=True,  # Ctrl-C is not for it
         )
-
-    def made(self, directory: Path) -> None:
-        """Has a directory cleared, and what is in it ended, when this process is killed."""
-        print(directory, file=self._process.stdin, flush=True)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
 
 
 def main() -> None:
-    directories = tuple(sys.stdin.read().splitlines())
+    directory = sys.argv[1]
+    sys.stdin.read()
     import psutil
 
     seen = time.monotonic()
     while time.monotonic() - seen < _QUIET:
         for process in psutil.process_iter():
             try:
-                if any(file.path.startswith(directories) for file in process.open_files()):
+                if _is_of_ray(process, directory):
                     process.kill()
                     seen = time.monotonic()
             except (psutil.Error, OSError):  # another user's, or gone
                 pass
         time.sleep(0.05)
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_of_ray(process, directory: str) -> bool:
+    """Whether a process belongs to the Ray of a directory, and does not only read its logs.
+
+    All of Ray's processes have RAY_TMPDIR, as `cluster.local` sets it, and a log that they write
+    there. Some have written their title over their environment, which is empty then.
+    """
+    environment = process.environ()
+    if environment and environment.get("RAY_TMPDIR") != directory:
+        return False
+    inside = os.path.realpath(directory) + os.sep
+    return any(file.path.startswith(inside) and file.mode != "r" for file in process.open_files())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`torsion compress` of a tiny trained run: what it writes, says, and leaves alone."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,14 +69,17 @@ def here(tmp_path_factory):
         Path("corpus.txt").write_text("".join(words))
         Path("run.gin").write_text(TINY)
         jax.config.update("jax_disable_most_optimizations", True)
-        assert main(["train", "run.gin", "--out", "dense", "--mesh", "data=1"]) == 0
+        trained = tmp_path_factory.getbasetemp() / "dense"  # once for all modules
+        if not trained.exists():
+            assert main(["train", "run.gin", "--out", str(trained), "--mesh", "data=1"]) == 0
+        shutil.copytree(trained, "dense")
         yield folder
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def kernels(directory: str, step: int | None = None) -> dict[str, np.ndarray]:
+def kernels(directory: str, step: int | None = None, run=None) -> dict[str, np.ndarray]:
     """The kernels of a run's checkpoint as matrices [layers, inputs, outputs]."""
-    run, _ = build_run([f"{directory}/config.gin"])
+    run = run or build_run([f"{directory}/config.gin"])[0]
     weights = restore_weights(Program(run, make_mesh(run.mesh)), Path(directory), step)[1]
     inputs = dict.fromkeys([*ATTENTION, *FEED_FORWARD], 16) | {FEED_FORWARD[2]: 32}
     found = {}

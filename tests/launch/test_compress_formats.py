@@ -24,6 +24,7 @@ from launch.commands.compress import _bindings
 from launch.configure import build_run
 from pjit_train import compressed_tensors
 from pjit_train.compress import Compression
+from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
@@ -81,31 +82,28 @@ quantized.Quantization.layers = {'attention/.*kernel': 'int8', 'down/kernel': 'i
 """
 
 
-@pytest.mark.parametrize("order", ["sparsify_then_quantize", "quantize_then_sparsify"])
-def test_a_run_trained_in_formats_is_exported_in_them(order, capsys):
-    Path(f"{order}.gin").write_text(QUANTIZED + f"quantized.Quantization.order = '{order}'\n")
-    out = f"trained-{order}"
-    assert main(["train", f"{order}.gin", "--out", out, "--mesh", "data=1", "--steps", "2"]) == 0
+def test_a_run_trained_in_formats_is_exported_in_them(capsys):
+    Path("trained.gin").write_text(QUANTIZED)
+    assert main(["train", "trained.gin", "--out", "trained", "--mesh", "data=1", "--steps=2"]) == 0
     capsys.readouterr()
-    assert main(["export", out, f"{out}-hf"]) == 2  # down has no activations in int4
+    assert main(["export", "trained", "hf-trained"]) == 2  # down has no activations in int4
     assert "no activations in int4" in capsys.readouterr().err
-    gin = Path(f"{out}/config.gin")
-    run, _ = build_run([str(gin)])
+    run, _ = build_run(["trained/config.gin"])
     layers = {"attention/.*kernel": "int8", "down/kernel": quantized.MatmulFormats(weights="int4")}
-    run = dataclasses.replace(
-        run, quantization=dataclasses.replace(run.quantization, layers=layers)
-    )
-    report = compressed_tensors.export(f"{out}-hf", run, Path(out))
-    assert report["step"] == 2
-    config = json.loads(Path(f"{out}-hf/config.json").read_text())["quantization_config"]
-    assert {g["format"] for g in config["config_groups"].values()} == {
-        "int-quantized",
-        "pack-quantized",
-    }
-    with safe_open(f"{out}-hf/model.safetensors", "numpy") as file:
-        prefix = "model.layers.1.self_attn.o_proj.weight"
-        found = file.get_tensor(prefix) * file.get_tensor(f"{prefix}_scale")
-    np.testing.assert_array_equal(found, kernels(out)[ATTENTION[3]][1].T)
+    for order in ("sparsify_then_quantize", "quantize_then_sparsify"):
+        quantization = dataclasses.replace(run.quantization, layers=layers, order=order)
+        ordered = dataclasses.replace(run, quantization=quantization)
+        report = compressed_tensors.export(order, ordered, Path("trained"))
+        assert report["step"] == 2
+        config = json.loads(Path(order, "config.json").read_text())["quantization_config"]
+        assert {g["format"] for g in config["config_groups"].values()} == {
+            "int-quantized",
+            "pack-quantized",
+        }
+        with safe_open(f"{order}/model.safetensors", "numpy") as file:
+            prefix = "model.layers.1.self_attn.o_proj.weight"
+            found = file.get_tensor(prefix) * file.get_tensor(f"{prefix}_scale")
+        np.testing.assert_array_equal(found, kernels("trained", run=ordered)[ATTENTION[3]][1].T)
 
 
 def masters(directory: str) -> dict[str, np.ndarray]:
@@ -159,17 +157,115 @@ def test_a_run_trained_in_formats_is_compressed_from_what_it_trains(capsys):
     assert {layers[f"^{n}$"] for n in (*ATTENTION, FEED_FORWARD[1])} == {inputs}
     assert layers["up/kernel"] == "int4"
 
-    # Once more: what was bound for the first time holds, under a scope of its own.
-    again = Compression(formats={FEED_FORWARD[0]: "int8"}, activations="int8:asymmetric")
-    bindings = _bindings(run, Path("int8-of-int4/config.gin"), again)
-    layers = build_run(["int8-of-int4/config.gin"], bindings)[0].quantization.layers
-    zero_points = quantized.MatmulFormats(activations=Int(symmetric=False))
-    assert layers[f"^{FEED_FORWARD[0]}$"] == zero_points
-    assert layers[f"^{ATTENTION[0]}$"] == inputs
-
-    # Only pruned, the formats of the run go on.
+    # Pruned, the formats of the run go on; and pruning nothing changes nothing.
     command = ["compress", "int4", "--method", "magnitude", "--sequences", "1", "--out", "sparse4"]
-    figures(capsys, *command)
-    for name, kernel in masters("sparse4").items():
-        np.testing.assert_array_equal(kernel[kernel != 0], trained[name][kernel != 0])
+    report = figures(capsys, *command, "--pattern", "0.0", "--format-layers", "gate=int8")
+    assert report["between"]["sparsify"] == report["before"]
+    held = masters("sparse4")
+    for name in {*ATTENTION, *FEED_FORWARD} - {FEED_FORWARD[1]}:
+        np.testing.assert_array_equal(held[name], trained[name])
     assert build_run(["sparse4/config.gin"])[0].quantization.layers["up/kernel"] == "int4"
+
+
+def test_compressed_again_it_keeps_the_formats_that_it_had(capsys):
+    quick = ["--quantizer", "rtn", "--sequences", "1"]
+    command = ["compress", "dense", "--method", "none", "--format-layers", "attention=int8", *quick]
+    first = figures(capsys, *command, "--activations", "int8", "--smooth", "0.5", "--out", "first")
+    again = ["compress", "first", "--format-layers", "up=int8:8", *quick]
+    for options, says in (
+        ([], "attention/key/kernel was compressed to int8 before, and sparsegpt moves"),
+        (["--method", "none", "--smooth", "0.5"], "smoothing moves its weights out of that"),
+        (["--method", "magnitude", "--finetune", "3"], "fine-tuning moves"),
+    ):
+        capsys.readouterr()
+        assert main([*again, *options, "--out", "none/of/it"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert says in line
+        assert not Path("none").exists()
+
+    again += ["--method", "magnitude", "--layers", "query=2:4", ".*=dense"]
+    again += ["--activations", "int8:asymmetric", "--out", "second", "--export", "hf-second"]
+    second = figures(capsys, *again)
+    before, found = kernels("first"), kernels("second")
+    expected = before[ATTENTION[0]].copy()
+    groups = expected.reshape(2, 4, 4, 16)
+    np.put_along_axis(groups, np.abs(groups).argsort(2, kind="stable")[:, :, :2], 0, axis=2)
+    np.testing.assert_array_equal(found[ATTENTION[0]], expected)
+    for name in (*ATTENTION[1:], *FEED_FORWARD[1:]):
+        np.testing.assert_array_equal(found[name], before[name])
+    assert (before[FEED_FORWARD[0]] != found[FEED_FORWARD[0]]).any()
+
+    rows = {name: (row["format"], row["activations"]) for name, row in second["kernels"].items()}
+    wanted = dict.fromkeys(ATTENTION, ("int8", "int8"))
+    assert rows == {**wanted, FEED_FORWARD[0]: ("int8:8", "int8:asymmetric")}
+    assert second["kernels"][ATTENTION[1]] == first["kernels"][ATTENTION[1]]
+    assert second["before"] == first["after"]
+    assert second["after"].items() <= figures(capsys, "eval", "second").items()
+    layers = build_run(["second/config.gin"])[0].quantization.layers
+    inputs = quantized.MatmulFormats(activations="int8")
+    assert [layers[f"^{name}$"] for name in ATTENTION] == [inputs] * 4
+    inputs = quantized.MatmulFormats(activations=Int(symmetric=False))
+    assert layers[f"^{FEED_FORWARD[0]}$"] == inputs
+
+    config = json.loads(Path("hf-second/config.json").read_text())["quantization_config"]
+    layer = r"re:^model\.layers\.\d+\."
+    stored = {
+        target: group["input_activations"]["symmetric"]
+        for group in config["config_groups"].values()
+        for target in group["targets"]
+    }
+    attention = {rf"{layer}self_attn\.{x}_proj$": True for x in "qkvo"}
+    assert stored == {**attention, rf"{layer}mlp\.up_proj$": False}
+    assert set(config["ignore"]) == {rf"{layer}mlp\.{x}_proj$" for x in ("gate", "down")}
+    with safe_open("hf-second/model.safetensors", "numpy") as file:
+        for name, theirs in zip(ATTENTION, "qkvo", strict=True):
+            prefix = f"model.layers.1.self_attn.{theirs}_proj.weight"
+            values = file.get_tensor(prefix) * file.get_tensor(f"{prefix}_scale")
+            np.testing.assert_array_equal(values, found[name][1].T)
+
+    # Zeros of both compressions are kept.
+    third = Compression(patterns={FEED_FORWARD[0]: "0.5"})
+    bindings = _bindings(build_run(["second/config.gin"])[0], Path("second/config.gin"), third)
+    kept = build_run(["second/config.gin"], bindings)[0].sparsity.layers
+    assert kept == {f"^{ATTENTION[0]}$": "2:4", f"^{FEED_FORWARD[0]}$": "0.5"}
+
+
+def bound(quantization: str, name: str) -> tuple[Path, list[str]]:
+    """A configuration of that quantization, and what compressing its query to int8 binds."""
+    imports = "from sparsity import quantized\nfrom pjit_train.data"
+    text = TINY.replace("d_model = 16", "d_model = 32").replace("from pjit_train.data", imports, 1)
+    Path(f"{name}.gin").write_text(text + quantization)
+    run, text = build_run([f"{name}.gin"])
+    Path(f"{name}-config.gin").write_text(text)
+    compression = Compression(formats={ATTENTION[0]: "int8"}, activations="int8")
+    return Path(f"{name}-config.gin"), _bindings(run, Path(f"{name}-config.gin"), compression)
+
+
+def test_a_run_with_the_default_formats_goes_on_in_them():
+    text = "run.Run.quantization = @quantized.Quantization()\n"
+    config, bindings = bound(text + "quantized.Quantization.attention = 'int8'\n", "default")
+    run, _ = build_run([str(config)], bindings)
+    assert run.quantization == quantized.Quantization(
+        layers={
+            f"^{ATTENTION[0]}$": quantized.MatmulFormats(activations="int8"),
+            **quantized.DEFAULT_LAYERS,
+        },
+        attention="int8",
+    )
+
+
+def test_a_quantization_that_cannot_be_bound_anew_is_one_line():
+    text = "run.Run.quantization = @q/gin.singleton()\n"
+    text += "q/gin.singleton.constructor = @quantized.Quantization\n"
+    with pytest.raises(UserError, match=r"bind it to @quantized\.Quantization") as raised:
+        bound(text, "singleton")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tied_head_in_a_format_is_no_linear_layer_of_theirs():
+    run, _ = build_run(["dense/config.gin"])
+    formats = quantized.Quantization(layers={"embedding|attention/.*kernel": "nvfp4"})
+    run = dataclasses.replace(run, quantization=formats)
+    with pytest.raises(UserError, match="embedding is no linear layer of LlamaForCausalLM"):
+        compressed_tensors.export("hf-tied", run, Path("dense"))
+    assert not Path("hf-tied").exists()

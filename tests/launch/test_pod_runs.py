@@ -217,7 +217,7 @@ def test_whatever_fails_the_losses_are_those_of_a_quiet_run(folder, undisturbed)
         "given notice",
         "the pod manager died and is back",
         "the slice does not pass it",
-        "the driver died",
+        "the driver was killed by SIGKILL; another goes on",
     ):
         assert said in output, said
     made, found = {}, {}

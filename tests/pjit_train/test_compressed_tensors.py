@@ -272,13 +272,13 @@ def test_what_cannot_be_exported_is_known_before_compressing(tmp_path):
     )
     check = compressed_tensors.check
     with pytest.raises(UserError, match="query/kernel is no linear layer of GPT2LMHeadModel"):
-        check(tmp_path / "new", gpt2, {QUERY: "int8"}, None)
+        check(tmp_path / "new", gpt2, {QUERY: ("int8", None)})
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="there is something already"):
-        check(tmp_path / "file", LLAMA, {QUERY: "int8"}, None)
+        check(tmp_path / "file", LLAMA, {QUERY: ("int8", None)})
     with pytest.raises(UserError, match="no name for hbfp8"):
-        check(tmp_path / "new", LLAMA, {QUERY: "int8", OUT: "hbfp8"}, "int8")
-    check(tmp_path / "new", LLAMA, {QUERY: "int8"}, "int8")
+        check(tmp_path / "new", LLAMA, {QUERY: ("int8", None), OUT: ("hbfp8", "int8")})
+    check(tmp_path / "new", LLAMA, {QUERY: ("int8", "int8")})
 
 
 @settings(max_examples=20, deadline=None)
