@@ -158,7 +158,7 @@ def absolute_terms(q, k, v, d_out, **options):
     return d_q, *(x.reshape(of_heads).sum(axis=3) for x in (d_k, d_v))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     dtype=st.sampled_from(["float32", "bfloat16"]),
     lengths=st.sampled_from([(3, 3), (16, 5), (37, 41), (1, 9)]),
@@ -200,9 +200,12 @@ def test_gradients_are_within_their_rounding(
     logit = size**0.5 * float(jnp.max(jnp.abs(q)) * jnp.max(jnp.abs(k)))
     close = (1e-5 if dtype == "float32" else 1 / 64) + 1e-6 * logit
     bounds = absolute_terms(q, k, v, d_out, **options)
+    # A weight below the least normal float32 is zero, whatever it is multiplied by.
+    largest = [float(np.max(np.abs(np.asarray(x, np.float32)))) for x in (q, k, v, d_out)]
+    lost = 1.2e-38 * sum(lengths) * size * np.prod([max(x, 1) for x in largest])
     for g, w, bound in zip(got, want, bounds, strict=True):
         assert g.dtype == jnp.dtype(dtype)
-        assert np.all(np.abs(np.asarray(g, np.float64) - w) <= close * bound + 1e-37)
+        assert np.all(np.abs(np.asarray(g, np.float64) - w) <= close * bound + lost)
 
 
 def test_logits_as_large_as_float32_holds():
