@@ -17,8 +17,9 @@ setup: .venv/.ready
 train: setup
 	$(BIN)/torsion train configs/quickstart.gin $(ARGS)
 
+# A file's tests run in one process, which makes its fixtures and compiled programs once.
 test: lint browser
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The pages are tested in a real browser; without root the tests of them say what to install.
 browser:

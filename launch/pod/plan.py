@@ -16,8 +16,8 @@ MiB, GiB = 2**20, 2**30
 # more to compile; an agent; a local Ray with the driver and the manager.
 _WARM, _COMPILING, _AGENT, _RAY = 250 * MiB, 150 * MiB, 80 * MiB, 750 * MiB
 _DEVICE = 1.5 * MiB  # that XLA:CPU takes for an emulated device, beside what is computed
-# Activations in multiples of d_model, by XLA:CPU's analysis of compiled steps: (of each layer for the
-# backward pass, once for all) under each `remat`, and of a validation.
+# Activations in multiples of d_model, by XLA:CPU's analysis of compiled steps: (a layer, once) for
+# the backward pass under each `remat`, and of a validation.
 _KEPT = {"none": (30, 0), "dots": (11, 25), "full": (1, 38)}
 _VALIDATION = 16
 

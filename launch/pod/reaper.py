@@ -1,4 +1,4 @@
-"""The process that clears up after a keeper that was killed: `python -m launch.pod.reaper DIRECTORY`.
+"""The process that clears up after a keeper that was killed: `python -m launch.pod.reaper DIR`.
 
 Drivers, trainers and Ray's servers die with their parents; some of Ray's helpers take a minute to.
 This process waits at its standard input for the keeper's end. Then it kills all processes of the
@@ -70,7 +70,10 @@ def _is_of_ray(process, directory: str) -> bool:
     if environment and environment.get("RAY_TMPDIR") != directory:
         return False
     inside = os.path.realpath(directory) + os.sep
-    return any(file.path.startswith(inside) and file.mode != "r" for file in process.open_files())
+    return any(
+        file.path.startswith(inside) and getattr(file, "mode", "") != "r"
+        for file in process.open_files()
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_tokenizing_is_a_cause_of_its_own():
         {"time": 8.0, "event": "tokenize", "attempt": 1, "text": "tokenizing"},
         {"time": 16.0, "event": "stopped", "attempt": 1, "error": "no text"},
         {"time": 76.0, "event": "tokenize", "attempt": 1, "text": "tokenizing"},
-        {"time": 90.0, "event": "part", "text": "tokenized 3 MB"},
+        {"time": 90.0, "event": "tokenizing", "attempt": 1, "text": "tokenized 3 MB"},
         {"time": 96.0, "event": "tokenized", "attempt": 1, "text": "tokenized"},
     ]
     found, without = account([*before, *EVENTS]), account(EVENTS)
@@ -70,6 +70,28 @@ def test_tokenizing_is_a_cause_of_its_own():
         "start": without.seconds["start"] + 4.0,
     }
     assert page([*before, *EVENTS]).count("2 attempts") == 1
+
+
+def test_tokenizing_that_a_killed_driver_did_counts_as_tokenizing():
+    """600 s that are told of, a driver that is killed then, and 5 s later one that does it anew."""
+    events = [
+        {"time": 0.0, "event": "tokenize", "attempt": 1, "text": "tokenizing"},
+        {"time": 600.0, "event": "tokenizing", "attempt": 1, "text": "tokenized 3 MB"},
+        {"time": 605.0, "event": "tokenize", "attempt": 1, "text": "tokenizing"},
+        {"time": 1205.0, "event": "tokenized", "attempt": 1, "text": "tokenized"},
+    ]
+    found = account(events)
+    assert {cause: s for cause, s in found.seconds.items() if s} == {"data": 1200.0, "away": 5.0}
+
+
+def test_what_is_said_of_parts_of_the_pod_has_no_time_of_its_own():
+    """As "out of use" after a failure, and "in memory" after the begin of an attempt."""
+    said = [
+        {"time": 115.75, "event": "part", "text": "out of use"},
+        {"time": 116.5, "event": "part", "text": "in memory"},
+    ]
+    events = sorted([*EVENTS, *said], key=lambda event: event.get("at", event["time"]))
+    assert account(events) == account(EVENTS)
 
 
 def test_what_is_expected_of_as_many_failures():
