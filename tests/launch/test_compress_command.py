@@ -69,12 +69,15 @@ def here(tmp_path_factory):
         Path("corpus.txt").write_text("".join(words))
         Path("run.gin").write_text(TINY)
         jax.config.update("jax_disable_most_optimizations", True)
+        compiled = jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # each once
         trained = tmp_path_factory.getbasetemp() / "dense"  # once for all modules
         if not trained.exists():
             assert main(["train", "run.gin", "--out", str(trained), "--mesh", "data=1"]) == 0
         shutil.copytree(trained, "dense")
         yield folder
         jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", compiled)
 
 
 def kernels(directory: str, step: int | None = None, run=None) -> dict[str, np.ndarray]:
@@ -299,6 +302,11 @@ def test_fine_tuned_in_between(here, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "has values that its format and scales do not give" in line
     assert not list(Path().glob("*hf-tuned*"))
+    again = ["compress", "tuned", "--method", "none", "--format-layers", "up=int8"]
+    assert main([*again, "--out", "none/of/it"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "key/kernel was compressed to int8 before, and training to step 2 moves its" in line
+    assert not Path("none").exists()
 
 
 def test_quantized_then_pruned(here, capsys):
