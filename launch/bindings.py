@@ -162,13 +162,33 @@ def format_value(value: Any, names: dict[str, str] | None = None) -> str:
 def _without_macros(value: Any, macros: dict[str, Any]) -> Any:
     match value:
         case Macro(name):
-            return _without_macros(macros[name], macros) if name in macros else value
+            if name not in macros:
+                return value
+            return _in_scope(_without_macros(macros[name], macros), name)
         case Reference():
             return value
         case tuple() | list():
             return type(value)(_without_macros(item, macros) for item in value)
         case dict():
             return {key: _without_macros(item, macros) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _in_scope(value: Any, scope: str) -> Any:
+    """What gin evaluates in a scope, as a text outside of it says the same.
+
+    A macro is evaluated in the scope of its name, and a reference without a scope in that one.
+    """
+    match value:
+        case Reference(configurable, "", True):
+            return Reference(configurable, scope, True)
+        case Reference() | Macro():
+            return value
+        case tuple() | list():
+            return type(value)(_in_scope(item, scope) for item in value)
+        case dict():
+            return {key: _in_scope(item, scope) for key, item in value.items()}
         case _:
             return value
 

@@ -73,6 +73,25 @@ def test_the_operative_configuration_keeps_the_order_of_patterns(tmp_path):
     assert (again, same) == (run, text)
 
 
+def test_the_operative_configuration_evaluates_in_the_scope_of_a_macro(tmp_path):
+    """What a macro refers to, in another macro, in a list and with a scope of its own too."""
+    source = tmp_path / "mine.gin"
+    source.write_text(
+        f"{IMPORTS}include 'configs/quickstart.gin'\n"
+        "text.TextData.sources = %both\nboth = [%first, @sources.TextFiles()]\n"
+        "first = @own/sources.TextFiles()\n"
+        "run.Run.samples = %short\nshort = @run.Samples()\n"
+        "short/run.Samples.tokens = 7\n"
+        "own/sources.TextFiles.train = 'a.txt'\nboth/sources.TextFiles.train = 'b.txt'\n"
+    )
+    run, text = build_run([str(source)])
+    assert [s.train for s in run.data.sources] == ["a.txt", "b.txt"]
+    assert run.samples.tokens == 7
+    saved = tmp_path / "config.gin"
+    saved.write_text(text)
+    assert build_run([str(saved)]) == (run, text)
+
+
 def test_parameters_that_are_not_in_use_may_be_bound_in_files():
     run, text = build_run(
         QUICKSTART, ["run.Run.optimizer = @optimizers.SGD()", "optimizers.SGD.learning_rate = 0.1"]
