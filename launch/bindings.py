@@ -5,6 +5,7 @@ the module), so bindings of two texts can be compared, and written again in one 
 """
 
 import io
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gin import config_parser
@@ -160,19 +161,12 @@ def format_value(value: Any, names: dict[str, str] | None = None) -> str:
 
 
 def _without_macros(value: Any, macros: dict[str, Any]) -> Any:
-    match value:
-        case Macro(name):
-            if name not in macros:
-                return value
-            return _in_scope(_without_macros(macros[name], macros), name)
-        case Reference():
-            return value
-        case tuple() | list():
-            return type(value)(_without_macros(item, macros) for item in value)
-        case dict():
-            return {key: _without_macros(item, macros) for key, item in value.items()}
-        case _:
-            return value
+    def replace(leaf):
+        if isinstance(leaf, Macro) and leaf.name in macros:
+            return _in_scope(_without_macros(macros[leaf.name], macros), leaf.name)
+        return leaf
+
+    return _map_names(replace, value)
 
 
 def _in_scope(value: Any, scope: str) -> Any:
@@ -180,15 +174,23 @@ def _in_scope(value: Any, scope: str) -> Any:
 
     A macro is evaluated in the scope of its name, and a reference without a scope in that one.
     """
+
+    def scoped(leaf):
+        evaluated_here = isinstance(leaf, Reference) and leaf.call and not leaf.scope
+        return leaf._replace(scope=scope) if evaluated_here else leaf
+
+    return _map_names(scoped, value)
+
+
+def _map_names(function: Callable[[Any], Any], value: Any) -> Any:
+    """A value with a function's results in place of its references and macros."""
     match value:
-        case Reference(configurable, "", True):
-            return Reference(configurable, scope, True)
         case Reference() | Macro():
-            return value
+            return function(value)
         case tuple() | list():
-            return type(value)(_in_scope(item, scope) for item in value)
+            return type(value)(_map_names(function, item) for item in value)
         case dict():
-            return {key: _in_scope(item, scope) for key, item in value.items()}
+            return {key: _map_names(function, item) for key, item in value.items()}
         case _:
             return value
 

@@ -4,34 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import test_runs
 
 from launch.cli import main
 
-TINY = """
-from __gin__ import dynamic_registration
-from pjit_train import run
-from pjit_train import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-
-run.Run.model = @transformer.TransformerConfig()
-run.Run.steps = 2
+TINY = f"""{test_runs.TINY}
 run.Run.eval_every = 1
 run.Run.eval_batches = 1
-run.Samples.tokens = 4
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 32
-  d_model = 16
-  num_layers = 1
-  num_heads = 4
-  d_ff = 32
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 8
-sources.TextFiles.train = 'corpus.txt'
+transformer.TransformerConfig.num_heads = 4
 """
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors import safe_open
-from test_compress_command import (  # noqa: F401
+from test_compress_command import (  # noqa: F401 (fixtures)
     ATTENTION,
     FEED_FORWARD,
     TINY,
