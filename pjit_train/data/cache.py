@@ -5,8 +5,10 @@ A cache is one directory named by a digest of what it was made from (source and 
   train.tokens, validation.tokens   the ids, uint8, uint16 or uint32 by the size of the vocabulary:
                                     documents end to end, each beginning with the separator
   train.starts, validation.starts   int64, where each document begins
+  *.crc32                           the checksums of the blocks of these files (see `checked`)
   cache.json                        the key, the type of the ids, and of each split the sizes of its
-                                    two files, the UTF-8 bytes of its text and the tokens' sha256
+                                    files, the UTF-8 bytes of its text and the tokens' sha256; and
+                                    the sha256 of all that
 
 It is built in a sibling directory and renamed, so it is there whole or not at all.
 """
@@ -25,10 +27,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pjit_train.data import checked
 from pjit_train.errors import UserError
 
 SPLITS = ("train", "validation")
-FORMAT = 1  # part of every key: a cache of another layout is never read
+FORMAT = 2  # part of every key: a cache of another layout is never read
 BATCH_CHARACTERS = 1 << 20  # what is tokenized at a time: enough to keep every core busy
 BATCH_DOCUMENTS = 1024
 
@@ -38,15 +41,15 @@ class TokenSplit:
     """One split of a tokenized corpus.
 
     Attributes:
-      tokens: [tokens] uint8, uint16 or uint32, memory-mapped.
-      starts: [documents] int64, memory-mapped; where in `tokens` each document's separator is.
+      tokens: [tokens] uint8, uint16 or uint32.
+      starts: [documents] int64; where in `tokens` each document's separator is.
       text_bytes: UTF-8 bytes of the documents' text.
       sha256: of the ids as little-endian uint8, uint16 or uint32.
       largest: the greatest id.
     """
 
-    tokens: np.ndarray
-    starts: np.ndarray
+    tokens: checked.CheckedArray
+    starts: checked.CheckedArray
     text_bytes: int
     sha256: str
     largest: int
@@ -122,29 +125,35 @@ def open_cache(
     key = {"format": FORMAT, "source": source.key(cache_dir), "tokenizer": tokenizer.digest()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_dir / f"tokens-{digest[:16]}"
-    if (splits := _load(path)) is not None:
+    if (splits := _load(path, key)) is not None:
         return splits
     with locked(path):
-        if (splits := _load(path)) is None:  # else another process built it while this one waited
+        if (
+            splits := _load(path, key)
+        ) is None:  # else another process built it while this one waited
             _build(path, key, source, tokenizer, cache_dir, tokenize)
-            splits = _load(path)
+            splits = _load(path, key)
     return splits
 
 
-def _load(path: Path) -> dict[str, TokenSplit] | None:
-    """Maps the cache at `path`; None if it is missing, cut short or unreadable."""
+def _load(path: Path, key: Any) -> dict[str, TokenSplit] | None:
+    """Maps the cache at `path`; None if it is missing, cut short, unreadable or of another key."""
     try:
         meta = json.loads((path / "cache.json").read_text())
+        if meta.pop("sha256") != _sha256(meta) or meta["key"] != json.loads(json.dumps(key)):
+            return None
         splits = {}
         for split in SPLITS:
             entry = meta["splits"][split]
-            files = [path / f"{split}.tokens", path / f"{split}.starts"]
-            if [f.stat().st_size for f in files] != [entry["tokens_bytes"], entry["starts_bytes"]]:
+            tokens, starts = path / f"{split}.tokens", path / f"{split}.starts"
+            if [tokens.stat().st_size, starts.stat().st_size] != [
+                entry["tokens_bytes"],
+                entry["starts_bytes"],
+            ]:
                 return None
-            # A plain array, still mapped: slicing a memmap object is several times slower.
             splits[split] = TokenSplit(
-                tokens=np.memmap(files[0], meta["dtype"], "r").view(np.ndarray),
-                starts=np.memmap(files[1], np.int64, "r").view(np.ndarray),
+                tokens=checked.CheckedArray(tokens, meta["dtype"]),
+                starts=checked.CheckedArray(starts, np.int64),
                 text_bytes=entry["text_bytes"],
                 sha256=entry["sha256"],
                 largest=entry["largest"],
@@ -178,8 +187,9 @@ def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path, tokenize) -
                     f"the {split} split of {source} has no text: give it at least one document"
                 )
         meta = {"key": key, "dtype": np.dtype(dtype).name, "splits": splits}
-        (temporary / "cache.json").write_text(json.dumps(meta, indent=1, default=str))
-        if _load(path) is None:  # else a host that shares the directory was faster
+        meta["sha256"] = _sha256(meta)
+        (temporary / "cache.json").write_text(json.dumps(meta, indent=1))
+        if _load(path, key) is None:  # else a host that shares the directory was faster
             if path.exists():
                 path.rename(unreadable := path.with_name(f"{prefix}unreadable.tmp"))
                 shutil.rmtree(unreadable, ignore_errors=True)
@@ -188,6 +198,10 @@ def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path, tokenize) -
         raise UserError(f"the token cache {str(path)!r} cannot be built: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def id_type(vocab_size: int) -> type[np.unsignedinteger]:
@@ -203,7 +217,8 @@ def _write_split(
     """Writes stem.tokens and stem.starts; returns their entry in cache.json."""
     digest = hashlib.sha256()
     written = text_bytes = largest = documents_written = 0
-    with open(f"{stem}.tokens", "wb") as tokens_file, open(f"{stem}.starts", "wb") as starts_file:
+    tokens_path, starts_path = Path(f"{stem}.tokens"), Path(f"{stem}.starts")
+    with checked.Writer(tokens_path) as tokens_file, checked.Writer(starts_path) as starts_file:
         for documents, size in encoded:
             parts = [part for ids in documents for part in (np.asarray([separator]), ids)]
             tokens = np.concatenate(parts)

@@ -58,7 +58,7 @@ class PackedRows:
             "weights": (positions < length - 1).astype(np.float32),
         }
         if self.mask_documents:
-            starts = self.split.starts
+            starts = self.split.starts[:]
             first, last = np.searchsorted(starts, [start + 1, start + self.seq_len])
             begins = np.zeros(self.seq_len, np.int32)
             begins[starts[first:last] - start] = 1

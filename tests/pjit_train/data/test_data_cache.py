@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,14 +68,14 @@ def names(folder, suffix=""):
 def test_the_files_are_the_documents_end_to_end(tmp_path):
     splits = open_cache(Documents(DOCUMENTS), Bytes(), tmp_path)
     ids = expected(DOCUMENTS, str.encode, 255)
-    assert splits["train"].tokens.tolist() == ids
-    assert splits["train"].starts.tolist() == [i for i, token in enumerate(ids) if token == 255]
+    assert splits["train"].tokens[:].tolist() == ids
+    assert splits["train"].starts[:].tolist() == [i for i, token in enumerate(ids) if token == 255]
     assert splits["train"].text_bytes == len("".join(DOCUMENTS).encode())
     assert splits["train"].largest == 255
     (cache,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert (cache / "train.tokens").read_bytes() == bytes(ids)
     np.testing.assert_array_equal(
-        np.fromfile(cache / "train.starts", np.int64), splits["train"].starts
+        np.fromfile(cache / "train.starts", np.int64), splits["train"].starts[:]
     )
 
 
@@ -89,7 +90,7 @@ def test_ids_are_as_wide_as_the_vocabulary(tmp_path, vocab_size, name):
         tokenizer = TokenizerJson(path=str(path))
     tokens = open_cache(Documents(DOCUMENTS), tokenizer, tmp_path)["train"].tokens
     assert tokens.dtype.name == name
-    assert tokens.tolist() == expected(
+    assert tokens[:].tolist() == expected(
         DOCUMENTS, lambda text: tokenizer.encode(text).tolist(), tokenizer.separator
     )
 
@@ -100,7 +101,7 @@ def test_a_warm_cache_does_not_read_the_corpus(tmp_path):
     reads = source.reads
     again = open_cache(source, Bytes(), tmp_path)
     assert source.reads == reads == 2
-    assert not again["train"].tokens.flags.owndata  # mapped, not read
+    assert not again["train"].tokens[:].flags.owndata  # mapped, not read
 
 
 def test_another_source_or_tokenizer_has_another_cache(tmp_path):
@@ -123,6 +124,13 @@ def garble(path):
     path.write_text("{")
 
 
+def claim(path):
+    """Changes a figure that nothing else holds."""
+    text = path.read_text()
+    path.write_text(text.replace('"text_bytes": 35', '"text_bytes": 34'))
+    assert path.read_text() != text
+
+
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
@@ -131,16 +139,30 @@ def garble(path):
         (remove, "train.starts"),
         (remove, "cache.json"),
         (garble, "cache.json"),
+        (remove, "validation.tokens.crc32"),
+        (truncate, "train.starts.crc32"),
+        (claim, "cache.json"),
     ],
 )
 def test_a_damaged_cache_is_built_anew(tmp_path, damage, name):
     source = Documents(DOCUMENTS)
-    whole = open_cache(source, Bytes(), tmp_path)["train"].tokens.tolist()
+    whole = open_cache(source, Bytes(), tmp_path)["train"].tokens[:].tolist()
     (cache,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     damage(cache / name)
-    assert open_cache(source, Bytes(), tmp_path)["train"].tokens.tolist() == whole
+    assert open_cache(source, Bytes(), tmp_path)["train"].tokens[:].tolist() == whole
     assert source.reads == 4
     assert names(tmp_path, ".tmp") == []
+
+
+def test_a_cache_of_another_corpus_in_its_place_is_not_read(tmp_path):
+    open_cache(Documents(["other"], "another"), Bytes(), tmp_path)
+    (other,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    open_cache(Documents(DOCUMENTS), Bytes(), tmp_path)
+    (cache,) = [path for path in tmp_path.iterdir() if path.is_dir() and path != other]
+    shutil.rmtree(cache)
+    other.rename(cache)
+    ids = expected(DOCUMENTS, str.encode, 255)
+    assert open_cache(Documents(DOCUMENTS), Bytes(), tmp_path)["train"].tokens[:].tolist() == ids
 
 
 def test_a_killed_builder_leaves_no_cache_and_the_next_one_builds_it(tmp_path):
@@ -156,7 +178,7 @@ def test_a_killed_builder_leaves_no_cache_and_the_next_one_builds_it(tmp_path):
     assert not [path for path in cache.iterdir() if path.is_dir() and path.suffix != ".tmp"]
 
     splits = open_cache(TextFiles(train=str(text), validation=str(text)), Bytes(), cache)
-    assert bytes(splits["train"].tokens) == b"\xff" + text.read_bytes()
+    assert bytes(splits["train"].tokens[:]) == b"\xff" + text.read_bytes()
     assert names(cache, ".tmp") == []
 
 
