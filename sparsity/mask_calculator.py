@@ -5,6 +5,7 @@ All are uint8, 1 where a score is kept, and may be jitted with a traced sparsity
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from sparsity.sparsity_types import Block, Channel, NByM, SparsityType, Unstruct
 from sparsity.topk import keep_count, topk_mask
 
 MASK_DTYPE = "uint8"
+
+TopKFnType = Callable[[jax.Array, Any], jax.Array]
+"""(scores, sparsity) -> mask."""
 
 
 def get_topk_fn(sparsity_type: SparsityType) -> Callable[..., jax.Array]:
@@ -36,8 +40,8 @@ def get_topk_fn(sparsity_type: SparsityType) -> Callable[..., jax.Array]:
                 block_width=width,
                 use_avg_pooling=use_avg_pooling,
             )
-        case Channel(axis):
-            return functools.partial(topk_channel_mask_calculator, axis=axis)
+        case Channel():
+            return functools.partial(topk_channel_mask_calculator, sparsity_type=sparsity_type)
     raise ValueError(
         f"{sparsity_type!r} is no type of sparsity; use Unstructured(), NByM(2, 4), Block((4, 4)) "
         "or Channel() of sparsity.sparsity_types"
@@ -101,9 +105,16 @@ def topk_block_mask_calculator(
     return jnp.broadcast_to(mask, shape).reshape(scores.shape)
 
 
-def topk_channel_mask_calculator(scores, sparsity, axis: int = -1) -> jax.Array:
-    """Keeps whole slices along the axis: the unstructured mask of the sums of their scores."""
+def topk_channel_mask_calculator(scores, sparsity, sparsity_type: Channel) -> jax.Array:
+    """Keeps whole slices along an axis: the unstructured mask of the sums of their scores.
+
+    Raises:
+      ValueError: the scores have no such axis.
+    """
     scores = jnp.asarray(scores)
+    axis = sparsity_type.axis
+    if not -scores.ndim <= axis < scores.ndim:
+        raise ValueError(f"axis={axis} of scores of {scores.ndim} axes; use one of its axes")
     axis %= scores.ndim
     others = tuple(a for a in range(scores.ndim) if a != axis)
     sums = jnp.sum(scores.astype(jnp.float32), axis=others, keepdims=True)

@@ -46,6 +46,11 @@ class Channel:
 SparsityType = Unstructured | NByM | Block | Channel
 
 
+def is_sparsity_type(instance_to_check) -> bool:
+    """Whether an object is of one of these types."""
+    return isinstance(instance_to_check, SparsityType)
+
+
 def parse_sparsity_type(text: str) -> SparsityType:
     """The type that a text names: 'unstructured', 'nm_2,4' or '2:4', 'block_4,4', 'channel_0'.
 

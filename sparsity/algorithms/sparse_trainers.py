@@ -75,11 +75,9 @@ class SET(StaticRandomSparse):
         def update(path, param, mask, drop, grow):
             if mask is None:
                 return None
-            layer = functools.partial(
-                self._update_masks,
-                drop_fraction=drop_fraction,
-                sparsity_type=self.type_of(path, param),
-            )
+            layer = functools.partial(self._update_masks, drop_fraction=drop_fraction)
+            if (own := self.type_of(path, param)) != self.sparsity_type:
+                layer = functools.partial(layer, sparsity_type=own)
             for _ in range(self.stacked(path, param)):
                 layer = jax.vmap(layer)
             return layer(mask, drop, grow)
@@ -103,8 +101,12 @@ class SET(StaticRandomSparse):
         key = jax.random.fold_in(as_key(self.rng_seed), sparse_state.count)
         return generate_random_scores(params, key)
 
-    def _update_masks(self, old_mask, drop_score, grow_score, drop_fraction, sparsity_type):
-        """The new mask of one layer, with as many ones as the old one."""
+    def _update_masks(self, old_mask, drop_score, grow_score, drop_fraction, sparsity_type=None):
+        """The new mask of one layer, with as many ones as the old one.
+
+        JaxPruner's users call and override it, without `sparsity_type`: None is the updater's.
+        """
+        sparsity_type = self.sparsity_type if sparsity_type is None else sparsity_type
         old = old_mask == 1
         units = _units(old, sparsity_type)
         count = jnp.sum(units, dtype=jnp.int32)

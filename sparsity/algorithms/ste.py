@@ -37,9 +37,9 @@ class SteMixin:
         del params, grads, kwargs
         return sparse_state
 
-    def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
+    def post_gradient_update(self, params: Any, opt_state: SparseState) -> Any:
         """The parameters as they are, dense."""
-        del sparse_state
+        del opt_state
         return params
 
 
