@@ -147,7 +147,16 @@ def _encode(tokenizer, dtype: type[np.unsignedinteger], documents) -> Any:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = [text.decode("utf-8", "surrogatepass") for text in documents["text"].to_pylist()]
-    encoded = [cache.encode([text], tokenizer) for text in texts]
+    try:
+        encoded = [cache.encode([text], tokenizer) for text in texts]
+    except UserError as error:
+        return pa.table(
+            {
+                "ids": pa.array([b""], pa.large_binary()),
+                "text_bytes": pa.array([0], pa.int64()),
+                "mistake": pa.array([str(error)], pa.string()),
+            }
+        )
     columns = {
         "ids": pa.array([one.ids[0].astype(dtype).tobytes() for one in encoded], pa.large_binary()),
         "text_bytes": pa.array([one.text_bytes for one in encoded], pa.int64()),

@@ -22,17 +22,17 @@ from typing import Any
 
 from pjit_train.data import stdlib_files
 from pjit_train.data.cache import default_cache_dir, locked
+from pjit_train.data.files import is_text_file, read_documents
 from pjit_train.errors import UserError
-
-DOCUMENT_CHARACTERS = 1 << 20  # a .txt file longer than this is read in documents of this length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Local files: .txt, a document each; .jsonl, a document a line.
+    """Local files: .txt, a document each; .jsonl, a document a line; either also as .gz.
 
     A .txt file longer than 1 Mi characters is cut into documents of that length, so that no corpus
-    need fit in memory. Files are read in the order of their sorted paths.
+    need fit in memory. Files are read in the order of their sorted paths. Empty documents count
+    for nothing.
 
     Attributes:
       train: a path or a glob ("corpus/**/*.txt"), or several.
@@ -49,22 +49,57 @@ class TextFiles:
     text_field: str = "text"
 
     def documents(self, split: str, cache_dir: Path | None = None) -> Iterator[str]:
-        """Yields the texts of a split; raises UserError for a file or line it cannot read."""
-        if self.validation is not None:
-            yield from self._read(self.train if split == "train" else self.validation)
-            return
+        """Yields the texts of a split; raises UserError for a file or line it cannot read, and at
+        the end where the split has no text."""
+        if self.validation is None:
+            documents = self._part(split)
+        else:
+            documents = self._read(self.train if split == "train" else self.validation)
+        empty = True
+        for text in filter(None, documents):
+            empty = False
+            yield text
+        if empty:
+            raise UserError(self._why_empty(split))
+
+    def _part(self, split: str) -> Iterator[str]:
+        """The part of `train` that a split gets."""
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"TextFiles.validation_fraction={self.validation_fraction} must be between 0 and 1"
             )
-        enough = int(20 / self.validation_fraction)  # one in e^20 such corpora has no validation
-        few = sum(1 for _ in itertools.islice(self._read(self.train), enough)) < enough
+        few = self._is_few()
         for text in self._read(self.train):
             if few:
                 cut = len(text) - max(1, int(len(text) * self.validation_fraction))
                 yield text[:cut] if split == "train" else text[cut:]
             elif _falls_below(self.validation_fraction, text) == (split == "validation"):
                 yield text
+
+    def _is_few(self) -> bool:
+        enough = int(20 / self.validation_fraction)  # one in e^20 such corpora has no validation
+        texts = filter(None, self._read(self.train))
+        return sum(1 for _ in itertools.islice(texts, enough)) < enough
+
+    def _why_empty(self, split: str) -> str:
+        own = split == "train" or self.validation is not None
+        what = f"TextFiles.{split if own else 'train'}={getattr(self, split if own else 'train')!r}"
+        count, distinct = 0, set()
+        for text in filter(None, self._read(getattr(self, split if own else "train"))):
+            count += 1
+            distinct.add(_digest(text))
+        if not count:
+            return f"{what} has no text: its documents are empty, or there are none"
+        if self._is_few():
+            return (
+                f"{what}: its {count} documents are too short to keep the end of each for "
+                "validation; give more text, or files for TextFiles.validation"
+            )
+        alike = "all equal" if len(distinct) == 1 else f"only {len(distinct)} different ones"
+        return (
+            f"{what}: its {count} documents are {alike}, and as equal documents go to one split "
+            f"none is left for {split}; give different documents, or files for TextFiles.validation"
+        )
 
     def key(self, cache_dir: Path | None = None) -> Any:
         """Returns the path, size and time of every file, and the options."""
@@ -92,37 +127,15 @@ class TextFiles:
                 )
             if not os.path.isfile(path):
                 raise UserError(f"TextFiles: {path!r} is not a file that can be read")
-            if not path.endswith((".txt", ".jsonl")):
-                raise UserError(f"TextFiles: {path!r} is neither .txt nor .jsonl")
+            if not is_text_file(path):
+                raise UserError(
+                    f"TextFiles: {path!r} is neither .txt nor .jsonl, nor one of them as .gz"
+                )
         return sorted(found)
 
     def _read(self, patterns: str | Sequence[str]) -> Iterator[str]:
         for path in self._paths(patterns):
-            try:
-                yield from self._jsonl(path) if path.endswith(".jsonl") else _text_pieces(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-    def _jsonl(self, path: str) -> Iterator[str]:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{path}:{number}: is not a line of JSON: {_first_line(error)}"
-                    ) from error
-                if not isinstance(row, dict) or not isinstance(row.get(self.text_field), str):
-                    fields = (
-                        f"its fields are {sorted(row)}" if isinstance(row, dict) else "no object"
-                    )
-                    raise UserError(
-                        f"{path}:{number}: has no text under {self.text_field!r} ({fields}): "
-                        "set text_field to the key of the text"
-                    )
-                yield row[self.text_field]
+            yield from read_documents(path, self.text_field)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,22 +262,13 @@ class PythonStdlib:
         return ["PythonStdlib", stdlib_files.VERSION, *python, str(stdlib_files.stdlib_dir())]
 
 
-def _text_pieces(path: str) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            while piece := file.read(DOCUMENT_CHARACTERS):
-                yield piece
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: is not UTF-8 text ({error.reason}, byte 0x{error.object[error.start]:02x}): "
-            "convert it to UTF-8"
-        ) from error
-
-
 def _falls_below(fraction: float, text: str) -> bool:
     """Whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
-    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(_digest(text), "big") < fraction * 2**64
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8]
 
 
 @contextlib.contextmanager

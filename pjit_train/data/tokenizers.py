@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ KNOWN_SEPARATORS = (
     "<bos>",
     "[SEP]",
 )
+_NO_TOKEN = "\ufdd0"  # a noncharacter, which no vocabulary has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ class TokenizerJson:
       separator_token: the token between documents, such as "<|endoftext|>"; by default the first of
         `KNOWN_SEPARATORS` that the vocabulary has.
 
-    Every method raises UserError where the file is missing or unreadable, or has no such separator.
-    The file is read at the first use, not in the constructor.
+    Every method raises UserError where the file is missing or unreadable, or has no such separator;
+    and `encode` for a text that the vocabulary does not cover, where the file names no unknown
+    token for it. The file is read at the first use, not in the constructor.
     """
 
     path: str
@@ -83,10 +85,13 @@ class TokenizerJson:
     def _tokenizer(self):
         # Imported here because the bytes tokenizer needs no library.
         from tokenizers import Tokenizer
+        from tokenizers.models import BPE
 
         try:
             tokenizer = Tokenizer.from_str(self._text)
-        except Exception as error:  # the library raises bare Exception for any malformed file
+        except BaseException as error:  # the library raises bare Exception for any malformed file
+            if not _of_library(error):
+                raise
             raise UserError(
                 f"tokenizer {self.path!r} is not a Hugging Face tokenizers JSON file: "
                 f"{_first_line(error)}"
@@ -96,13 +101,23 @@ class TokenizerJson:
         tokenizer.no_padding()
         # ... and a document that spells "<|endoftext|>" gets those characters, not a separator.
         tokenizer.encode_special_tokens = True
+        model = tokenizer.model
+        if getattr(model, "dropout", None):
+            model.dropout = None  # the same text has the same ids
+        if isinstance(model, BPE) and model.unk_token is None:
+            # The library drops what the vocabulary lacks; for an unknown token that is not in the
+            # vocabulary it raises an error, as other models do that have none.
+            model.unk_token = _NO_TOKEN
         return tokenizer
 
     @functools.cached_property
     def _text(self) -> str:
+        path = Path(self.path).expanduser()
         try:
-            return Path(self.path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            if path.exists() and not path.is_file():  # a pipe might never answer
+                raise OSError("it is no file")
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"tokenizer {self.path!r} cannot be read ({_first_line(error)}): "
                 "give the path of a tokenizer.json"
@@ -111,7 +126,10 @@ class TokenizerJson:
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the greatest id (ids of some files have gaps)."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise UserError(f"tokenizer {self.path!r} has no tokens: give one with a vocabulary")
+        return 1 + max(ids)
 
     @functools.cached_property
     def separator(self) -> int:
@@ -132,8 +150,43 @@ class TokenizerJson:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text; the library uses every core for it."""
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:  # bare Exception again
+            if not _of_library(error):
+                raise
+            raise self._not_encoded(texts, error) from error
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def _not_encoded(self, texts: Sequence[str], error: BaseException) -> UserError:
+        """What the library's error over some texts means: it names neither text nor word."""
+        what = f"tokenizer {self.path!r} ({type(self._tokenizer.model).__name__})"
+        unknown = next((word for text in texts for word in self._unknown_words(text)), None)
+        if unknown is None:
+            return UserError(f"{what} cannot encode the text: {_first_line(error)}")
+        return UserError(
+            f"{what} has no token for {unknown!r} and no unknown token: give it one in its "
+            "vocabulary (unk_token), or text that it covers"
+        )
+
+    def _unknown_words(self, text: str) -> Iterator[str]:
+        """The parts of a text that the vocabulary does not cover, characters where that is so."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        words = [(text, (0, len(text)))] if splitter is None else splitter.pre_tokenize_str(text)
+        for word, (start, end) in words:
+            if not self._covers(word):
+                shown = text[start:end]  # `word` may be in the library's own spelling of bytes
+                odd = [c for c in shown if not self._covers(c)] if word == shown else []
+                yield (odd or [shown[:40]])[0]
+
+    def _covers(self, word: str) -> bool:
+        try:
+            self._tokenizer.model.tokenize(word)
+        except Exception:
+            return False
+        return True
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, separators dropped."""
@@ -201,5 +254,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
     return TokenizerJson(path=str(target))
 
 
-def _first_line(error: Exception) -> str:
+def _of_library(error: BaseException) -> bool:
+    """Whether `tokenizers` raised an error: a bare Exception, or the panic of its Rust code."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

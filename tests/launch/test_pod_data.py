@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pjit_train.data import Bytes, TextFiles, TokenizerJson, train_tokenizer
 from pjit_train.data.cache import open_cache
@@ -106,7 +107,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """The corpus, a tokenizer, and what the jobs printed: [made, made, made, mistake]."""
+    """The corpus, a tokenizer, and what the jobs printed: made, or the mistake."""
     folder = tmp_path_factory.mktemp("tokens")
     words = ["the cat", "\ud800", "<|endoftext|>", "日本", "sat\n", "", "\x00"]
     texts = ["", *(" ".join(words[(n * k) % 7] for k in range(n % 80)) for n in range(20000))]
@@ -114,12 +115,16 @@ def jobs(tmp_path_factory):
     (folder / "a.jsonl").write_text("\n".join(rows))
     (folder / "bad.jsonl").write_text("\n".join([*rows[:5000], "{'text'", *rows[:50]]))
     train_tokenizer(texts[:200], vocab_size=300, path=str(folder / "t.json"))
+    words = Tokenizer(models.WordLevel({"</s>": 0, "the": 1, "cat": 2}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "words.json"))
     (folder / "marks").mkdir()
     given = [
         ["a.jsonl", None, "bytes", None],
         ["a.jsonl", str(folder / "t.json"), "bpe", None],
         ["a.jsonl", None, "died", str(folder / "marks")],
         ["bad.jsonl", None, "bad", None],
+        ["a.jsonl", str(folder / "words.json"), "uncovered", None],
     ]
     done = subprocess.run(
         [sys.executable, "-c", JOBS],
@@ -172,6 +177,13 @@ def test_a_document_that_cannot_be_read_is_one_line(jobs, tmp_path):
     folder, said = jobs
     with pytest.raises(UserError) as error:
         open_cache(TextFiles(train=str(folder / "bad.jsonl")), Bytes(), tmp_path)
-    assert said[3:] == [f"mistake {error.value}"]
+    assert said[3] == f"mistake {error.value}"
     assert "bad.jsonl:5001:" in str(error.value)
     assert [path.name for path in (folder / "bad").iterdir() if path.is_dir()] == []
+
+
+def test_a_word_that_the_tokenizer_lacks_is_one_line(jobs):
+    folder, said = jobs
+    words = str(folder / "words.json")
+    assert said[4].startswith(f"mistake tokenizer {words!r} (WordLevel) has no token for ")
+    assert [path.name for path in (folder / "uncovered").iterdir() if path.is_dir()] == []

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pjit_train.data import PythonStdlib, TextData, TextFiles, Tfds, stdlib_files
-from pjit_train.data import sources as sources_module
+from pjit_train.data import files as files_module
 from pjit_train.errors import UserError
 
 
@@ -81,7 +81,7 @@ def test_few_documents_give_their_ends(tmp_path, count):
 
 
 def test_a_long_file_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(files_module, "DOCUMENT_CHARACTERS", 100)
     text = "äöü 0123456789 " * 50
     (tmp_path / "a.txt").write_text(text)
     path = str(tmp_path / "a.txt")

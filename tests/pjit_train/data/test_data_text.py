@@ -272,8 +272,8 @@ def test_bad_options_are_one_line(data, tmp_path):
         ({"weights": [0]}, "weights"),
         ({"weights": [math.nan]}, "weights"),
         ({"sources": [short]}, "16 training tokens, fewer than the 17"),
-        ({"sources": [empty]}, "train split"),
-        ({"sources": [half]}, "validation split"),
+        ({"sources": [empty]}, "empty.txt"),
+        ({"sources": [half]}, "TextFiles.validation="),
         ({"cache_dir": "/dev/null/x"}, "cache_dir"),
     ]
     for changes, named in cases:

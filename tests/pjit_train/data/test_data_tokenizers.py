@@ -1,6 +1,8 @@
 """Tokenizers: what they must give back, and what they may never produce."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,12 +120,100 @@ def test_vocab_size_counts_ids_with_gaps(tmp_path):
     assert TokenizerJson(path=str(path)).vocab_size == 1000
 
 
+MODELS = {
+    "WordLevel": lambda: tokenizers.models.WordLevel({"</s>": 0, "the": 1, "cat": 2}),
+    "WordPiece": lambda: tokenizers.models.WordPiece({"</s>": 0, "the": 1, "c": 2, "##at": 3}),
+    "BPE": lambda: tokenizers.models.BPE(
+        {c: i for i, c in enumerate(["</s>", *"theca", "th"])}, [("t", "h")]
+    ),
+    "Unigram": lambda: tokenizers.models.Unigram(
+        [("</s>", -9.0), *((c, -1.0) for c in "theca"), ("the", -2.0)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("splitter", ["WhitespaceSplit", "Metaspace", None])
+def test_a_text_that_no_token_covers_is_one_line_and_never_dropped(tmp_path, kind, splitter):
+    model = tokenizers.Tokenizer(MODELS[kind]())
+    words = ["the", "cat"]
+    if splitter:
+        model.pre_tokenizer = getattr(tokenizers.pre_tokenizers, splitter)()
+    if splitter == "Metaspace":  # spells every word with a mark before it
+        document = json.loads(
+            model.to_str().replace('"prepend_scheme":"always"', '"prepend_scheme":"never"')
+        )
+        model = tokenizers.Tokenizer.from_str(json.dumps(document))
+    path = tmp_path / "t.json"
+    model.save(str(path))
+    tokenizer = TokenizerJson(path=str(path))
+    covered = tokenizer.encode_batch(words)
+    assert [ids.tolist() for ids in covered] == [model.encode(word).ids for word in words]
+    assert all(len(ids) for ids in covered)
+    for text in ("zoo", "the zoo"):
+        with pytest.raises(UserError) as caught:
+            tokenizer.encode_batch(["the", text])
+        message = str(caught.value)
+        assert f"tokenizer {str(path)!r} ({kind}) has no token for " in message
+        assert "unk_token" in message
+        assert "\n" not in message
+        assert "z" in message.split("has no token for ")[1] or " " in text
+
+
+def test_what_a_byte_level_vocabulary_lacks_is_named(trained, tmp_path):
+    """One of the 256 bytes is taken from the vocabulary of a trained tokenizer."""
+    document = json.loads(Path(trained.path).read_text())
+    document["model"]["merges"] = []
+    document["model"]["vocab"] = {
+        token: index for token, index in document["model"]["vocab"].items() if len(token) == 1
+    } | {"<|endoftext|>": 0}
+    del document["model"]["vocab"]["\u00b6"]  # stands for its own byte, the last of an "ö" too
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(document))
+    tokenizer = TokenizerJson(path=str(path))
+    assert tokenizer.decode(tokenizer.encode("für die Katze")) == "für die Katze"
+    with pytest.raises(UserError, match=r"\(BPE\) has no token for 'Döner'"):
+        tokenizer.encode("Döner")
+
+
+def test_a_tokenizer_with_an_unknown_token_uses_it(tmp_path):
+    vocabulary = {"[UNK]": 0, "</s>": 1, "a": 2, "##b": 3}
+    models = [
+        tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"),
+        tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"),
+        tokenizers.models.BPE(vocabulary, [], unk_token="[UNK]"),
+        tokenizers.models.Unigram([(token, -1.0) for token in vocabulary], unk_id=0),
+    ]
+    for number, model in enumerate(models):
+        path = str(tmp_path / f"{number}.json")
+        tokenizers.Tokenizer(model).save(path)
+        assert TokenizerJson(path=path).encode("z").tolist() == [0]
+
+
+def test_dropout_is_for_other_trainings(trained, tmp_path):
+    document = json.loads(Path(trained.path).read_text())
+    document["model"]["dropout"] = 0.9
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(document))
+    assert (
+        TokenizerJson(path=str(path)).encode(TEXTS[0]).tolist() == trained.encode(TEXTS[0]).tolist()
+    )
+
+
 def test_bad_input_is_one_line(tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"{\xff}")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "none.json"))
+    os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "broken.json").write_text('{"model": 3}')
     plain = write_vocabulary(tmp_path / "plain.json", ["a", "b"])
     cases = [
         (lambda: TokenizerJson(path="absent.json").vocab_size, "absent.json"),
-        (lambda: TokenizerJson(path=str(tmp_path / "broken.json")).vocab_size, "broken.json"),
+        *(
+            (lambda name=name: TokenizerJson(path=str(tmp_path / name)).vocab_size, name)
+            for name in ("broken.json", "bytes.json", "deep.json", "none.json", "pipe.json", "")
+        ),
+        (lambda: TokenizerJson(path="a\0b").vocab_size, "cannot be read"),
         (lambda: TokenizerJson(path=plain).separator, "separator_token"),
         (lambda: TokenizerJson(path=plain, separator_token="<x>").separator, "<x>"),
         (lambda: train_tokenizer(["a"], vocab_size=256, path=str(tmp_path / "t")), "257"),

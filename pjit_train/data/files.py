@@ -1,0 +1,160 @@
+"""Documents of a file: .txt, .jsonl, either also as .gz; what is wrong is said with its line."""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from pjit_train.errors import UserError
+
+DOCUMENT_CHARACTERS = 1 << 20  # a .txt file longer than this is read in documents of this length
+LINE_BYTES = 1 << 28  # of .jsonl, at most: a small .gz may unfold to any length
+_CHUNK = 1 << 20
+
+
+def is_text_file(path: str) -> bool:
+    """Whether a file of this name holds documents, as `read_documents` reads them."""
+    return path.lower().removesuffix(".gz").endswith((".txt", ".jsonl"))
+
+
+def read_documents(path: str, text_field: str = "text") -> Iterator[str]:
+    """Yields the documents of a file, the empty ones too.
+
+    Args:
+      path: its ending, in letters of any case, says how it is read: .txt as one document, or
+        several of `DOCUMENT_CHARACTERS`; .jsonl as a document a line; .gz is unfolded.
+      text_field: the key of a .jsonl line under which its text is.
+
+    Raises:
+      UserError: it cannot be read, is no UTF-8 text, or a line has no text; names file and line.
+    """
+    by_line = path.lower().removesuffix(".gz").endswith(".jsonl")
+    place = _Place(path)
+    try:
+        with _open(path) as file:
+            yield from _lines(file, place, text_field) if by_line else _pieces(file, place)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}:{place.line + 1}: the gzip file is damaged or cut short from here on ({error})"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class _Place:
+    """Where in a file the reader is: `line` lines are read."""
+
+    def __init__(self, path: str):
+        self.path, self.line = path, 0
+
+    def wrong(self, what: str, line: int | None = None) -> UserError:
+        return UserError(f"{self.path}:{line or self.line}: {what}")
+
+
+def _open(path: str) -> BinaryIO:
+    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+
+
+def _pieces(file: BinaryIO, place: _Place) -> Iterator[str]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    with contextlib.closing(text):
+        try:
+            while piece := text.read(DOCUMENT_CHARACTERS):
+                if (at := piece.find("\0")) >= 0:
+                    raise place.wrong(_NUL, place.line + 1 + piece[:at].count("\n"))
+                place.line += piece.count("\n")
+                yield piece
+        except UnicodeDecodeError as error:
+            raise _first_not_utf8(place.path) or error from error
+
+
+def _first_not_utf8(path: str) -> UserError | None:
+    """What is wrong at the first byte of a file that is no UTF-8."""
+    place, decoder = _Place(path), codecs.getincrementaldecoder("utf-8")()
+    place.line = 1
+    with _open(path) as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            try:
+                place.line += decoder.decode(chunk, final=not chunk).count("\n")
+            except UnicodeDecodeError as error:
+                return _not_utf8(
+                    place, error, place.line + error.object[: error.start].count(b"\n")
+                )
+            if not chunk:
+                return None
+
+
+def _lines(file: BinaryIO, place: _Place, text_field: str) -> Iterator[str]:
+    while line := file.readline(LINE_BYTES + 1):
+        place.line += 1
+        if len(line) > LINE_BYTES:
+            raise place.wrong(
+                f"the line is longer than {LINE_BYTES:,} bytes; give shorter documents"
+            )
+        if line.strip():
+            yield _text_of(line, place, text_field)
+
+
+def _text_of(line: bytes, place: _Place, text_field: str) -> str:
+    """The text of a line of .jsonl."""
+    try:
+        text = line.decode("utf-8-sig" if place.line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(place, error) from error
+    if "\0" in text:
+        raise place.wrong(_NUL)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and [name for name, _ in pairs].count(text_field) > 1:
+            raise place.wrong(f"gives {text_field!r} twice; give one text a line")
+        return found
+
+    try:
+        row = json.loads(text, object_pairs_hook=once)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        what = str(error).partition(": line 1 column")[0]
+        at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise place.wrong(f"is not a line of JSON: {what}{at}") from error
+    if not isinstance(row, dict):
+        raise place.wrong(f"is {_kind(row)}, not an object with a text under {text_field!r}")
+    if text_field not in row:
+        fields = ", ".join(map(repr, sorted(row)[:8])) + (", ..." if len(row) > 8 else "")
+        raise place.wrong(
+            f"has no text under {text_field!r} (its fields are: {fields or 'none'}): "
+            "set text_field to the key of the text"
+        )
+    if not isinstance(row[text_field], str):
+        raise place.wrong(
+            f'{text_field!r} is {_kind(row[text_field])}, not a text; give it one ("" for none), '
+            "or leave the line out"
+        )
+    return row[text_field]
+
+
+_NUL = "has a NUL byte: the file is damaged, or in another encoding; convert it to UTF-8 text"
+
+
+def _not_utf8(place: _Place, error: UnicodeDecodeError, line: int | None = None) -> UserError:
+    byte, start = error.object[error.start], error.object[:2]
+    hint = "convert it to UTF-8"
+    if start == b"\x1f\x8b":
+        hint = "it is a gzip file: give its name the ending .gz"
+    elif start in (b"\xff\xfe", b"\xfe\xff"):
+        hint = "it is UTF-16: convert it to UTF-8"
+    return place.wrong(f"is not UTF-8 text ({error.reason}, byte 0x{byte:02x}): {hint}", line)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's own words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    names = {dict: "an object", list: "an array", str: "a string"}
+    return names.get(type(value), "a number")
