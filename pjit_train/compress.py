@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import re
 import shutil
 from collections import Counter, defaultdict
@@ -46,6 +47,7 @@ from sparsity.gptq import Scales
 from sparsity.kernels import dense_tree
 from sparsity.quantized_kernels import QuantizedKernel, unquantized
 
+log = logging.getLogger("torsion")
 ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
 
 
@@ -89,16 +91,19 @@ class Compression:
                 )
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise UserError(f"compress: smooth={self.smooth}; use 0 to 1, such as 0.5")
+        if self.finetune < 0:
+            raise UserError(f"compress: finetune={self.finetune}; use 0 or more steps")
         if not self.patterns and not self.formats:
-            raise UserError("compress: nothing is pruned or quantized; give a pattern or a format")
+            raise UserError(
+                "compress: nothing is pruned or quantized; give a pattern such as 2:4, a format "
+                "such as int8, or both"
+            )
         reverse = self.patterns and self.formats and self.order == "quantize_then_sparsify"
         if reverse and self.method == "sparsegpt":
             raise UserError(
                 "compress: sparsegpt moves weights, which leaves the format that they were given "
                 "before; use magnitude or wanda, or order sparsify_then_quantize"
             )
-        if self.finetune < 0:
-            raise UserError(f"compress: finetune={self.finetune}; use 0 or more steps")
         if self.finetune and (not self.patterns or reverse):
             raise UserError(
                 "compress: fine-tuning trains what pruning left, before it is quantized; use a "
@@ -152,8 +157,9 @@ def compress(
       kernel. Of a kernel that only an earlier compression changed they are the errors of that one.
       Under "before", "between" and "after" are the figures of `validate`, those between by the name
       of what was just done, with inputs of the kernels in `formats` not quantized yet. "bytes"
-      counts all parameters: see `kernel_bytes`. Zeros, violations and figures after are those of
-      the written checkpoint.
+      counts all parameters: see `kernel_bytes`; zeros stand in every file like other numbers, so
+      none has the size of "packed". Zeros, violations and figures after are those of the written
+      checkpoint.
 
     Raises:
       UserError: there is no such checkpoint or too little text, weights are not finite or would
@@ -274,13 +280,27 @@ class _Work:
         for number, kind in enumerate(c.passes):
             last = number + 1 == len(c.passes)
             params = self._pass(kind, params, first=number == 0, last=last)
-            if not last or c.activations is not None:  # "after" has quantized activations
+            finetuned = kind == "sparsify" and c.finetune > 0
+            # Of the last pass the figures are "after", but where activations are quantized there.
+            if not last or finetuned or c.activations is not None:
                 self._validate(kind, params)
-            if kind == "sparsify" and c.finetune:
+            if finetuned:
                 self.reference = params = self._finetune(params)
-                if not last:
-                    self._validate("finetune", params)
+                self._validate("finetune", params)
+                self._warn_of_finetuning()
         return params
+
+    def _warn_of_finetuning(self) -> None:
+        pruned, tuned = (self.between[what]["val_loss"] for what in ("sparsify", "finetune"))
+        if not tuned <= pruned:
+            log.warning(
+                "compress: fine-tuning made the model worse: validation loss %.4f when pruned, "
+                "%.4f after %d steps of training; use another number of steps, a lower learning "
+                "rate, or finetune=0",
+                pruned,
+                tuned,
+                self.compression.finetune,
+            )
 
     def _pass(self, kind: str, params, *, first: bool, last: bool) -> dict[str, Any]:
         """Changes every kernel; in the first pass also notes what either change does alone."""

@@ -24,7 +24,6 @@ from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model
 from sparsity.formats import (
-    FORMATS,
     FP8,
     NVFP4,
     Format,
@@ -54,40 +53,18 @@ KERNELS = r"(attention|feed_forward)/.*kernel"
 
 
 def parse_format(text: str) -> Format:
-    """The format of NAME or NAME:BLOCK, such as int4:128, int4:channel or fp8_e4m3:tensor.
+    """The format of a text, as `sparsity.get_format` reads it, with a scale in any case.
 
-    Integers with a zero point are int4:asymmetric, or int4:128:asymmetric. fp8_e4m3 and fp8_e5m2
-    alone have a scale per output here: of weights, a cast without one would lose what is small.
+    fp8_e4m3 and fp8_e5m2 alone have a scale per output here: of weights, a cast without one would
+    lose what is small.
 
     Raises:
       ValueError: there is no such format or block.
     """
-    name, colon, block = text.partition(":")
-    format = get_format(name)
-    if block == "asymmetric" or block.endswith(":asymmetric"):
-        if not isinstance(format, Int):
-            raise ValueError(f"{text}: a zero point is of integers; use int4 or int8, or {name}")
-        format = dataclasses.replace(format, symmetric=False)
-        block = block.removesuffix("asymmetric").removesuffix(":")
-        colon = block
-    if colon:
-        return dataclasses.replace(format, block=int(block) if block.isdecimal() else block)
-    if isinstance(format, FP8):
+    format = get_format(text)
+    if isinstance(format, FP8) and format.block is None:
         return dataclasses.replace(format, block="channel")
     return format
-
-
-def format_text(format: Format) -> str:
-    """The text of a format that `parse_format` reads; where there is none, the object's own."""
-    if isinstance(format, Int) and not format.symmetric:
-        text = format_text(dataclasses.replace(format, symmetric=True))
-        return f"{text}:asymmetric" if text.startswith("int") else str(format)
-    for name, known in FORMATS.items():
-        if format == known:
-            return name
-        if type(format) is type(known) and format == dataclasses.replace(known, block=format.block):
-            return f"{name}:{format.block}"
-    return str(format)
 
 
 def kernel_patterns(

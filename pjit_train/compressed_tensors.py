@@ -2,7 +2,8 @@
 
 Each quantized weight is stored as codes and scales, in the names, dtypes and packing that the
 library reads, and `quantization_config` of config.json says which. Pruned weights are explicit
-zeros: no reader takes a `sparsity_config` any more.
+zeros: no reader takes a `sparsity_config` any more. A model that is not quantized is written by the
+same functions, as plain numbers.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from pjit_train import huggingface
 from pjit_train.blocks import BlockConfig
 from pjit_train.calibrate import calibration_batches, input_maxima
 from pjit_train.compress_kernels import (
-    kept_zeros,
     load_scales,
     matrix_shape,
     parse_format,
@@ -66,14 +67,12 @@ class QuantizedWeights:
       activations: format of the inputs, or None.
       input_scales: of activations in NVFP4 the tensor scale of each layer; see
         `compressed_tensors_codes.input_scales`.
-      pattern: N:M that its zeros have, or a fraction; checked in what is written. None for none.
     """
 
     format: Format
     scales: Sequence[Scales]
     activations: Format | None = None
     input_scales: Sequence[float] = ()
-    pattern: str | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -106,16 +105,20 @@ def save(
     config: BlockConfig,
     params: Mapping[str, Any],
     quantized: Mapping[str, QuantizedWeights],
+    patterns: Mapping[str, str] | None = None,
     **options,
 ) -> dict[str, Any]:
-    """Writes a folder that `transformers` and vLLM load as a compressed-tensors model.
+    """Writes a folder that `transformers` loads, and vLLM, as a compressed-tensors model.
 
-    Every quantized weight is read back from the file, and must be what it was, bit for bit. The
-    folder appears when all of it is written and read, under its name, or not at all.
+    Every kernel that is quantized or has a pattern is read back from the file, and must be what it
+    was, bit for bit. The folder appears when all of it is written and read, under its name, or not
+    at all.
 
     Args:
       params: as `config.build` has them; those that are quantized hold the values of their format.
-      quantized: by name of a kernel, such as "blocks/attention/query/kernel".
+      quantized: by name of a kernel, such as "blocks/attention/query/kernel"; where none is, the
+        folder is one of plain numbers.
+      patterns: N:M, or the fraction of zeros, that a kernel is said to have, by its name.
       options: of `huggingface.save`.
 
     Returns:
@@ -126,7 +129,9 @@ def save(
       UserError: as `huggingface.save`; or compressed-tensors has no such format or no such model,
         or values are not those of their format.
     """
-    packing = _Packing(write_config(config)[0], quantized)
+    shapes = {"/".join(path): x.shape for path, x in flatten_dict(dict(params)).items()}
+    patterns = {name: (shapes[name], pattern) for name, pattern in (patterns or {}).items()}
+    packing = _Packing(write_config(config)[0], quantized, patterns)
     huggingface.save(folder, config, params, packing=packing, **options)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return {"bytes": size, "violations": packing.violations}
@@ -139,14 +144,15 @@ def export(
 
     Of a run that `compress` wrote, the codes and scales are those of the compression. Of one that
     was trained with `Run.quantization`, weights are rounded as its forward pass rounds them. The
-    tensor scale of activations in NVFP4 is taken from the run's training text.
+    tensor scale of activations in NVFP4 is taken from the run's training text. The patterns are
+    those of the run's recipe.
 
     Args:
       step: of the checkpoint; None for the newest good one.
       plain: writes the values that the weights take in their formats as plain numbers.
 
     Returns:
-      The "step", and of a quantized model what `save` returns.
+      The "step", whether the folder is "quantized", and what `save` returns.
 
     Raises:
       UserError: there is no such checkpoint, or as `save`.
@@ -157,23 +163,21 @@ def export(
     with jax.set_mesh(program.mesh):
         quantized = {} if plain else _trained(weights) | _compressed(run, directory)
         params = jax.tree.map(np.asarray, dense_tree(weights))
+        counted = {} if program.updater is None else program.updater.validity(weights)
     _Packing(write_config(run.model)[0], quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params)
-    if not quantized:
-        huggingface.save(folder, run.model, params)
-        return {"step": step}
-    return {"step": step, **save(folder, run.model, params, quantized)}
+    patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
+    done = save(folder, run.model, params, quantized, patterns)
+    return {"step": step, "quantized": bool(quantized), **done}
 
 
 def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
     """Of the kernels that `compress` quantized."""
-    patterns = kept_zeros(run)
     return {
         name: _weights(
             row["format"],
             row["activations"],
             scales=load_scales(directory, name, run.model.num_layers if "/" in name else 1),
-            pattern=patterns.get(name),
         )
         for name, row in quantized_kernels(directory).items()
     }
@@ -228,25 +232,37 @@ class _Packing:
     """What `huggingface.save` writes in place of some tensors; see `huggingface.Packing`.
 
     Attributes:
+      config: `quantization_config`, or None where nothing is quantized.
+      patterns: shape and N:M of a kernel, by its name.
       violations: see `save`.
     """
 
-    def __init__(self, family: Family, quantized: Mapping[str, QuantizedWeights]):
-        self.quantized, self.violations = quantized, {}
-        self._written: dict[str, tuple[str, bytes]] = {}  # kernel, digest of values; by module
-        linear = {t.paths[0].replace(".", "/"): t for t in family.tensors if _linear(t)}
+    def __init__(
+        self,
+        family: Family,
+        quantized: Mapping[str, QuantizedWeights],
+        patterns: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    ):
+        self.quantized, self.patterns = quantized, patterns or {}
+        self.violations: dict[str, int] = {}
+        self._written: dict[str, tuple[Tensor, bytes]] = {}  # with a digest of the values
+        self._linear = {_kernels(t)[0]: t for t in family.tensors if _linear(t)}
+        self.config = self._config(family.architecture) if quantized else None
+
+    def _config(self, architecture: str) -> dict[str, Any]:
+        linear, quantized = self._linear, self.quantized
         groups: dict[str, tuple[Scheme, list[str]]] = {}
         for kernel, weights in quantized.items():
             if kernel not in linear:
                 raise UserError(
-                    f"export: {kernel} is no linear layer of {family.architecture}; "
+                    f"export: {kernel} is no linear layer of {architecture}; "
                     "use --dense for plain numbers"
                 )
             _, targets = groups.setdefault(repr(weights.scheme), (weights.scheme, []))
             targets.append(_target(linear[kernel]))
         rest = [_target(tensor) for kernel, tensor in linear.items() if kernel not in quantized]
         found = {scheme.name for scheme, _ in groups.values()}
-        self.config = {
+        return {
             "quant_method": "compressed-tensors",
             "format": found.pop() if len(found) == 1 else "mixed-precision",
             "quantization_status": "compressed",
@@ -267,9 +283,12 @@ class _Packing:
 
     def tensors(self, name: str, tensor: Tensor, layer: int | None, array) -> dict[str, np.ndarray]:
         """What is written of a tensor of theirs."""
-        kernel = tensor.paths[0].replace(".", "/")
-        if kernel not in self.quantized:
+        kernels = _kernels(tensor)
+        if kernels[0] not in self.quantized:
+            if self.patterns.keys() & kernels:
+                self._written[name] = tensor, _digest(array)
             return {name: array}
+        [kernel] = kernels
         weights, values_OI = self.quantized[kernel], np.asarray(array, np.float32)
         scheme = weights.scheme
         stored = encode(values_OI, weights.scales[layer or 0], weights.format, scheme.name)
@@ -281,27 +300,38 @@ class _Packing:
             )
         if len(weights.input_scales):
             stored["input_global_scale"] = np.float32(weights.input_scales[layer or 0]).reshape(1)
-        module = name.removesuffix(".weight")
-        self._written[module] = kernel, _digest(decoded_OI)
-        return {f"{module}.{part}": x for part, x in stored.items()}
+        self._written[name] = tensor, _digest(decoded_OI)
+        return {f"{name.removesuffix('.weight')}.{part}": x for part, x in stored.items()}
 
     def check(self, folder: Path) -> None:
         """Reads back what was written: every value, and the N:M that it should have."""
-        read, found = _Reader(folder), {}
-        for module, (kernel, digest) in self._written.items():
-            weights = self.quantized[kernel]
-            scheme = weights.scheme
-            decoded_OI = decode(read.module(module), scheme.weights["num_bits"], scheme.name)
-            if _digest(decoded_OI) != digest:
+        read = _Reader(folder)
+        for name, (tensor, digest) in self._written.items():
+            kernels = _kernels(tensor)
+            if kernels[0] in self.quantized:
+                scheme = self.quantized[kernels[0]].scheme
+                stored = read.module(name.removesuffix(".weight"))
+                array = decode(stored, scheme.weights["num_bits"], scheme.name)
+            else:
+                array = read.read(name)
+            if _digest(array) != digest:
+                module = name.removesuffix(".weight")
                 raise OSError(f"{module} is read back otherwise than it was written")
-            if weights.pattern is not None:
-                groups = violations("kernel", decoded_OI.T, weights.pattern)
-                found[kernel] = None if groups is None else found.get(kernel, 0) + groups
-        self.violations = {kernel: count for kernel, count in found.items() if count is not None}
+            for kernel in self.patterns.keys() & kernels:
+                shape, pattern = self.patterns[kernel]
+                of_layer = shape[1:] if "{}" in tensor.name else shape
+                part = tensor.split(array, of_layer)[kernels.index(kernel)]
+                found = violations(kernel, part, pattern)
+                self.violations[kernel] = self.violations.get(kernel, 0) + found
+
+
+def _kernels(tensor: Tensor) -> list[str]:
+    """Names of the parameters of ours that a tensor holds."""
+    return [path.replace(".", "/") for path in tensor.paths]
 
 
 def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array)).digest()
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()  # bfloat16 too
 
 
 class _Reader:

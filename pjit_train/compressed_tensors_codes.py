@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from pjit_train.compress_kernels import format_text
 from pjit_train.errors import UserError
-from sparsity.formats import E2M1, E2M3, E4M3, FP8, MX, NVFP4, Format, Int
+from sparsity.formats import E2M1, E2M3, E4M3, FP8, MX, NVFP4, Format, Int, format_text
 from sparsity.gptq import Scales
 
 # Small floats by their codes without the sign, which is the highest bit.

@@ -35,10 +35,10 @@ class Packing(Protocol):
     """How a quantized model is written: some tensors as several others.
 
     Attributes:
-      config: `quantization_config` of config.json.
+      config: `quantization_config` of config.json; None where nothing is quantized.
     """
 
-    config: dict[str, Any]
+    config: dict[str, Any] | None
 
     def tensors(
         self, name: str, tensor: Tensor, layer: int | None, array: np.ndarray
@@ -139,7 +139,7 @@ def save(
     """
     folder = check_new(folder)
     family, document = write_config(config)
-    if packing is not None:
+    if packing is not None and packing.config is not None:
         document["quantization_config"] = packing.config
     expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
     if odd := sorted(expected.keys() ^ flat.keys()):

@@ -60,7 +60,7 @@ class Program:
         run.model.check_data(vocab_size=run.data.tokenizer.vocab_size, seq_len=run.data.seq_len)
         self.run, self.mesh = run, mesh
         self._observe = None
-        self._evaluations: dict[Any, Callable] = {}  # by the structure of the weights
+        self._evaluations: dict[Any, Callable] = {}  # by the structure and types of the weights
         with jax.set_mesh(mesh):
             check_layout(run.model, run.rules, mesh)
             check_way(run.model.attention, mesh.devices.flat[0].platform)
@@ -205,11 +205,12 @@ class Program:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             zero = jax.make_array_from_callback((), everywhere, lambda _: np.float32(0))
             sums = zero, zero
-        structure = jax.tree.structure(weights)
-        if structure not in self._evaluations:
+        leaves, structure = jax.tree.flatten(weights)
+        kind = structure, tuple(map(jax.typeof, leaves))  # a compiled step takes no other dtypes
+        if kind not in self._evaluations:
             step = jax.jit(eval_step(self.graph, next_token_loss))
-            self._evaluations[structure] = self._compile(step, weights, batch, sums)
-        return self._evaluations[structure](weights, batch, sums)
+            self._evaluations[kind] = self._compile(step, weights, batch, sums)
+        return self._evaluations[kind](weights, batch, sums)
 
     def _compile(self, function, *args) -> Callable:
         with jax.set_mesh(self.mesh):

@@ -1,13 +1,15 @@
 """Number formats: elements of few bits, and the scales that blocks of them share.
 
 A format is an element and the rule by which a block of elements gets its scale; a number takes the
-value scale * element. The names in FORMATS stand for the objects beside them; any other object of
-these classes is a format as well. Sources: OCP 8-bit floating point (OFP8) v1.0; OCP microscaling
-formats (MX) v1.0; HBFP of Drumond et al., 2018, as Harma et al., ICLR 2025 use it; for NVFP4 the
-scales of the compressed-tensors checkpoint format.
+value scale * element. The names in FORMATS stand for the objects beside them, `get_format` reads
+other texts, and any other object of these classes is a format as well. A scheme is a format of
+weights and one of activations under a name of llm-compressor. Sources: OCP 8-bit floating point
+(OFP8) v1.0; OCP microscaling formats (MX) v1.0; HBFP of Drumond et al., 2018, as Harma et al., ICLR
+2025 use it; for NVFP4 the scales of the compressed-tensors checkpoint format.
 """
 
 import dataclasses
+import difflib
 import math
 from typing import Literal
 
@@ -226,28 +228,116 @@ FORMATS: dict[str, Format] = {
 }
 
 
+_NAMED = {f"int{bits}": Int(bits=bits) for bits in range(2, 9)} | FORMATS
+_ZERO_POINT = ("asymmetric", "asym")
+
+SCHEMES: dict[str, tuple[str, str | None]] = {
+    **{
+        f"W{bits}A{of_inputs}": (f"int{bits}:128", f"int{of_inputs}" if of_inputs < 16 else None)
+        for bits in range(2, 9)
+        for of_inputs in (4, 8, 16)
+        if bits <= of_inputs
+    },
+    "W8A8": ("int8", "int8"),
+    "INT8": ("int8", "int8"),
+    "W4A16_ASYM": ("int4:128:asymmetric", None),
+    "W4AFP8": ("int4:128", "fp8_e4m3:channel"),
+    "FP8_DYNAMIC": ("fp8_e4m3:channel", "fp8_e4m3:channel"),
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "NVFP4A16": ("nvfp4", None),
+    "MXFP4": ("mxfp4_e2m1", "mxfp4_e2m1"),
+    "MXFP4A16": ("mxfp4_e2m1", None),
+    "MXFP8": ("mxfp8_e4m3", "mxfp8_e4m3"),
+    "MXFP8A16": ("mxfp8_e4m3", None),
+}
+"""Formats of weights and of activations (None: as they are) by llm-compressor's name of the scheme
+(compressed-tensors, `quant_scheme.PRESET_SCHEMES`)."""
+_OTHER_SCHEMES = {
+    "FP8": "has one scale for all activations, taken from calibration text",
+    "FP8_BLOCK": "has a scale to a square of 128 x 128 weights",
+}
+
+
 def get_format(format: str | Format) -> Format:
-    """The format of that name; a format object is itself.
+    """The format of a text; a format object is itself.
+
+    Args:
+      format: a name of FORMATS, or int2 to int8; then, where it has another block than the name
+        alone stands for, a colon and a number, "channel" or "tensor"; and for integers with a zero
+        point ":asymmetric", in short ":asym". So "int4:128", "fp8_e4m3:channel", "int3:asym",
+        "int8:tensor:asymmetric".
 
     Raises:
       ValueError: there is no such format; the message lists the names.
     """
     if isinstance(format, Format):
         return format
-    if isinstance(format, str) and format in FORMATS:
-        return FORMATS[format]
-    raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}, or an object")
+    name, *options = format.split(":") if isinstance(format, str) else [None]
+    if name not in _NAMED:
+        raise ValueError(_unknown(format))
+    found, changes = _NAMED[name], {}
+    for option in options:
+        asymmetric = option in _ZERO_POINT
+        if asymmetric and not isinstance(found, Int):
+            raise ValueError(f"{format}: a zero point is of integers; use int4 or int8, or {name}")
+        field = "symmetric" if asymmetric else "block"
+        if field in changes:
+            raise ValueError(f"{format}: gives two of its {field}; use one, such as int4:128:asym")
+        block = int(option) if option.isdecimal() else option
+        changes[field] = False if asymmetric else block
+    return dataclasses.replace(found, **changes) if changes else found
 
 
-def format_name(format: str | Format) -> str:
-    """A format by its name, or by one and its block; of one that has none, the object as it is."""
-    format = get_format(format)
-    for name, known in FORMATS.items():
+def _unknown(format) -> str:
+    """The message for what is no format."""
+    text = f"unknown format {format!r}; use one of {', '.join(FORMATS)}, int2 to int8, or an object"
+    if isinstance(format, str) and format.upper() in SCHEMES:
+        weights, activations = SCHEMES[format.upper()]
+        also = f", and {activations} of activations" if activations else ""
+        return f"{text}; that is a scheme, which has {weights} of weights{also}"
+    name = format.partition(":")[0].lower() if isinstance(format, str) else ""
+    near = difflib.get_close_matches(name, _NAMED, n=1)
+    return f"{text}; did you mean {near[0]}?" if near else text
+
+
+def find_scheme(text: str) -> tuple[str, str | None] | None:
+    """The formats of weights and activations of one of SCHEMES; None for what is none.
+
+    Capitals make no difference, save where the text is a format as it stands: int8 and nvfp4.
+
+    Raises:
+      ValueError: the scheme is one of llm-compressor's that cannot be had here.
+    """
+    name = text.upper()
+    if text in _NAMED:
+        return None
+    if name in _OTHER_SCHEMES:
+        raise ValueError(f"{text} {_OTHER_SCHEMES[name]}, which is not supported; use FP8_DYNAMIC")
+    return SCHEMES.get(name)
+
+
+def format_text(format: Format) -> str:
+    """The text of a format that `get_format` reads; where there is none, the object's own."""
+    if isinstance(format, Int) and not format.symmetric:
+        text = format_text(dataclasses.replace(format, symmetric=True))
+        return f"{text}:asymmetric" if text.startswith("int") else str(format)
+    for name, known in _NAMED.items():
         if format == known:
             return name
         if type(format) is type(known) and dataclasses.replace(format, block=known.block) == known:
-            return f"{name} in blocks of {format.block}"
+            return f"{name}:{format.block}"
     return str(format)
+
+
+def format_name(format: str | Format) -> str:
+    """A format in words, for people: its name, its block and its zero point."""
+    text = format_text(get_format(format))
+    if "(" in text:
+        return text
+    name, *options = text.split(":")
+    for option in options:
+        name += " with zero points" if option in _ZERO_POINT else f" in blocks of {option}"
+    return name
 
 
 def element_bits(format: str | Format) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from sparsity.formats import Format, check_blocks, format_name, get_format
+from sparsity.formats import Format, check_blocks, find_scheme, format_name, get_format
 from sparsity.kernel_plan import cuts, shards_of
 from sparsity.kernels import dense
 from sparsity.layers import assign, names
@@ -106,8 +106,8 @@ class Quantization:
 
     Attributes:
       layers: formats by regular expression over the names of parameters; see `layers.assign`. A
-        string such as "mxfp8_e4m3" is the format of weights and activations. A matmul that no
-        pattern matches reads what it always did.
+        string such as "mxfp8_e4m3" is the format of weights and activations; one such as "W4A16" is
+        a scheme of `formats.SCHEMES`. A matmul that no pattern matches reads what it always did.
       order: with a recipe, whether masks are made of the weights and what they keep is quantized;
         or masks are made of the quantized weights, and applied to those. Magnitudes that are equal
         then are kept by their index. Of gradients of pruned weights the recipe says the same.
@@ -374,7 +374,8 @@ def _formats(given: str | MatmulFormats | None) -> MatmulFormats | None:
     if given is None or given == "dense":
         return None
     if isinstance(given, str):
-        given = MatmulFormats(weights=given, activations=given)
+        weights, activations = find_scheme(given) or (given, given)
+        given = MatmulFormats(weights=weights, activations=activations)
     if not isinstance(given, MatmulFormats):
         raise ValueError(f"{given!r}; use the name of a format, MatmulFormats(...), or None")
     return given.resolved()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from launch.commands.common import add_command, trained_run
+from launch.commands.export import written
 from pjit_train.errors import UserError
 
 
@@ -15,28 +16,32 @@ def add(commands) -> None:
         run,
         "compress",
         "prune and quantize a trained run in one shot",
-        "Attention and feed-forward kernels are pruned, quantized or both, calibrated on the run's "
-        "training text, and written as a new run directory: eval, sample and export read it, and "
-        "train goes on from it with its zeros kept. A pattern is N:M, N weights kept of every M "
-        "along the inputs, or the fraction to prune, such as 0.5. A format is a name such as int4, "
-        "int8, fp8_e4m3, mxfp8_e4m3, mxfp4_e2m1, nvfp4 or hbfp6, with a block of its own after a "
-        "colon: int4:128, int8:tensor; and integers with a zero point: int4:128:asymmetric.",
+        "Attention and feed-forward kernels are pruned where a pattern or a method is asked for, "
+        "quantized where a format is, calibrated on the run's training text, and written as a new "
+        "run directory: eval, sample and export read it, and train goes on from it with its zeros "
+        "kept. A pattern is N:M, N weights kept of every M along the inputs, or the fraction to "
+        "prune, such as 0.5. A format is a name such as int4, int8, fp8_e4m3, mxfp8_e4m3, "
+        "mxfp4_e2m1, nvfp4 or hbfp6, with a block of its own after a colon: int4:128, int8:tensor; "
+        "integers of 2 to 8 bits also with a zero point: int4:128:asym; or a scheme as "
+        "llm-compressor names it, which may have a format of activations too: W4A16, W8A8, "
+        "FP8_DYNAMIC.",
     )
     compress.add_argument("run", metavar="RUN", help="run directory")
     compress.add_argument(
         "--method",
-        default="sparsegpt",
         metavar="NAME",
-        help="magnitude, wanda, sparsegpt (the default), or none to prune nothing",
+        help="of pruning: magnitude, wanda, sparsegpt (the default); or none to prune nothing",
     )
-    compress.add_argument("--pattern", default="2:4", metavar="N:M", help="or a fraction (2:4)")
+    compress.add_argument(
+        "--pattern", metavar="N:M", help="or a fraction (default: 2:4 where --method is given)"
+    )
     compress.add_argument(
         "--layers",
         nargs="+",
         action="extend",
         default=[],
         metavar="REGEX=PATTERN",
-        help="other patterns, by name of kernel, such as feed_forward=1:4 attention/out=dense",
+        help="patterns by name of kernel, such as feed_forward=1:4 attention/out=dense",
     )
     compress.add_argument(
         "--transposable", action="store_true", help="2:4 along the outputs as well"
@@ -51,7 +56,7 @@ def add(commands) -> None:
         help="other formats, by name of kernel, such as attention/out=int8 head=dense",
     )
     compress.add_argument(
-        "--quantizer", default="gptq", metavar="NAME", help="rtn (to nearest) or gptq (the default)"
+        "--quantizer", metavar="NAME", help="rtn (to nearest) or gptq (the default)"
     )
     compress.add_argument(
         "--activations", metavar="NAME", help="format of the inputs of the quantized kernels"
@@ -61,7 +66,6 @@ def add(commands) -> None:
     )
     compress.add_argument(
         "--order",
-        default="sparsify_then_quantize",
         metavar="ORDER",
         help="sparsify_then_quantize (the default) or quantize_then_sparsify",
     )
@@ -87,19 +91,13 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    patterns = _by_regex("--layers", args.layers, "PATTERN, such as feed_forward=1:4")
-    formats = _by_regex("--format-layers", args.format_layers, "NAME, such as feed_forward=int4")
-    if args.method not in (methods := ("magnitude", "wanda", "sparsegpt", "none")):
-        raise UserError(f"--method {args.method} is unknown; use {', '.join(methods)}")
-    prunes, quantizes = args.method != "none", bool(args.format or formats)
-    if args.layers and not prunes:
-        raise UserError("--layers gives patterns and --method none prunes nothing; leave one out")
-    if args.activations and not quantizes:
-        raise UserError("--activations without --format; give the weights a format as well")
+    pattern, patterns, formats = _asked(args)
+    prunes, quantizes = bool(pattern or patterns), bool(args.format or formats)
     directory = Path(args.run)
     named = directory if directory.name else directory.resolve()
+    method, quantizer = args.method or "sparsegpt", args.quantizer or "gptq"
     formatted = args.format or "formats"
-    done = [args.method] * prunes + [formatted.replace(":", "_")] * quantizes
+    done = [method] * prunes + [formatted.replace(":", "_")] * quantizes
     out = Path(args.out or f"{named}-compressed-{'-'.join(done)}")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or use another --out")
@@ -118,28 +116,32 @@ def run(args, began: float) -> int:
     )
 
     if prunes:
-        patterns.setdefault(KERNELS, args.pattern)
+        if pattern:
+            patterns.setdefault(KERNELS, pattern)
         patterns = kernel_patterns(run.model, patterns, transposable=args.transposable)
     if quantizes:
         if args.format:
             formats.setdefault(KERNELS, args.format)
+        formats, activations = _without_schemes(formats, args.activations)
         formats = kernel_formats(run.model, formats)
+    else:
+        activations = None
     compression = Compression(
         patterns=patterns,
-        method=args.method if prunes else "magnitude",
+        method=method if prunes else "magnitude",
         transposable=args.transposable,
         formats=formats,
-        quantizer=args.quantizer,
-        order=args.order,
+        quantizer=quantizer,
+        order=args.order or "sparsify_then_quantize",
         smooth=args.smooth,
         finetune=args.finetune,
-        activations=args.activations,
+        activations=activations,
         sequences=args.sequences,
     )
     if args.export:
         rows = quantized_kernels(directory)
         kept = {name: (row["format"], row["activations"]) for name, row in rows.items()}
-        given = {name: (format, args.activations) for name, format in formats.items()}
+        given = {name: (format, activations) for name, format in formats.items()}
         compressed_tensors.check(args.export, run.model, kept | given)
     bindings = _bindings(run, directory / "config.gin", compression)
     new_run, config_text = build_run([str(directory / "config.gin")], bindings)
@@ -161,10 +163,71 @@ def run(args, began: float) -> int:
     if args.json:
         print(json.dumps({"out": str(out), **report}))
     else:
-        done = [f"pruned by {args.method}"] * prunes
-        done += [f"quantized to {formatted} by {args.quantizer}"] * quantizes
+        done = [f"pruned by {method}"] * prunes
+        done += [f"quantized to {formatted} by {quantizer}"] * quantizes
         _print(report, out, directory, done)
     return 0
+
+
+def _asked(args) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """The pattern of all kernels, or None; and patterns and formats by regular expression.
+
+    Nothing is pruned where no pattern, method or layers are asked for.
+
+    Raises:
+      UserError: an option contradicts another, or is of something that is not asked for.
+    """
+    if args.method not in (None, *(methods := ("magnitude", "wanda", "sparsegpt", "none"))):
+        raise UserError(f"--method {args.method} is unknown; use {', '.join(methods)}")
+    patterns = _by_regex("--layers", args.layers, "PATTERN, such as feed_forward=1:4")
+    formats = _by_regex("--format-layers", args.format_layers, "NAME, such as feed_forward=int4")
+    if args.method == "none":
+        for option, given in (("--layers", args.layers), ("--pattern", args.pattern)):
+            if given:
+                raise UserError(f"{option}: --method none prunes nothing; leave one of them out")
+        pattern = None
+    else:
+        pattern = args.pattern or ("2:4" if args.method else None)
+    prunes, quantizes = bool(pattern or patterns), bool(args.format or formats)
+    for option, given, needed, wanted, instead in (
+        ("--activations", args.activations, quantizes, "--format", "give the weights one as well"),
+        ("--quantizer", args.quantizer, quantizes, "--format", "give the weights one"),
+        ("--transposable", args.transposable, prunes, "--pattern", "it is for 2:4"),
+        ("--finetune", args.finetune > 0, prunes, "--pattern", "it trains what pruning leaves"),
+    ):
+        if given and not needed:
+            raise UserError(f"{option} without {wanted}; {instead}")
+    if args.order == "quantize_then_sparsify" and not (prunes and quantizes):
+        raise UserError(f"--order {args.order} is of both; give a --pattern and a --format")
+    return pattern, patterns, formats
+
+
+def _without_schemes(
+    formats: dict[str, str], activations: str | None
+) -> tuple[dict[str, str], str | None]:
+    """Formats of weights in place of schemes, and the format of activations that they have.
+
+    Raises a UserError where they have different ones, or another than is asked for.
+    """
+    from sparsity.formats import find_scheme
+
+    found = {} if activations is None else {f"--activations {activations}": activations}
+    weights = {}
+    for expression, text in formats.items():
+        try:
+            scheme = find_scheme(text)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        weights[expression] = text if scheme is None else scheme[0]
+        if scheme is not None:
+            found[text] = scheme[1]
+    if len({*found.values()}) > 1:
+        said = ", ".join(f"{text} has {of or 'none'}" for text, of in found.items())
+        raise UserError(
+            f"all kernels share one format of activations: {said}; use one, or formats of weights "
+            "and --activations"
+        )
+    return weights, next(iter(found.values()), None)
 
 
 def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
@@ -237,7 +300,6 @@ def _quantization_binding(run, config: Path, compression) -> str:
         if pattern.strip("^$") not in compression.formats
     ]
     lines = [
-        "from sparsity import formats",
         "from sparsity import quantized",
         f"run.Run.quantization = @{selector}()",
         f"{selector}.layers = {{{', '.join(layers)}}}",
@@ -248,40 +310,25 @@ def _quantization_binding(run, config: Path, compression) -> str:
 
 
 def _activation_binding(text: str, scope: str) -> str:
-    """Gin's lines for the format of activations: its name, or an object with a block of its own.
+    """Gin's lines for the format of activations.
 
     All else is bound too: a scope has what is bound outside of it.
     """
     import dataclasses
 
     from pjit_train.compress_kernels import parse_format
-    from sparsity.formats import FORMATS
+    from sparsity.formats import format_text
     from sparsity.quantized import MatmulFormats
 
     try:
-        format = parse_format(text)
+        format = format_text(parse_format(text))
     except ValueError as error:
         raise UserError(f"--activations {text}: {error}") from error
-    lines = "".join(
-        f"{scope}/quantized.MatmulFormats.{field.name} = {field.default!r}\n"
-        for field in dataclasses.fields(MatmulFormats)
-        if field.name != "activations"
+    fields = {field.name: field.default for field in dataclasses.fields(MatmulFormats)}
+    return "\n".join(
+        f"{scope}/quantized.MatmulFormats.{name} = {value!r}"
+        for name, value in {**fields, "activations": format}.items()
     )
-    lines += f"{scope}/quantized.MatmulFormats.activations = "
-    if FORMATS.get(text) == format:
-        return lines + repr(text)
-    kind = type(format).__name__
-    fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
-    default = type(format)()
-    changed = {name: x for name, x in fields.items() if x != getattr(default, name)}
-    if not all(isinstance(x, int | str) for x in changed.values()):
-        raise UserError(
-            f"--activations {text}: a block of one's own is for int4, int8, hbfp4, hbfp6, hbfp8, "
-            "fp8_e4m3 and mxfp8_e4m3; use another format without a block"
-        )
-    simple = {name: x for name, x in fields.items() if isinstance(x, int | str | float | None)}
-    own = [f"{scope}/formats.{kind}.{name} = {x!r}" for name, x in simple.items()]
-    return lines + "\n".join([f"@{scope}/formats.{kind}()", *own])
 
 
 def _print(report, out: Path, directory: Path, done: list[str]) -> None:
@@ -305,7 +352,7 @@ def _print(report, out: Path, directory: Path, done: list[str]) -> None:
         row = " ".join(f"{figures[name]:<9.5g}" for figures in stages.values())
         print(f"{name:<20} {row}".rstrip())
     size = report["bytes"]
-    print(f"\nparameters: {size['before']:,} bytes before, {size['zeros']:,} after", end="")
-    print(f", {size['packed']:,} with N:M packed" if size["packed"] != size["zeros"] else "")
+    print(f"\nparameters: {size['before']:,} bytes", end="")
+    print(f", {size['zeros']:,} in these formats" if size["zeros"] != size["before"] else "")
     if "export" in report:
-        print(f"{report['export']['folder']}: {report['export']['bytes']:,} bytes")
+        print(f"{report['export']['folder']}: {written(report['export'])}")

@@ -1,6 +1,7 @@
 """`torsion export`: a trained run as a Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any
 
 from launch.commands.common import add_command, trained_run
 
@@ -24,6 +25,16 @@ def run(args, began: float) -> int:
     from pjit_train.compressed_tensors import export
 
     done = export(args.folder, run, Path(args.run), step=args.step, plain=args.dense)
-    what = f", {done['bytes']:,} bytes in compressed-tensors formats" if "bytes" in done else ""
-    print(f"{args.folder}: the parameters after step {done['step']}{what}")
+    print(f"{args.folder}: the parameters after step {done['step']}, {written(done)}")
     return 0
+
+
+def written(done: dict[str, Any]) -> str:
+    """What `compressed_tensors.export` wrote, in words."""
+    text = f"{done['bytes']:,} bytes"
+    if done["quantized"]:
+        text += " in compressed-tensors formats"
+    if counted := done["violations"]:
+        text += f"; read back, {sum(counted.values())} groups of {len(counted)} N:M kernels have "
+        text += "too many nonzeros"
+    return text

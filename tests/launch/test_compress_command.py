@@ -152,7 +152,7 @@ def test_a_compressed_run_is_a_run(here, capsys):
 
 
 def test_sparsegpt_by_default_and_a_table(here, capsys):
-    assert main(["compress", "dense", "--transposable"]) == 0
+    assert main(["compress", "dense", "--pattern", "2:4", "--transposable"]) == 0
     out = capsys.readouterr().out
     report = json.loads(Path("dense-compressed-sparsegpt/compress.json").read_text())
     assert report["method"] == "sparsegpt"
@@ -174,17 +174,35 @@ def test_sparsegpt_by_default_and_a_table(here, capsys):
     [
         (["--method", "wander"], "--method wander is unknown; use magnitude, wanda, sparsegpt"),
         (["--method", "none"], "nothing is pruned or quantized"),
-        (["--method", "none", "--layers", "up=1:4"], "--method none prunes nothing"),
-        (["--format", "int5"], "unknown format 'int5'; use one of int4"),
+        (["--method", "none", "--layers", "up=1:4"], "--layers: --method none prunes nothing"),
+        (["--method", "none", "--pattern", "1:4"], "--pattern: --method none prunes nothing"),
+        ([], "nothing is pruned or quantized; give a pattern"),
+        (["--format", "int9"], "unknown format 'int9'; use one of int4"),
+        (["--format", "int4:2:asym:3"], "int4:2:asym:3: gives two of its block"),
+        (["--format", "nvfp4:asym"], "a zero point is of integers"),
+        (["--format", "W4A16"], "16 entries are not cut into blocks of 128; use a block"),
+        (["--format", "W9A16"], "unknown format 'W9A16'; "),
+        (["--format", "FP8"], "FP8 has one scale for all activations, taken from calibration"),
+        (["--format", "fp8_block"], "fp8_block has a scale to a square of 128 x 128 weights"),
+        (["--format", "W8A8", "--activations", "fp8_e4m3"], "W8A8 has int8; use one"),
+        (["--format", "W8A8", "--format-layers", "up=W8A16"], "W8A16 has none, W8A8 has int8"),
+        (["--format", "int8", "--activations", "W8A8"], "that is a scheme, which has int8"),
         (["--format", "mxfp8_e4m3"], "16 entries are not cut into blocks of 32; use a block that"),
         (["--format-layers", "up"], "--format-layers up: want REGEX=NAME"),
         (["--format-layers", "quary=int4"], "'quary' matches no parameter"),
         (["--activations", "int8"], "--activations without --format"),
+        (["--quantizer", "rtn", "--pattern", "2:4"], "--quantizer without --format"),
+        (["--format", "int8", "--transposable"], "--transposable without --pattern"),
+        (["--format", "int8", "--finetune", "3"], "--finetune without --pattern"),
+        (["--pattern", "2:4", "--order", "quantize_then_sparsify"], "is of both; give a --pat"),
+        (["--pattern", "2:4", "--format", "int4", "--order", "none"], "order=none is unknown"),
         (["--format", "int4", "--activations", "int9"], "--activations int9: unknown format"),
-        (["--format", "int4", "--activations", "mxfp4_e2m1:8"], "use another format without"),
         (["--format", "int4", "--activations", "mxfp8_e4m3"], "are not cut into blocks of 32"),
         (["--format", "int4", "--quantizer", "awq"], "quantizer=awq is unknown; use rtn, gptq"),
-        (["--format", "int4", "--order", "quantize_then_sparsify"], "sparsegpt moves weights"),
+        (
+            ["--pattern", "2:4", "--format", "int4", "--order", "quantize_then_sparsify"],
+            "sparsegpt moves weights",
+        ),
         (["--smooth", "2"], "smooth=2.0; use 0 to 1"),
         (["--finetune", "-1"], "finetune=-1; use 0 or more"),
         (
@@ -203,10 +221,13 @@ def test_sparsegpt_by_default_and_a_table(here, capsys):
         (["--layers", "quary=1:4"], "'quary' matches no parameter"),
         (["--layers", "embedding=1:4"], "'embedding' matches no parameter"),
         (["--layers", "query"], "--layers query: want REGEX=PATTERN"),
-        (["--out", "dense"], "dense exists; remove it, or use another --out"),
-        (["--sequences", "100000"], "sequences of 16 tokens, not 100000; use at most"),
-        (["--sequences", "0"], "0 sequences; use 1 or more"),
-        (["--step", "7"], "has no checkpoint 7"),
+        (["--pattern", "2:4", "--out", "dense"], "dense exists; remove it, or use another --out"),
+        (
+            ["--pattern", "2:4", "--sequences", "100000"],
+            "sequences of 16 tokens, not 100000; use at most",
+        ),
+        (["--pattern", "2:4", "--sequences", "0"], "0 sequences; use 1 or more"),
+        (["--pattern", "2:4", "--step", "7"], "has no checkpoint 7"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(here, capsys, options, says):
@@ -272,9 +293,7 @@ def test_pruned_smoothed_quantized_and_exported(here, capsys):
     )
     config = json.loads(Path("hf/config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
-    assert report["export"]["violations"] == dict.fromkeys(
-        {*ATTENTION[1:], *FEED_FORWARD} - {ATTENTION[0]}, 0
-    )
+    assert report["export"]["violations"] == dict.fromkeys([*ATTENTION, *FEED_FORWARD], 0)
     assert main(["export", "small", "hf2"]) == 0
     assert files(Path("hf")) == files(Path("hf2"))
     assert main(["export", "small", "plain", "--dense"]) == 0
@@ -282,8 +301,8 @@ def test_pruned_smoothed_quantized_and_exported(here, capsys):
 
 
 def test_fine_tuned_in_between(here, capsys):
-    command = ["compress", "dense", "--format", "int8", "--sequences", "8", "--finetune", "8"]
-    report = figures(capsys, *command, "--out", "tuned")
+    command = ["compress", "dense", "--pattern", "2:4", "--format", "int8", "--sequences", "8"]
+    report = figures(capsys, *command, "--finetune", "8", "--out", "tuned")
     losses = [report[when]["val_loss"] for when in ("before", "after")]
     assert list(report["between"]) == ["sparsify", "finetune"]
     pruned, trained = (figures["val_loss"] for figures in report["between"].values())
@@ -332,7 +351,7 @@ def test_weights_that_are_not_finite_are_named(here, capsys, monkeypatch):
 
     monkeypatch.setattr(pjit_train.compress, "restore_weights", broken)
     capsys.readouterr()
-    assert main(["compress", "dense", "--out", "none/of/it"]) == 2
+    assert main(["compress", "dense", "--pattern", "2:4", "--out", "none/of/it"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "dense: blocks/attention/key/kernel of step 40 has entries that are not finite" in line
     assert not Path("none").exists()

@@ -30,7 +30,6 @@ from pjit_train.evaluate import restore_weights
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
 from sparsity import quantized
-from sparsity.formats import Int
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -183,8 +182,8 @@ def test_compressed_again_it_keeps_the_formats_that_it_had(capsys):
     first = figures(capsys, *command, "--activations", "int8", "--out", "first")
     again = ["compress", "first", "--format-layers", "up=int8:8", *quick]
     for options, says in (
-        ([], "attention/key/kernel was compressed to int8 before, and sparsegpt moves"),
-        (["--method", "none", "--smooth", "0.5"], "smoothing moves its weights out of that"),
+        (["--pattern", "2:4"], "key/kernel was compressed to int8 before, and sparsegpt moves"),
+        (["--smooth", "0.5"], "smoothing moves its weights out of that"),
         (["--method", "magnitude", "--finetune", "3"], "fine-tuning moves"),
     ):
         capsys.readouterr()
@@ -215,7 +214,7 @@ def test_compressed_again_it_keeps_the_formats_that_it_had(capsys):
     layers = build_run(["second/config.gin"])[0].quantization.layers
     inputs = quantized.MatmulFormats(activations="int8")
     assert [layers[f"^{name}$"] for name in ATTENTION] == [inputs] * 4
-    inputs = quantized.MatmulFormats(activations=Int(symmetric=False))
+    inputs = quantized.MatmulFormats(activations="int8:asymmetric")
     assert layers[f"^{FEED_FORWARD[0]}$"] == inputs
 
     config = json.loads(Path("hf-second/config.json").read_text())["quantization_config"]

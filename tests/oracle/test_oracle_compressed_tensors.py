@@ -87,7 +87,6 @@ def quantized_model(config, formats, activations=None, *, quantizer="gptq", seed
             scales=scales,
             activations=None if activations is None else parse_format(activations),
             input_scales=np.float32([100.5, 7.25]) if activations == "nvfp4" else (),
-            pattern="2:4",
         )
     return params, quantized
 
@@ -173,7 +172,8 @@ def test_the_library_decompresses_our_weights(tmp_path, case, quantizer):
     formats = dict.fromkeys(LLAMA_KERNELS, text)
     params, quantized = quantized_model(LLAMA, formats, activations, quantizer=quantizer)
     folder = tmp_path / "folder"
-    report = compressed_tensors.save(folder, LLAMA, params, quantized)
+    patterns = dict.fromkeys(LLAMA_KERNELS, "2:4")
+    report = compressed_tensors.save(folder, LLAMA, params, quantized, patterns)
     assert report["violations"] == dict.fromkeys(LLAMA_KERNELS, 0)
     assert report["bytes"] == (folder / "model.safetensors").stat().st_size
     config = json.loads((folder / "config.json").read_text())["quantization_config"]

@@ -13,6 +13,7 @@ from pjit_train.compress import Compression
 from pjit_train.errors import UserError
 from pjit_train.sharding import Rules
 from pjit_train.transformer import TransformerConfig
+from sparsity.formats import format_text
 
 MODEL = TransformerConfig(
     vocab_size=64, max_len=16, d_model=16, num_layers=2, num_heads=2, d_ff=24, use_bias=True
@@ -144,7 +145,7 @@ def test_formats_of_kernels_by_the_first_expression_that_matches():
     ("layers", "says"),
     [
         ({"quary": "int4"}, "'quary' matches no parameter; .*query/kernel"),
-        ({"query": "int5"}, "unknown format 'int5'; use one of int4, int8"),
+        ({"query": "int9"}, "unknown format 'int9'; use one of int4, int8.* did you mean int"),
         ({"query": "int4:x"}, "block='x'; use a number from 1"),
         ({"query": "int4:0"}, "block=0; use a number from 1"),
         ({"query": "nvfp4:channel"}, "block='channel'; use a number from 1"),
@@ -166,6 +167,11 @@ def test_a_format_that_cannot_be_is_told_in_one_line(layers, says):
         ("int4", "int4"),
         ("int4:128", "int4:128"),
         ("int4:asymmetric", "int4:asymmetric"),
+        ("int4:asym", "int4:asymmetric"),
+        ("int3", "int3"),
+        ("int5:64:asym", "int5:64:asymmetric"),
+        ("int2:asym:tensor", "int2:tensor:asymmetric"),
+        ("mxfp6_e3m2:16", "mxfp6_e3m2:16"),
         ("int8:tensor:asymmetric", "int8:tensor:asymmetric"),
         ("fp8_e4m3", "fp8_e4m3:channel"),
         ("nvfp4", "nvfp4"),
@@ -173,7 +179,7 @@ def test_a_format_that_cannot_be_is_told_in_one_line(layers, says):
 )
 def test_a_format_is_shown_as_it_is_written(text, shown):
     format = compress.parse_format(text)
-    assert compress.format_text(format) == shown
+    assert format_text(format) == shown
     assert compress.parse_format(shown) == format
 
 

@@ -167,9 +167,7 @@ def model(formats, pattern=None):
         for matrix_IO in matrices:
             matrix_IO[:], found = rtn(matrix_IO, parse_format(text))
             scales.append(found)
-        quantized[name] = QuantizedWeights(
-            format=parse_format(text), scales=scales, pattern=pattern
-        )
+        quantized[name] = QuantizedWeights(format=parse_format(text), scales=scales)
     return params, quantized
 
 
@@ -181,7 +179,8 @@ def stored(folder):
 
 def test_a_folder_says_which_layers_are_stored_how(tmp_path):
     params, quantized = model({QUERY: "int4", OUT: "int4", DOWN: "mxfp8_e4m3"}, "2:4")
-    report = compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    patterns = dict.fromkeys([QUERY, OUT, DOWN], "2:4")
+    report = compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized, patterns)
     assert report["violations"] == {QUERY: 0, OUT: 0, DOWN: 0}
     config = json.loads((tmp_path / "folder/config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
@@ -226,8 +225,35 @@ def test_n_m_is_counted_in_the_file(tmp_path):
     params, quantized = model({QUERY: "int4"}, "2:4")
     values = leaf(params, QUERY).reshape(2, 8, 4, -1)
     values[1, 3, :3, 5] = values[1, 3, 0, 5] = np.abs(values[1, ..., 5]).max()
-    report = compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized)
+    report = compressed_tensors.save(tmp_path / "folder", LLAMA, params, quantized, {QUERY: "2:4"})
     assert report["violations"] == {QUERY: 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_n_m_is_counted_in_a_file_of_plain_numbers(tmp_path, family, dtype):
+    """Also where a tensor of theirs holds several kernels: query, key and value of GPT-2."""
+    gpt2 = dict(positions="learned", norm="layernorm", activation="gelu_tanh", use_bias=True)
+    config = dataclasses.replace(LLAMA, num_kv_heads=LLAMA.num_heads, param_dtype=dtype)
+    if family == "gpt2":
+        config = dataclasses.replace(config, tie_head=True, head_dim=None, **gpt2)
+    state = nnx.split(config.build(jax.random.key(0), Rules()))[1]
+    params = jax.tree.map(lambda x: np.array(x), nnx.to_pure_dict(state))
+    key = QUERY.replace("query", "key")
+    for name in (QUERY, key, OUT, DOWN):
+        kernel = leaf(params, name)
+        groups = kernel.reshape(2, -1, 4, matrix_shape(name, kernel.shape)[2])
+        groups[:, :, 2:] = 0
+        if name == key:
+            groups[1, 3, :3, 5] = groups[0, 0, :, 0] = 1
+    patterns = {QUERY: "2:4", key: "2:4", OUT: "2:4", DOWN: "1:2"}
+    report = compressed_tensors.save(tmp_path / "folder", config, params, {}, patterns)
+    groups = leaf(params, DOWN).size // 2
+    assert report["violations"] == {QUERY: 0, key: 2, OUT: 0, DOWN: groups // 2}
+    assert report["bytes"] == (tmp_path / "folder/model.safetensors").stat().st_size
+    assert "quantization_config" not in json.loads((tmp_path / "folder/config.json").read_text())
+    loaded = huggingface.load(tmp_path / "folder", config)[1]
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_values_that_are_not_of_the_format_are_refused(tmp_path):

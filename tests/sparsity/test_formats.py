@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from sparsity import formats
 from sparsity.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int, check_blocks, get_format
+from sparsity.quantized import MatmulFormats, Quantization
 
 ELEMENTS = [
     (formats.E4M3, ml_dtypes.float8_e4m3fn),
@@ -30,6 +33,108 @@ def test_an_unknown_format_lists_the_names(name):
     with pytest.raises(ValueError, match=r"^unknown format .*int4, int8, .*nvfp4.*$") as error:
         get_format(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "format"),
+    [
+        *((f"int{bits}", Int(bits=bits)) for bits in range(2, 9)),
+        ("int3:asym", Int(bits=3, symmetric=False)),
+        ("int4:asymmetric", Int(bits=4, symmetric=False)),
+        ("int4:128", Int(bits=4, block=128)),
+        ("int4:128:asym", Int(bits=4, block=128, symmetric=False)),
+        ("int4:asym:128", Int(bits=4, block=128, symmetric=False)),
+        ("int8:tensor", Int(block="tensor")),
+        ("fp8_e4m3:channel", FP8(block="channel")),
+        ("hbfp6:16", HBFP(mantissa_bits=5, block=16)),
+        ("mxfp4_e2m1:tensor", MX(element=formats.E2M1, block="tensor")),
+        ("nvfp4:32", NVFP4(block=32)),
+    ],
+)
+def test_a_text_says_bits_block_and_zero_point(text, format):
+    assert get_format(text) == format
+    assert get_format(formats.format_text(format)) == format
+    assert "(" not in formats.format_name(format)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("int9", "did you mean int"),
+        ("int1", "did you mean int"),
+        ("int4:", "block=''; use a number"),
+        ("int4:0", "block=0; use a number"),
+        ("int4:8:16", "gives two of its block"),
+        ("int4:asym:asymmetric", "gives two of its symmetric"),
+        ("int4:symetric", "block='symetric'; use a number"),
+        ("nvfp4:asym", "a zero point is of integers"),
+        ("mxfp8_e4m2", "did you mean mxfp8_e"),
+        ("W4A16", "that is a scheme, which has int4:128 of weights$"),
+        ("w8a8", "scheme, which has int8 of weights, and int8 of activations$"),
+        ("", "unknown format ''; use one of"),
+    ],
+)
+def test_a_wrong_text_is_one_line(text, says):
+    with pytest.raises(ValueError, match=says) as error:
+        get_format(text)
+    assert "\n" not in str(error.value)
+
+
+def test_schemes_have_the_arguments_that_llm_compressor_gives_them():
+    """Its presets: integer weights in groups of 128, but W8A8's per channel; inputs per token."""
+    channel, token = FP8(block="channel"), FP8(block="channel")
+    expected = {
+        "W4A16": (Int(bits=4, block=128), None),
+        "W3A16": (Int(bits=3, block=128), None),
+        "W8A16": (Int(block=128), None),
+        "W4A16_ASYM": (Int(bits=4, block=128, symmetric=False), None),
+        "W8A8": (Int(), Int()),
+        "INT8": (Int(), Int()),
+        "W4A8": (Int(bits=4, block=128), Int()),
+        "W4A4": (Int(bits=4, block=128), Int(bits=4)),
+        "W4AFP8": (Int(bits=4, block=128), token),
+        "FP8_DYNAMIC": (channel, token),
+        "fp8_dynamic": (channel, token),
+        "NVFP4": (NVFP4(), NVFP4()),
+        "NVFP4A16": (NVFP4(), None),
+        "MXFP4": (FORMATS["mxfp4_e2m1"], FORMATS["mxfp4_e2m1"]),
+        "MXFP8A16": (FORMATS["mxfp8_e4m3"], None),
+    }
+    for name, (weights, activations) in expected.items():
+        found = formats.find_scheme(name)
+        assert get_format(found[0]) == weights
+        assert (None if found[1] is None else get_format(found[1])) == activations
+        layers = {"kernel": name}
+        assert Quantization(layers=layers).build({"kernel": np.zeros((128, 128))}).plans[
+            0
+        ].formats == MatmulFormats(weights=weights, activations=activations)
+    for weights, activations in formats.SCHEMES.values():
+        assert all(map(get_format, filter(None, (weights, activations))))
+    assert formats.find_scheme("int8") is formats.find_scheme("nvfp4") is None
+    assert "W8A4" not in formats.SCHEMES
+    for name in ("FP8", "FP8_BLOCK"):
+        with pytest.raises(ValueError, match="not supported; use FP8_DYNAMIC"):
+            formats.find_scheme(name)
+
+
+def test_every_format_of_the_documents_is_one():
+    """The names in the table of docs/quantization.md, and the texts in both documents."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    text = (docs / "quantization.md").read_text()
+    section = text.partition("## Formats\n")[2].partition("\n## ")[0]
+    table = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    named = {
+        name for cell in table for name in re.findall(r"\b(?:int|fp|hbfp|mx|nvfp)\w*\d\w*", cell)
+    }
+    assert named >= set(FORMATS)
+    text += (docs / "compression.md").read_text()
+    named |= set(re.findall(r"--(?:format|activations) ([\w:]+)", text))
+    named |= set(re.findall(r"`((?:int|fp8|hbfp|mx|nvfp)\w*\d[\w:]*)`", text))
+    schemes = set(re.findall(r"`((?:W\dA|FP8|MXFP|NVFP)\w*)`", text))
+    assert named >= {"int4:32", "int4:asym", "int3"}
+    assert schemes >= {"W4A16", "W8A8", "FP8_DYNAMIC"}
+    for name in named | schemes:
+        assert formats.find_scheme(name) or get_format(name)
 
 
 @pytest.mark.parametrize(("element", "dtype"), ELEMENTS)
