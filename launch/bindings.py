@@ -5,10 +5,13 @@ the module), so bindings of two texts can be compared, and written again in one 
 """
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from gin import config_parser
+
+from pjit_train.errors import UserError
 
 
 class Configurable(NamedTuple):
@@ -109,6 +112,42 @@ def parse_bindings(text: str) -> Bindings:
     return Bindings(values, macros, delegate.used_macros)
 
 
+def check_said_once(texts: Iterable[str], source: str, *, numbered: bool = False) -> None:
+    """Refuses what gin takes without a word: numbers that overflow, and texts against themselves.
+
+    Args:
+      texts: gin texts that stand for one, such as a file, or all that a command line binds.
+      source: of the texts, for messages; `numbered` adds the number of the line.
+
+    Raises:
+      UserError: a float is not finite, as 1e400 is; or something is bound twice, to two values.
+    """
+    said: dict[Key | str, Any] = {}
+    for text in texts:
+        delegate = _Delegate()
+        for statement in config_parser.ConfigParser(io.StringIO(text), delegate):
+            if isinstance(statement, config_parser.ImportStatement):
+                delegate.add_import(statement)
+            if not isinstance(statement, config_parser.BindingStatement):
+                continue
+            scope, selector, parameter, value, location = statement
+            key = f"{scope}/{selector}".lstrip("/")
+            if parameter:
+                key = Key(delegate.configurable(selector), scope, parameter)
+            where = f"{source}:{location.line_num}" if numbered else source
+            if any(isinstance(x, float) and not math.isfinite(x) for x in _leaves(value)):
+                raise UserError(f"{where}: {key} = {format_value(value)}: want a finite number")
+            if said.setdefault(key, value) != value:
+                first, second = format_value(said[key]), format_value(value)
+                raise UserError(f"{where}: {key} is bound to {first} and to {second}; bind it once")
+
+
+def included(text: str) -> list[str]:
+    """The files that a gin text includes."""
+    statements = config_parser.ConfigParser(io.StringIO(text), _Delegate())
+    return [s.filename for s in statements if isinstance(s, config_parser.IncludeStatement)]
+
+
 def format_bindings(values: dict[Key, Any]) -> str:
     """Gin text that binds `values`: imports, then a binding a line, in ASCII and sorted."""
     used = {configurable.module for value in values.values() for configurable in _within(value)}
@@ -195,16 +234,21 @@ def _map_names(function: Callable[[Any], Any], value: Any) -> Any:
             return value
 
 
-def _within(value: Any):
+def _within(value: Any) -> Iterator[Configurable]:
     """The configurables that a value refers to."""
+    return (leaf.configurable for leaf in _leaves(value) if isinstance(leaf, Reference))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What stands in a value, in whatever tuples, lists and dictionaries."""
     match value:
-        case Reference(configurable):
-            yield configurable
-        case Macro():
-            return
+        case Reference() | Macro():
+            yield value
         case tuple() | list():
             for item in value:
-                yield from _within(item)
+                yield from _leaves(item)
         case dict():
             for item in value.values():
-                yield from _within(item)
+                yield from _leaves(item)
+        case _:
+            yield value

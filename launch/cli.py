@@ -72,9 +72,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as every other is told."""
+
+    def error(self, message: str):
+        self.exit(2, f"torsion: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; the function of a command is `args.command`."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="torsion",
         description=_DESCRIPTION,
         formatter_class=functools.partial(

@@ -16,8 +16,10 @@ from launch.bindings import (
     Bindings,
     Configurable,
     Key,
+    check_said_once,
     format_bindings,
     format_value,
+    included,
     parse_bindings,
 )
 from launch.explain import IMPORT, explained, missing_parameters, nearest_parameter
@@ -57,9 +59,11 @@ def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, 
         path = _find_file(file)
         with explained(path):
             gin.parse_config_file(path)
+            _check_file(path, ())
     for binding in bindings:
-        with explained(f"--gin {binding!r}", _in_use()):
+        with explained(source := f"--gin {binding!r}", _in_use()):
             gin.parse_config(_IMPORTS + binding)
+            check_said_once([_IMPORTS + binding], source)
     with explained(" ".join(files)):
         gin.parse_config(_IMPORTS)
         bound = parse_bindings(gin.config_str())
@@ -86,6 +90,20 @@ def _find_file(file: str) -> str:
     shipped = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("configs/**/*.gin"))]
     near = difflib.get_close_matches(file, shipped, n=1)
     raise UserError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _check_file(file: str, within: tuple[str, ...]) -> None:
+    """Checks the text of a file, and those that it includes, by themselves.
+
+    What is missing, and files `within` themselves, are gin's to name.
+    """
+    paths = (folder / file for folder in (Path(), ROOT))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is not None and file not in within:
+        text = path.read_text()
+        check_said_once([text], file, numbered=True)
+        for other in included(text):
+            _check_file(other, (*within, file))
 
 
 def _in_use() -> set[str]:

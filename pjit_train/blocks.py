@@ -19,9 +19,8 @@ from pjit_train.attention import Way, attention
 from pjit_train.errors import UserError
 from pjit_train.parameters import Dtype, Initializer, gathered
 from pjit_train.projection import Dense
-from pjit_train.sharding import (
-    fan_out,
-)
+from pjit_train.sharding import fan_out
+from sparsity.ranges import Count, NonNegative, Positive, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,33 +43,29 @@ class BlockConfig:
       dtype: of activations and matmuls; param_dtype: of parameters and so of optimizer state.
     """
 
-    d_model: int
-    num_layers: int
-    num_heads: int
-    d_ff: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    d_model: Count
+    num_layers: Count
+    num_heads: Count
+    d_ff: Count
+    num_kv_heads: Count | None = None
+    head_dim: Count | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
     use_bias: bool = False
-    init_std: float = 0.02
+    init_std: NonNegative = 0.02
     scale_residual_init: bool = False
     layers: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Way = "auto"
-    attention_tile_rows: int | None = None
+    attention_tile_rows: Count | None = None
     attention_measured: bool = False
     attention_sequence: Literal["gather", "ring"] = "gather"
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
     def __post_init__(self):
-        sizes = ("d_model", "num_layers", "num_heads", "d_ff", "num_kv_heads", "head_dim")
-        for name in (*sizes, "attention_tile_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model: {name}={value}; use a positive number")
+        check_fields(self, UserError)
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise UserError(

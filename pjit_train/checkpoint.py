@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from pjit_train.digest import digests
 from pjit_train.errors import UserError
+from sparsity.ranges import Count, Positive, Whole, check_fields
 
 log = logging.getLogger("torsion")
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"
@@ -50,23 +51,13 @@ class CheckpointConfig:
     Raises UserError for a number out of its range.
     """
 
-    every_steps: int | None = 500
-    every_minutes: float | None = None
-    keep_last: int = 3
-    keep_best: int = 1
+    every_steps: Count | None = 500
+    every_minutes: Positive | None = None
+    keep_last: Count = 3
+    keep_best: Whole = 1
 
     def __post_init__(self):
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
-            value = getattr(self, name)
-            if value is None and name == "every_steps":
-                continue
-            if not isinstance(value, int) or value < least:
-                raise UserError(
-                    f"CheckpointConfig.{name} is {value}; it must be an integer of {least} or more"
-                )
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            value = self.every_minutes
-            raise UserError(f"CheckpointConfig.every_minutes is {value}; it must be more than 0")
+        check_fields(self, UserError)
 
 
 class Checkpoints:

@@ -46,6 +46,7 @@ from pjit_train.step import new_state
 from sparsity.gptq import Scales
 from sparsity.kernels import dense_tree
 from sparsity.quantized_kernels import QuantizedKernel, unquantized
+from sparsity.ranges import Count, Fraction, Whole, check_fields
 
 log = logging.getLogger("torsion")
 ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
@@ -78,21 +79,18 @@ class Compression:
     formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     quantizer: str = "gptq"
     order: Literal["sparsify_then_quantize", "quantize_then_sparsify"] = "sparsify_then_quantize"
-    smooth: float | None = None
-    finetune: int = 0
+    smooth: Fraction | None = None
+    finetune: Whole = 0
     activations: str | None = None
-    sequences: int = 128
+    sequences: Count = 128
 
     def __post_init__(self):
+        check_fields(self, UserError)
         for name, known in (("method", METHODS), ("quantizer", QUANTIZERS), ("order", ORDERS)):
             if getattr(self, name) not in known:
                 raise UserError(
                     f"compress: {name}={getattr(self, name)} is unknown; use {', '.join(known)}"
                 )
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise UserError(f"compress: smooth={self.smooth}; use 0 to 1, such as 0.5")
-        if self.finetune < 0:
-            raise UserError(f"compress: finetune={self.finetune}; use 0 or more steps")
         if not self.patterns and not self.formats:
             raise UserError(
                 "compress: nothing is pruned or quantized; give a pattern such as 2:4, a format "

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -21,7 +21,14 @@ from safetensors.numpy import save_file
 
 from pjit_train.blocks import BlockConfig
 from pjit_train.errors import UserError
-from pjit_train.huggingface_config import difference, read_config, read_json, some, write_config
+from pjit_train.huggingface_config import (
+    difference,
+    parse_json,
+    read_config,
+    read_json,
+    some,
+    write_config,
+)
 from pjit_train.huggingface_families import Family, Tensor
 from pjit_train.sharding import Rules, has_mesh
 from pjit_train.step import split_model
@@ -65,8 +72,8 @@ def load(
       arrays, or where a mesh is set jax arrays. One parameter at a time is held besides.
 
     Raises:
-      UserError: the folder is no such model, or not the one of `config`; or the mesh does not
-        divide a parameter.
+      UserError: the folder is no such model, or not the one of `config`; a weight is not finite;
+        or the mesh does not divide a parameter.
     """
     folder, rules = Path(folder), rules or Rules()
     family, config = check(folder, config)
@@ -78,6 +85,11 @@ def load(
 
     with contextlib.ExitStack() as stack:
         file = _Files(folder, family, stack)
+        if config.num_layers > len(file.names()):  # not to list what cannot be there
+            raise UserError(
+                f"{folder}: config.json has {family.keys['num_layers'].name}={config.num_layers} "
+                f"and the files hold {len(file.names())} tensors in all; it is not of these files"
+            )
         wanted = list(_tensors(family, params))
         _check_tensors(folder, file, wanted, params, tied=getattr(config, "tie_head", False))
         arrays = {}
@@ -86,7 +98,11 @@ def load(
                 arrays |= {p: np.empty(params[p].shape, params[p].dtype) for p in tensor.paths}
             shape = _layer_shape(params[tensor.paths[0]].shape, layer)
             for path, part in zip(tensor.paths, tensor.split(file.read(name), shape), strict=True):
-                arrays[path][... if layer is None else layer] = part
+                at = ... if layer is None else layer
+                with np.errstate(over="ignore"):
+                    arrays[path][at] = part
+                if params[path].dtype != np.float32:  # which may not hold it
+                    check_finite(arrays[path][at], f"{folder}: {name} as {params[path].dtype}")
                 if mesh is not None and layer in (None, config.num_layers - 1):
                     spec = rules.spec(params[path].get_metadata("axes"))
                     arrays[path] = jax.make_array_from_callback(
@@ -198,44 +214,103 @@ def _layer_shape(shape: tuple[int, ...], layer: int | None) -> tuple[int, ...]:
     return shape if layer is None else shape[1:]
 
 
+class _Stored(NamedTuple):
+    """Where a tensor is: its file, open, and its name there."""
+
+    path: Path
+    handle: Any
+    stored: str
+
+
 class _Files:
     """The tensors of a folder, under the names of the table; each is read when asked for."""
 
     def __init__(self, folder: Path, family: Family, stack: contextlib.ExitStack):
-        self._at = {}
+        self._at: dict[str, _Stored] = {}
         heads = tuple(t.name for t in family.tensors if not t.name.startswith(family.base))
-        for path in _shard_paths(folder):
+        for path, claimed in _shards(folder).items():
             try:
                 handle = stack.enter_context(safe_open(path, "numpy"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: is no whole safetensors file ({error})") from error
+            self._check_header(path)
+            if absent := sorted(claimed.difference(handle.keys())):
+                raise UserError(f"{path}: holds no tensors {some(absent)}, which {INDEX} says")
             for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
                 full = stored.startswith((family.base, *heads))
-                self._at[stored if full else family.base + stored] = handle, stored
+                name = stored if full else family.base + stored
+                if name in self._at:
+                    before = self._at[name]
+                    raise UserError(
+                        f"{folder}: tensor {name} is there twice, as {before.stored} in "
+                        f"{before.path.name} and as {stored} in {path.name}; remove one"
+                    )
+                self._at[name] = _Stored(path, handle, stored)
 
     def names(self) -> set[str]:
         return set(self._at)
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
-        handle, stored = self._at[name]
+        _, handle, stored = self._at[name]
         header = handle.get_slice(stored)
         return tuple(header.get_shape()), header.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
-        handle, stored = self._at[name]
-        return handle.get_tensor(stored)
+        """The tensor; UserError where a value of it is not finite."""
+        path, handle, stored = self._at[name]
+        array = handle.get_tensor(stored)
+        check_finite(array, f"{path}: tensor {stored}")
+        return array
+
+    @staticmethod
+    def _check_header(path: Path) -> None:
+        """Refuses a name twice in a header; that its sizes are true is checked by `safe_open`."""
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        try:
+            parse_json(header)
+        except ValueError as error:
+            raise UserError(f"{path}: its header is not that of a whole file: {error}") from error
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises a UserError that names the first value of an array that is not finite, if any is not.
+
+    Args:
+      what: it is, for the message.
+    """
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = tuple(map(int, np.unravel_index(int(np.argmin(finite)), array.shape)))
+        raise UserError(
+            f"{what} holds {array[at]} at {list(at)}, and in {array.size - finite.sum():,} of "
+            f"{array.size:,} places what is not finite; weights must be finite"
+        )
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """The files of tensors, and which the index says are in each; without an index, none."""
     if not (folder / INDEX).exists():
-        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights must be safetensors")
+        if not (folder / WEIGHTS).exists():
+            raise UserError(
+                f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights must be safetensors"
+            )
+        return {folder / WEIGHTS: set()}
     shards = read_json(folder / INDEX).get("weight_map")
     named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
-    if not named or any(Path(s).name != s for s in shards.values()):
+    if not named or not shards or any(map(_is_elsewhere, shards.values())):
         raise UserError(f"{folder / INDEX}: weight_map must give every tensor a file in the folder")
-    return [folder / shard for shard in sorted(set(shards.values()))]
+    files = sorted(set(shards.values()))
+    if (folder / WEIGHTS).exists() and WEIGHTS not in files:
+        raise UserError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove one of them")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise UserError(f"{folder}: {some(missing)} is missing, which {INDEX} names")
+    return {folder / f: {name for name, at in shards.items() if at == f} for f in files}
+
+
+def _is_elsewhere(file: str) -> bool:
+    """Whether a text is no mere name of a file."""
+    return Path(file).name != file or file in ("", "..") or "\0" in file
 
 
 def _check_tensors(folder: Path, file: _Files, wanted, params, *, tied: bool) -> None:

@@ -88,14 +88,36 @@ def difference(config: BlockConfig, other: BlockConfig) -> str | None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file; UserError where there is none."""
+    """The object in a file; UserError where there is none, or one that says a thing twice."""
     try:
-        document = json.loads(path.read_text())
+        return parse_json(path.read_text())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}); a JSON object is needed") from error
+
+
+def parse_json(text: str | bytes) -> dict:
+    """The object of a JSON text.
+
+    Raises:
+      ValueError: there is none, or its brackets are too deep, or an object in it has a key twice,
+        of which the `json` module takes the last without a word.
+    """
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return found
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
     if not isinstance(document, dict):
-        raise UserError(f"{path}: is no JSON object")
+        raise ValueError("it is no object")
     return document
 
 

@@ -36,6 +36,7 @@ from sparsity.layers import names
 from sparsity.one_shot import magnitude_mask, parse_pattern
 from sparsity.pruning import Pruning
 from sparsity.quantized import MatmulFormats, Quantization
+from sparsity.ranges import Count, Positive, check_fields
 from sparsity.sparsity_types import NByM
 
 SPARSIFY_FIRST, QUANTIZE_FIRST = ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
@@ -74,12 +75,13 @@ class InterplayStudy:
         "nvfp4",
     )
     trained_formats: Sequence[str] | None = None
-    seeds: int = 3
+    seeds: Count = 3
     layers: str = KERNELS
-    finetune_steps: int = 100
-    finetune_learning_rate: float = 3e-4
+    finetune_steps: Count = 100
+    finetune_learning_rate: Positive = 3e-4
 
     def __post_init__(self):
+        check_fields(self, UserError)
         try:
             for pattern in self.patterns:
                 parse_pattern(pattern)
@@ -94,9 +96,6 @@ class InterplayStudy:
             raise UserError("study: trained_formats=() is empty; give one, or None for all")
         if extra := set(self.trained_formats or ()) - set(self.formats):
             raise UserError(f"study: trained_formats: {', '.join(extra)} is not one of formats")
-        for name in ("seeds", "finetune_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"study: {name}={getattr(self, name)}; use 1 or more")
 
 
 class Loss(NamedTuple):

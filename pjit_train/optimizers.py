@@ -17,6 +17,7 @@ import optax
 from pjit_train.errors import UserError
 from pjit_train.projection import contraction_axes
 from sparsity.autoswitch import scale_by_step_adam
+from sparsity.ranges import Count, Decay, Fraction, NonNegative, Positive, Whole, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,21 +33,16 @@ class Schedule:
     """
 
     shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2
-    final_fraction: float = 0.1
+    warmup_steps: Whole = 100
+    decay_fraction: Fraction = 0.2
+    final_fraction: Fraction = 0.1
 
     def __post_init__(self):
         if self.shape not in ("cosine", "linear", "constant", "wsd"):
             raise UserError(
                 f"schedule: shape={self.shape!r} is unknown; use cosine, linear, constant or wsd"
             )
-        if self.warmup_steps < 0:
-            raise UserError(f"schedule: warmup_steps={self.warmup_steps}; use 0 or more")
-        if not 0 <= self.decay_fraction <= 1:
-            raise UserError(
-                f"schedule: decay_fraction={self.decay_fraction} is no fraction; use 0 to 1"
-            )
+        check_fields(self, UserError)
 
     def notice(self, steps: int) -> str | None:
         """What may surprise in a run of so many steps, in one line, or None."""
@@ -93,16 +89,13 @@ class Optimizer:
         norm scales and biases.
     """
 
-    learning_rate: float
+    learning_rate: Positive
     schedule: Schedule = Schedule()
-    clip_norm: float | None = 1.0
-    weight_decay: float = 0.1
+    clip_norm: Positive | None = 1.0
+    weight_decay: NonNegative = 0.1
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise UserError(f"optimizer: learning_rate={self.learning_rate}; use more than 0")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(f"optimizer: clip_norm={self.clip_norm}; use more than 0, or None")
+        check_fields(self, UserError)
 
     def build(self, steps: int, updater=None) -> tuple[optax.GradientTransformation, Callable]:
         """The transformation for a run of `steps` updates, and its schedule.
@@ -139,9 +132,9 @@ class Optimizer:
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    epsilon: Positive = 1e-8
 
     def _transformation(self, schedule):
         return optax.adamw(
@@ -168,9 +161,9 @@ class Adafactor(Optimizer):
     update's root mean square) are over all layers of a stack.
     """
 
-    clip_norm: float | None = None
-    weight_decay: float = 0.0
-    min_dim_size_to_factor: int = 128
+    clip_norm: Positive | None = None
+    weight_decay: NonNegative = 0.0
+    min_dim_size_to_factor: Count = 128
 
     def _transformation(self, schedule):
         inner = optax.adafactor(
@@ -193,8 +186,8 @@ class Adafactor(Optimizer):
 class Lion(Optimizer):
     """Lion (Chen et al., 2023); wants a third to a tenth of AdamW's learning rate."""
 
-    b1: float = 0.9
-    b2: float = 0.99
+    b1: Decay = 0.9
+    b2: Decay = 0.99
 
     def _transformation(self, schedule):
         return optax.lion(schedule, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
@@ -204,9 +197,9 @@ class Lion(Optimizer):
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
-    momentum: float = 0.9
+    momentum: Decay = 0.9
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
 
     def _transformation(self, schedule):
         return optax.chain(
@@ -222,10 +215,10 @@ class Muon(Optimizer):
     rest (embeddings, head, norms, biases) at `adam_learning_rate`, with the same schedule.
     """
 
-    beta: float = 0.95
-    adam_learning_rate: float = 3e-4
-    adam_b1: float = 0.9
-    adam_b2: float = 0.95
+    beta: Decay = 0.95
+    adam_learning_rate: Positive = 3e-4
+    adam_b1: Decay = 0.9
+    adam_b2: Decay = 0.95
 
     def _transformation(self, schedule):
         scale = self.adam_learning_rate / self.learning_rate

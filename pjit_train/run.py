@@ -13,6 +13,7 @@ from pjit_train.projection import contraction_axes
 from pjit_train.sharding import MeshShape, Rules
 from pjit_train.transformer import TransformerConfig
 from sparsity.quantized import Quantization, Quantizer
+from sparsity.ranges import Count, NonNegative, Whole, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,14 +27,11 @@ class Samples:
     """
 
     prompts: tuple[str, ...] = ("",)
-    tokens: int = 200
-    temperature: float = 0.8
+    tokens: Whole = 200
+    temperature: NonNegative = 0.8
 
     def __post_init__(self):
-        if self.tokens < 0 or self.temperature < 0:
-            raise UserError(
-                f"samples: tokens={self.tokens}, temperature={self.temperature}; want both >= 0"
-            )
+        check_fields(self, UserError)
 
     def check(self, max_len: int, tokenizer) -> None:
         """Raises a UserError where samples would be longer than the model's longest sequence."""
@@ -69,29 +67,25 @@ class Run:
     model: TransformerConfig
     data: TextData
     optimizer: Optimizer
-    steps: int
+    steps: Count
     initial_weights: str | None = None
-    seed: int = 0
+    seed: Whole = 0
     mesh: MeshShape = MeshShape()
     rules: Rules = Rules()
     checkpoints: CheckpointConfig = CheckpointConfig()
     samples: Samples = Samples()
     sparsity: Any = None
     quantization: Quantization | None = None
-    accumulate: int = 1
-    log_every: int = 10
-    eval_every: int = 250
-    eval_batches: int = 20
+    accumulate: Count = 1
+    log_every: Count = 10
+    eval_every: Whole = 250
+    eval_batches: Count = 20
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    profile: tuple[int, int] | None = None
+    profile: tuple[Count, Count] | None = None
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"run: {name}={getattr(self, name)}; use a positive number")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"run: seed={self.seed}; use 0 to {2**31 - 1}")
-        if self.profile is not None and not 0 < self.profile[0] <= self.profile[1]:
+        check_fields(self, UserError)
+        if self.profile is not None and self.profile[0] > self.profile[1]:
             raise UserError(f"run: profile={self.profile}; want (first step, last step)")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UserError(f"run: on_nonfinite={self.on_nonfinite!r} is unknown; use stop or skip")

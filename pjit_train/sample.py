@@ -17,6 +17,7 @@ from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import Rules, make_mesh, reshard
 from pjit_train.transformer import TransformerConfig
+from sparsity.ranges import Count, NonNegative, Whole, check_number
 
 _PURPOSE = 1  # keeps the draws of samples apart from those of parameters
 
@@ -62,11 +63,10 @@ class Sampler:
           UserError: prompt and continuation exceed the longest sequence of the model, or an option
             is out of its range.
         """
-        if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise UserError(
-                f"sample: tokens={tokens}, temperature={temperature}, top_k={top_k}; want "
-                "tokens >= 1, temperature >= 0, top_k >= 1"
-            )
+        check_number("sample: tokens", tokens, Count, UserError)
+        check_number("sample: temperature", temperature, NonNegative, UserError)
+        check_number("sample: top_k", top_k, Count | None, UserError)
+        check_number("sample: seed", seed, Whole, UserError)
         separator = self.tokenizer.separator
         encoded = [np.concatenate([[separator], self.tokenizer.encode(p)]) for p in prompts]
         longest = max(map(len, encoded), default=0)
@@ -93,7 +93,7 @@ class Sampler:
             key,
             temperature or 1.0,
             tokens=tokens,
-            greedy=temperature == 0,
+            greedy=temperature < np.finfo(np.float32).tiny,  # what JAX would divide by as by zero
             top_k=top_k,
         )
         # Every process needs the text, and the first row is not on each of them.
@@ -113,7 +113,8 @@ class Sampler:
             logits_BV = logits_BV[:, : self.tokenizer.vocab_size]
             if greedy:
                 return jnp.argmax(logits_BV, axis=-1)
-            logits_BV /= temperature
+            # The largest becomes zero: of the quotients only those that do not count overflow.
+            logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
             if top_k is not None:
                 least = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
                 logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)

@@ -9,11 +9,15 @@ error while tracing and not a collective found later in a profile.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from pjit_train.errors import UserError
+from sparsity.ranges import Count, check_fields
+
+Size = Count | Literal[-1]
 
 Axes = tuple[str | None, ...]
 
@@ -26,16 +30,14 @@ class MeshShape:
     tokens of a row; `tensor` splits heads, feed-forward width and vocabulary.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    sequence: int = 1
-    tensor: int = 1
+    data: Size = -1
+    fsdp: Size = 1
+    sequence: Size = 1
+    tensor: Size = 1
 
     def __post_init__(self):
+        check_fields(self, UserError)
         sizes = dataclasses.asdict(self)
-        for axis, size in sizes.items():
-            if size != -1 and size < 1:
-                raise UserError(f"mesh: {axis}={size} is no size; use a positive number, or -1")
         if list(sizes.values()).count(-1) > 1:
             raise UserError("mesh: only one axis may be -1 (the one that takes what is left)")
 

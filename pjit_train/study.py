@@ -24,6 +24,7 @@ from pjit_train.sharding import Rules
 from pjit_train.step import new_params
 from pjit_train.transformer import TransformerConfig
 from sparsity.patterns import Geometric, parse_pattern
+from sparsity.ranges import Count, check_fields
 from sparsity.recipe_updater import RecipeState
 from sparsity.recipes import Recipe
 
@@ -55,10 +56,11 @@ class RecipeStudy:
 
     recipes: Sequence[str] = tuple(RECIPES)
     patterns: Sequence[str] = ("2:4", "1:4", "1:8", "1:16", "1:32")
-    seeds: int = 3
+    seeds: Count = 3
     layers: str = "(attention|feed_forward)/.*kernel"
 
     def __post_init__(self):
+        check_fields(self, UserError)
         for name in self.recipes:
             if name not in RECIPES:
                 raise UserError(f"study: recipe {name!r} is unknown; use {', '.join(RECIPES)}")
@@ -69,8 +71,6 @@ class RecipeStudy:
                 raise UserError(f"study: {error}") from None
         if not self.patterns:
             raise UserError("study: patterns=() is empty; give one or more, such as '2:4'")
-        if self.seeds < 1:
-            raise UserError(f"study: seeds={self.seeds}; use 1 or more")
 
 
 class Result(NamedTuple):

@@ -27,6 +27,7 @@ from pjit_train.parameters import Initializer, gathered, gathered_for_tokens
 from pjit_train.projection import straight_through
 from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
 from sparsity.quantized_kernels import QuantizedKernel
+from sparsity.ranges import Count, NonNegative, Positive, Whole
 
 log = logging.getLogger("torsion")
 
@@ -43,13 +44,13 @@ class TransformerConfig(BlockConfig):
       tie_head: the head is the transposed token embedding.
     """
 
-    vocab_size: int
-    max_len: int
+    vocab_size: Count
+    max_len: Count
     positions: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0
-    rope_scaling: tuple[float, float, float, int] | None = None
-    position_offset: int = 0
-    position_init_std: float = 0.02
+    rope_theta: Positive = 10_000.0
+    rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
+    position_offset: Whole = 0
+    position_init_std: NonNegative = 0.02
     tie_head: bool = False
 
     def __post_init__(self):
@@ -60,11 +61,11 @@ class TransformerConfig(BlockConfig):
             raise UserError(f"model: head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
-            factor, low, high, original = self.rope_scaling
-            if not (factor >= 1 and 0 < low < high and original >= 1):
+            factor, low, high, _ = self.rope_scaling
+            if not (factor >= 1 and low < high):
                 raise UserError(
-                    f"model: rope_scaling={self.rope_scaling} must be (factor >= 1, low > 0, "
-                    "high > low, original length >= 1)"
+                    f"model: rope_scaling={self.rope_scaling} must be (factor >= 1, low, "
+                    "high > low, original length)"
                 )
             if self.positions != "rope":
                 raise UserError(

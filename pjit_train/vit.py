@@ -13,6 +13,7 @@ from pjit_train.errors import UserError
 from pjit_train.parameters import Initializer, gathered
 from pjit_train.projection import Dense
 from pjit_train.sharding import Rules, out_sharding
+from sparsity.ranges import Count, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,12 @@ class ViTConfig(BlockConfig):
       num_classes: outputs of the head.
     """
 
-    image_size: int
-    patch_size: int
-    num_classes: int
-    channels: int = 3
+    image_size: Count
+    patch_size: Count
+    num_classes: Count
+    channels: Count = 3
     norm: Literal["rmsnorm", "layernorm"] = "layernorm"
-    norm_epsilon: float = 1e-12
+    norm_epsilon: Positive = 1e-12
     activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "gelu"
     use_bias: bool = True
 

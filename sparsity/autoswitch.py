@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsity.ranges import Count, Fraction, Positive, check_fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoSwitch:
@@ -34,10 +36,10 @@ class AutoSwitch:
     """
 
     option: Literal["arithmetic", "geometric"] = "arithmetic"
-    threshold: float | None = None
-    window: int | None = None
-    min_fraction: float = 0.1
-    max_fraction: float = 0.5
+    threshold: Positive | None = None
+    window: Count | None = None
+    min_fraction: Fraction = 0.1
+    max_fraction: Fraction = 0.5
     clip: bool = True
 
     def __post_init__(self):
@@ -45,14 +47,11 @@ class AutoSwitch:
             raise ValueError(
                 f"AutoSwitch: option={self.option!r} is unknown; use arithmetic or geometric"
             )
-        if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"AutoSwitch: threshold={self.threshold}; use more than 0, or None")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"AutoSwitch: window={self.window}; use 1 or more, or None")
-        if not 0 <= self.min_fraction <= self.max_fraction <= 1:
+        check_fields(self)
+        if self.min_fraction > self.max_fraction:
             raise ValueError(
                 f"AutoSwitch: min_fraction={self.min_fraction} and max_fraction="
-                f"{self.max_fraction}; use 0 <= min_fraction <= max_fraction <= 1"
+                f"{self.max_fraction}; use min_fraction <= max_fraction"
             )
 
     def bounds(self, steps: int) -> tuple[int, int]:

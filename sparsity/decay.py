@@ -11,6 +11,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sparsity.ranges import Count, Positive, check_fields
+
 Steps = int | jax.Array
 
 EXPONENTIAL_END = 0.01
@@ -34,10 +36,10 @@ class Linear:
         reaches 0 at the end of the phase.
     """
 
-    beta: float | None = None
+    beta: Positive | None = None
 
     def __post_init__(self):
-        _check_beta("Linear", self.beta)
+        check_fields(self)
 
     def __call__(self, j: Steps, length: Steps) -> jax.Array:
         if self.beta is None:
@@ -55,10 +57,10 @@ class Exponential:
         phase makes it so.
     """
 
-    beta: float | None = None
+    beta: Positive | None = None
 
     def __post_init__(self):
-        _check_beta("Exponential", self.beta)
+        check_fields(self)
 
     def __call__(self, j: Steps, length: Steps) -> jax.Array:
         if self.beta is None:
@@ -82,20 +84,15 @@ class MaskDecay:
         1 - 8 weight and `max_updates` is never reached.
     """
 
-    weight: float | None = None
-    every: int | None = None
-    max_updates: int = 16
+    weight: Positive | None = None
+    every: Count | None = None
+    max_updates: Count = 16
     variant: Literal["paper", "code"] = "paper"
 
     def __post_init__(self):
         if self.variant not in ("paper", "code"):
             raise ValueError(f"MaskDecay: variant={self.variant!r} is unknown; use paper or code")
-        if self.weight is not None and not self.weight > 0:
-            raise ValueError(f"MaskDecay: weight={self.weight}; use more than 0")
-        for name in ("every", "max_updates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"MaskDecay: {name}={value}; use 1 or more")
+        check_fields(self)
 
     def __call__(self, j: Steps, length: Steps) -> jax.Array:
         if self.every is None:
@@ -138,8 +135,3 @@ def check_decay(decay: Decay, length: int, fine_tuned: bool) -> None:
 
 def _float(steps: Steps) -> jax.Array:
     return jnp.asarray(steps, jnp.float32)
-
-
-def _check_beta(name: str, beta: float | None) -> None:
-    if beta is not None and not beta > 0:
-        raise ValueError(f"{name}: beta={beta}; use more than 0, or None")

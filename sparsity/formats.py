@@ -11,20 +11,11 @@ weights and one of activations under a name of llm-compressor. Sources: OCP 8-bi
 import dataclasses
 import difflib
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-Block = int | Literal["channel", "tensor"]
+from sparsity.ranges import Count, NonNegative, Positive, Range, Whole, check_fields
 
-
-def _check_block(format) -> None:
-    """Raises a ValueError where the block of a format is none."""
-    block = format.block
-    if isinstance(block, int) and not isinstance(block, bool) and block >= 1:
-        return
-    names = () if isinstance(format, NVFP4) else ("channel", "tensor")
-    if block not in names:
-        choices = " or ".join(["a number from 1", *map(repr, names)])
-        raise ValueError(f"{type(format).__name__}: block={block!r}; use {choices}")
+Block = Count | Literal["channel", "tensor"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +28,13 @@ class FloatElement:
       nan: the code of the positive NaN, or None where the element has none.
     """
 
-    exponent_bits: int
-    mantissa_bits: int
-    largest: float
-    nan: int | None = None
+    exponent_bits: Annotated[int, Range(1, 8)]
+    mantissa_bits: Annotated[int, Range(0, 15)]
+    largest: Positive
+    nan: Whole | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def bits(self) -> int:
@@ -65,8 +59,11 @@ class FloatElement:
 class FixedElement:
     """A fixed-point number n / 2^fraction_bits, where -2^(bits-1) < n < 2^(bits-1)."""
 
-    bits: int
-    fraction_bits: int
+    bits: Annotated[int, Range(2, 16)]
+    fraction_bits: Annotated[int, Range(0, 16)]
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def limit(self) -> int:
@@ -103,17 +100,15 @@ class Int:
         whole axis, or "tensor" for the whole array.
     """
 
-    bits: int = 8
+    bits: Annotated[int, Range(2, 8)] = 8
     block: Block = "channel"
     symmetric: bool = True
     narrow: bool = False
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"Int: bits={self.bits}; use 2 to 8")
+        check_fields(self)
         if self.narrow and not self.symmetric:
             raise ValueError("Int: narrow=True with symmetric=False; a zero point needs every code")
-        _check_block(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,8 +128,7 @@ class FP8:
     block: Block | None = None
 
     def __post_init__(self):
-        if self.block is not None:
-            _check_block(self)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,14 +145,12 @@ class HBFP:
       epsilon: added to the maximum of the block.
     """
 
-    mantissa_bits: int = 7
+    mantissa_bits: Annotated[int, Range(1, 15)] = 7
     block: Block = 64
-    epsilon: float = 0.0
+    epsilon: NonNegative = 0.0
 
     def __post_init__(self):
-        if not 1 <= self.mantissa_bits <= 15:
-            raise ValueError(f"HBFP: mantissa_bits={self.mantissa_bits}; use 1 to 15")
-        _check_block(self)
+        check_fields(self)
 
     @property
     def element(self) -> FixedElement:
@@ -182,7 +174,7 @@ class MX:
     block: Block = 32
 
     def __post_init__(self):
-        _check_block(self)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,10 +190,10 @@ class NVFP4:
       block: entries along the axis that share a block scale.
     """
 
-    block: int = 16
+    block: Count = 16
 
     def __post_init__(self):
-        _check_block(self)
+        check_fields(self)
 
     @property
     def element(self) -> FloatElement:

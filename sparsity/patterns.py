@@ -6,6 +6,8 @@ A schedule gives the stages on the way to a target, the target last; all stages 
 import dataclasses
 from typing import Literal
 
+from sparsity.ranges import Count, check_fields
+
 Stages = tuple[tuple[int, int], ...]
 """((n, m), ...), one for each stage."""
 
@@ -41,12 +43,13 @@ class Geometric:
         "code", as its README, with k = 8 (four stages).
     """
 
-    k: int | None = None
+    k: Count | None = None
     variant: Literal["paper", "code"] = "paper"
 
     def __post_init__(self):
         _check_variant("Geometric", self.variant)
-        if self.k is not None and (self.k < 1 or self.k & (self.k - 1)):
+        check_fields(self)
+        if self.k is not None and self.k & (self.k - 1):
             raise ValueError(f"Geometric: k={self.k} is no power of two; use 16, 8, 4, 2 or 1")
 
     def stages(self, n: int, m: int) -> Stages:

@@ -16,6 +16,7 @@ from sparsity.kernel_plan import packing_axis, shards_of
 from sparsity.kernels import MaskedKernel, dense_tree
 from sparsity.layers import assign, names
 from sparsity.nm import check_nm
+from sparsity.ranges import Count, Decay, Fraction, check_fields
 from sparsity.sparsity_types import NByM, parse_sparsity_type
 from sparsity.validity import Validity, by_name, nm_validity, zeros
 
@@ -40,21 +41,22 @@ class Pruning:
     """
 
     algorithm: str = "magnitude"
-    sparsity: float = 0.8
+    sparsity: Decay = 0.8
     sparsity_type: str = "unstructured"
     distribution: Literal["uniform", "erk"] = "uniform"
     layers: tuple[str, ...] = DEFAULT_LAYERS
-    start_fraction: float = 0.05
-    end_fraction: float = 0.75
-    update_every: int = 100
+    start_fraction: Fraction = 0.05
+    end_fraction: Fraction = 0.75
+    update_every: Count = 100
     packed_masks: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not 0 <= self.start_fraction <= self.end_fraction <= 1:
+        check_fields(self)
+        if self.start_fraction > self.end_fraction:
             raise ValueError(
                 f"pruning: start_fraction={self.start_fraction} and end_fraction="
-                f"{self.end_fraction}; use 0 <= start_fraction <= end_fraction <= 1"
+                f"{self.end_fraction}; use start_fraction <= end_fraction"
             )
         kind = parse_sparsity_type(self.sparsity_type)
         if isinstance(kind, NByM) and abs(self.sparsity - (1 - kind.n / kind.m)) > 1e-6:
@@ -62,8 +64,6 @@ class Pruning:
                 f"pruning: sparsity={self.sparsity} is not that of {kind.n}:{kind.m}; use "
                 f"{1 - kind.n / kind.m}"
             )
-        if self.update_every < 1:
-            raise ValueError(f"pruning: update_every={self.update_every}; use 1 or more")
 
     def build(
         self,

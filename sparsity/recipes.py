@@ -24,6 +24,7 @@ from sparsity.patterns import (
     StructureDecay,
     parse_pattern,
 )
+from sparsity.ranges import Count, Fraction, NonNegative, check_fields
 from sparsity.recipe_updater import RecipeUpdater
 
 Layers = Mapping[str, str | None]
@@ -70,12 +71,12 @@ class Recipe:
     pattern: Pattern = dataclasses.field(default_factory=Fixed)
     decay: Decay = dataclasses.field(default_factory=Hard)
     gradient: Literal["straight_through", "masked"] = "straight_through"
-    sr_ste: float = 0.0
+    sr_ste: NonNegative = 0.0
     sr_ste_where: Literal["gradient", "decoupled"] = "gradient"
     variance: AutoSwitch | None = None
-    dense_fraction: float = 0.0
-    fine_tune_fraction: float = 0.0
-    update_every: int = 1
+    dense_fraction: Fraction = 0.0
+    fine_tune_fraction: Fraction = 0.0
+    update_every: Count = 1
     freeze: bool = True
     packed: bool = False
 
@@ -95,18 +96,10 @@ class Recipe:
                 raise ValueError(
                     f"recipe: {name}={getattr(self, name)!r} is unknown; use {' or '.join(values)}"
                 )
-        if not self.sr_ste >= 0:
-            raise ValueError(f"recipe: sr_ste={self.sr_ste}; use 0 or more")
-        if self.update_every < 1:
-            raise ValueError(f"recipe: update_every={self.update_every}; use 1 or more")
+        check_fields(self)
         self._check_phases()
 
     def _check_phases(self):
-        for name in ("dense_fraction", "fine_tune_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"recipe: {name}={getattr(self, name)} is no fraction of the run; use 0 to 1"
-                )
         before, name = self.dense_fraction, "dense_fraction"
         if self.variance is not None:
             if self.dense_fraction:

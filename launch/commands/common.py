@@ -1,6 +1,9 @@
 """What the commands share: their parsers, the machine they run on, the run they read."""
 
 import argparse
+import contextlib
+import re
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +22,100 @@ def add_command(
         description=f"{help[0].upper()}{help[1:]}. {description}",
     )
     sub.set_defaults(command=run)
+    for name in (None, "store"):
+        sub.register("action", name, _Once)
     return sub
+
+
+class _Once(argparse.Action):
+    """An option that is given once, or again to the same effect: no value is silently lost."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._given = None
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.nargs is None and isinstance(values, list):  # argparse's own, of --option=--
+            raise argparse.ArgumentError(self, "'--': want a value")
+        if option_string is not None:
+            if self._given not in (None, [values]):
+                raise argparse.ArgumentError(
+                    self, f"is given twice, as {self._given[0]} and as {values}; give it once"
+                )
+            self._given = [values]
+        setattr(namespace, self.dest, values)
+
+
+def whole(low: int = 0, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """The `type` of an option that takes a whole number from `low` to `high`, in decimal digits."""
+
+    def parse(text: str) -> int:
+        # The length first: Python takes long over a number of a million digits, or refuses.
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
+            wanted = f"want a whole number from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: {wanted}")
+        return int(text)
+
+    parse.low, parse.high = low, high
+    return parse
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """The `type` of an option that takes a number from `low` to `high`, in decimal digits."""
+
+    def parse(text: str) -> float:
+        digits = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
+        if not digits or not low <= float(text) <= high:
+            wanted = f"want a number from {low:g} to {high:g}".replace("e+", "e")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: {wanted}")
+        return float(text)
+
+    parse.low, parse.high = low, high
+    return parse
+
+
+def add_run(sub: argparse.ArgumentParser) -> None:
+    """The options that say and change a run, for `run_bindings`."""
+    sub.add_argument(
+        "--gin",
+        action="append",
+        default=[],
+        metavar="BINDING",
+        help="change a parameter, such as 'run.Run.eval_every = 50'; may be repeated",
+    )
+    sub.add_argument("--steps", type=whole(1), metavar="N", help="updates of the whole run")
+    sub.add_argument(
+        "--log-every", type=whole(1), metavar="N", help="steps between rows of metrics"
+    )
+    sub.add_argument("--seed", type=whole(), metavar="N", help="of parameters, data and samples")
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        help="run directory (default: runs/ and the name of the last CONFIG)",
+    )
+
+
+def run_bindings(args) -> list[str]:
+    """The bindings of --gin, then of the options that are short for some; the last one holds.
+
+    Raises:
+      UserError: two --gin bind one parameter to two values, or a gin file is given twice.
+    """
+    from launch.bindings import check_said_once
+    from launch.explain import IMPORT
+
+    if twice := [file for file in args.configs if args.configs.count(file) > 1]:
+        raise UserError(f"{twice[0]} is given twice; give it once, files bind in their order")
+    imports = "\n".join(IMPORT.values())
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):  # which `build_run` explains
+        check_said_once([f"{imports}\n{binding}" for binding in args.gin], "--gin")
+    short = {"steps": args.steps, "log_every": args.log_every, "seed": args.seed}
+    bindings = [f"run.Run.{name} = {value}" for name, value in short.items() if value is not None]
+    return args.gin + bindings + mesh_bindings(args.mesh)
+
+
+def add_step(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--step", type=whole(), metavar="N", help="checkpoint (default: the newest)")
 
 
 def add_machine(sub: argparse.ArgumentParser, default: str = "as configured") -> None:
@@ -28,7 +124,7 @@ def add_machine(sub: argparse.ArgumentParser, default: str = "as configured") ->
         metavar="AXES",
         help=f"such as data=2,fsdp=2,tensor=2; -1 takes what is left (default: {default})",
     )
-    sub.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices")
+    sub.add_argument("--devices", type=whole(1, 4096), metavar="N", help="emulate N CPU devices")
 
 
 def trained_run(args):
@@ -54,11 +150,12 @@ def mesh_bindings(mesh: str | None) -> list[str]:
     sizes = {}
     for part in mesh.split(","):
         axis, _, size = part.partition("=")
-        try:
-            sizes[axis] = int(size)
-        except ValueError:
-            raise UserError(f"--mesh {mesh}: {part!r} is no AXIS=SIZE, such as fsdp=2") from None
+        if not re.fullmatch(r"[+-]?[0-9]{1,10}", size):
+            raise UserError(f"--mesh {mesh}: {part!r} is no AXIS=SIZE, such as fsdp=2")
         if axis not in AXES:
             raise UserError(f"--mesh {mesh}: no axis {axis!r}; use {', '.join(AXES)}")
+        if axis in sizes:
+            raise UserError(f"--mesh {mesh}: {axis} is given twice; give it one size")
+        sizes[axis] = int(size)
     bindings = [f"sharding.MeshShape.{axis} = {size}" for axis, size in sizes.items()]
     return ["run.Run.mesh = @sharding.MeshShape()", *bindings]

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from launch.commands.common import add_command, trained_run
+from launch.commands.common import add_command, add_step, real, trained_run, whole
 from launch.commands.export import written
 from pjit_train.errors import UserError
 
@@ -62,7 +62,10 @@ def add(commands) -> None:
         "--activations", metavar="NAME", help="format of the inputs of the quantized kernels"
     )
     compress.add_argument(
-        "--smooth", type=float, metavar="A", help="SmoothQuant first, with this strength (0 to 1)"
+        "--smooth",
+        type=real(0, 1),
+        metavar="A",
+        help="SmoothQuant first, with this strength (0 to 1)",
     )
     compress.add_argument(
         "--order",
@@ -71,15 +74,15 @@ def add(commands) -> None:
     )
     compress.add_argument(
         "--finetune",
-        type=int,
+        type=whole(),
         default=0,
         metavar="STEPS",
         help="train what is pruned for some steps before it is quantized",
     )
     compress.add_argument(
-        "--sequences", type=int, default=128, metavar="N", help="of calibration text (128)"
+        "--sequences", type=whole(1), default=128, metavar="N", help="of calibration text (128)"
     )
-    compress.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    add_step(compress)
     compress.add_argument(
         "--out", metavar="DIR", help="run directory to write (default: RUN-compressed-NAME)"
     )
@@ -236,7 +239,8 @@ def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
         expression, equals, value = entry.rpartition("=")
         if not equals:
             raise UserError(f"{option} {entry}: want REGEX={wanted}")
-        found[expression] = value
+        if found.setdefault(expression, value) != value:
+            raise UserError(f"{option} {entry}: {expression} was given {found[expression]} before")
     return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command
+from launch.commands.common import add_command, whole
 
 
 def add(commands) -> None:
@@ -23,8 +23,8 @@ def add(commands) -> None:
         metavar="MODEL",
         help="BERT (default), TrXL, FlauBERT, T5 or XLM",
     )
-    dataflow.add_argument("--sequence", type=int, default=4096, metavar="N", help="(4096)")
-    dataflow.add_argument("--batch", type=int, default=64, metavar="N", help="sequences (64)")
+    dataflow.add_argument("--sequence", type=whole(1), default=4096, metavar="N", help="(4096)")
+    dataflow.add_argument("--batch", type=whole(1), default=64, metavar="N", help="sequences (64)")
     dataflow.add_argument(
         "--platform",
         default="cloud",

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from launch.commands.common import add_command, add_machine, trained_run
+from launch.commands.common import add_command, add_machine, add_step, trained_run
 
 
 def add(commands) -> None:
     evaluate = add_command(commands, run, "eval", "validation loss of a trained run")
     evaluate.add_argument("run", metavar="RUN", help="run directory")
-    evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    add_step(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     add_machine(evaluate, "one device")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from launch.commands.common import add_command, trained_run
+from launch.commands.common import add_command, add_step, trained_run
 
 
 def add(commands) -> None:
@@ -12,7 +12,7 @@ def add(commands) -> None:
     )
     export.add_argument("run", metavar="RUN", help="run directory")
     export.add_argument("folder", metavar="FOLDER", help="to write; new, or empty")
-    export.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    add_step(export)
     export.add_argument(
         "--dense", action="store_true", help="of a quantized run: plain numbers, not its formats"
     )

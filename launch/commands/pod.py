@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.commands.common import add_command, mesh_bindings
+from launch.commands.common import add_command, add_run, real, run_bindings, whole
 
 
 def add(commands) -> None:
@@ -20,27 +20,13 @@ def add(commands) -> None:
     pod.add_argument("--slice", required=True, metavar="SHAPE", help="such as 4x4x8_twisted")
     pod.add_argument(
         "--hosts-per-process",
-        type=int,
+        type=whole(1),
         metavar="K",
         help="hosts (4 chips each) that share a process (default: at most 4 processes)",
     )
-    pod.add_argument(
-        "--gin",
-        action="append",
-        default=[],
-        metavar="BINDING",
-        help="change a parameter, such as 'run.Run.eval_every = 50'; may be repeated",
-    )
-    pod.add_argument("--steps", type=int, metavar="N", help="updates of the whole run")
-    pod.add_argument("--log-every", type=int, metavar="N", help="steps between rows of metrics")
-    pod.add_argument("--seed", type=int, metavar="N", help="of parameters, data and samples")
+    add_run(pod)
     pod.add_argument(
         "--mesh", metavar="AXES", help="such as fsdp=8,tensor=2; -1 takes what is left"
-    )
-    pod.add_argument(
-        "--out",
-        metavar="DIR",
-        help="run directory (default: runs/ and the name of the last CONFIG)",
     )
     pod.add_argument(
         "--address",
@@ -58,13 +44,13 @@ def add(commands) -> None:
     )
     group.add_argument(
         "--hang-after",
-        type=float,
+        type=real(5, 1e9),
         default=60.0,
         metavar="S",
         help="seconds without a step after which all start again (default: 60)",
     )
     group.add_argument(
-        "--blocks", type=int, metavar="N", help="blocks that the pod has (default: 64)"
+        "--blocks", type=whole(1), metavar="N", help="blocks that the pod has (default: 64)"
     )
     group.add_argument(
         "--fail",
@@ -77,19 +63,17 @@ def add(commands) -> None:
     group.add_argument(
         "--chaos", metavar="RATES", help="random failures a step, such as host=0.01,hang=0.005"
     )
-    group.add_argument("--chaos-seed", type=int, default=0, metavar="N", help="of --chaos")
+    group.add_argument("--chaos-seed", type=whole(), default=0, metavar="N", help="of --chaos")
 
 
 def run(args, began: float) -> int:
     from launch.pod.keeper import keep
 
-    short = {"steps": args.steps, "log_every": args.log_every, "seed": args.seed}
-    bindings = [f"run.Run.{name} = {value}" for name, value in short.items() if value is not None]
     options = {name: value for name, value in vars(args).items() if name != "command"}
     return keep(
         options
         | {
-            "bindings": args.gin + bindings + mesh_bindings(args.mesh),
+            "bindings": run_bindings(args),
             "out": str(args.out or Path("runs") / Path(args.configs[-1]).stem),
         }
     )

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from launch.commands.common import add_command, add_machine, trained_run
+from launch.commands.common import (
+    add_command,
+    add_machine,
+    add_step,
+    real,
+    trained_run,
+    whole,
+)
 
 
 def add(commands) -> None:
@@ -11,13 +18,21 @@ def add(commands) -> None:
     sample.add_argument(
         "--prompt", nargs="+", default=[""], metavar="TEXT", help="texts to continue (default: '')"
     )
-    sample.add_argument("--tokens", type=int, default=200, metavar="N", help="how many (200)")
+    sample.add_argument("--tokens", type=whole(1), default=200, metavar="N", help="how many (200)")
     sample.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)"
+        "--temperature",
+        type=real(0, 1e30),
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest (0.8)",
     )
-    sample.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest tokens only")
-    sample.add_argument("--seed", type=int, default=0, metavar="N", help="other seed, other text")
-    sample.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    sample.add_argument(
+        "--top-k", type=whole(1), metavar="K", help="of the K likeliest tokens only"
+    )
+    sample.add_argument(
+        "--seed", type=whole(), default=0, metavar="N", help="other seed, other text"
+    )
+    add_step(sample)
     add_machine(sample, "one device")
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.commands.common import add_command
+from launch.commands.common import add_command, whole
 from pjit_train.errors import UserError
 
 
@@ -74,7 +74,9 @@ def _add_training_study(studies, run, name: str, summary: str, details: str) -> 
         metavar="SIZE",
         help="small (default), overnight, or a gin file like those in configs/studies",
     )
-    study.add_argument("--seeds", type=int, metavar="N", help="runs of each kind (as configured)")
+    study.add_argument(
+        "--seeds", type=whole(1), metavar="N", help="runs of each kind (as configured)"
+    )
     study.add_argument(
         "--table", action="store_true", help="train nothing: table and figure of what is there"
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.commands.common import add_command
+from launch.commands.common import add_command, whole
 from pjit_train.errors import UserError
 
 
@@ -11,7 +11,7 @@ def add(commands) -> None:
         commands, run, "tokenizer", "train a byte-level BPE tokenizer on .txt and .jsonl files"
     )
     tokenizer.add_argument("files", nargs="+", metavar="FILE", help="paths, or globs in quotes")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens")
+    tokenizer.add_argument("--vocab-size", type=whole(1), required=True, metavar="N", help="tokens")
     tokenizer.add_argument(
         "--out", default="tokenizer.json", metavar="PATH", help="where to write (tokenizer.json)"
     )

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from launch.commands.common import add_command, add_machine, mesh_bindings
+from launch.commands.common import add_command, add_machine, add_run, run_bindings, whole
 
 _NO_CONFIG = """\
 torsion train: give it a configuration. A first run, a few minutes on a laptop:
@@ -33,26 +33,12 @@ def add(commands) -> None:
     )
     train.set_defaults(trains=True)
     train.add_argument("configs", nargs="*", metavar="CONFIG.gin", help="what to train")
-    train.add_argument(
-        "--gin",
-        action="append",
-        default=[],
-        metavar="BINDING",
-        help="change a parameter, such as 'run.Run.eval_every = 50'; may be repeated",
-    )
-    train.add_argument("--steps", type=int, metavar="N", help="updates of the whole run")
-    train.add_argument("--log-every", type=int, metavar="N", help="steps between rows of metrics")
-    train.add_argument("--seed", type=int, metavar="N", help="of parameters, data and samples")
+    add_run(train)
     add_machine(train)
-    train.add_argument(
-        "--out",
-        metavar="DIR",
-        help="run directory (default: runs/ and the name of the last CONFIG)",
-    )
     group = train.add_argument_group("several processes, started by hand, alike but for their id")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=whole(), metavar="I", help="of this one, from 0")
+    group.add_argument("--num-processes", type=whole(1), metavar="N", help="how many there are")
 
 
 def run(args, began: float) -> int:
@@ -61,7 +47,7 @@ def run(args, began: float) -> int:
         return 2
     from launch import process
 
-    mesh = mesh_bindings(args.mesh)
+    bindings = run_bindings(args)
     processes = args.coordinator, args.process_id, args.num_processes
     process.check_processes(*processes)
     process.prepare(args.devices)
@@ -69,9 +55,7 @@ def run(args, began: float) -> int:
     from launch.configure import build_run
     from launch.directory import check_directory, steps_before
 
-    options = {"steps": args.steps, "log_every": args.log_every, "seed": args.seed}
-    short = [f"run.Run.{name} = {value}" for name, value in options.items() if value is not None]
-    run, config_text = build_run(args.configs, args.gin + short + mesh)
+    run, config_text = build_run(args.configs, bindings)
     directory = Path(args.out or Path("runs") / Path(args.configs[-1]).stem)
     check_directory(directory, config_text)
     before = steps_before(directory)

@@ -38,7 +38,7 @@ class Fault:
     @classmethod
     def parse(cls, text: str) -> "Fault":
         """The failure that a text such as host:3@step:40 names. UserError with the kinds."""
-        match = re.fullmatch(r"(\w+)(?::([^@]+))?@step:(\d{1,9})", text.strip())
+        match = re.fullmatch(r"(\w+)(?::([^@]+))?@step:([0-9]{1,9})", text.strip())
         kind, what, step = match.groups() if match else ("", "", "0")
         wants = KINDS.get(kind)
         if wants is None or bool(wants) != bool(what) or int(step) < 1:
@@ -48,7 +48,7 @@ class Fault:
                 Part.parse(f"ocs:{what}", TPU_V4)
             except ValueError as error:
                 raise UserError(f"--fail {text}: {error}") from error
-        elif wants and not what.isdecimal():
+        elif wants and not re.fullmatch(r"[0-9]{1,9}", what):
             raise UserError(f"--fail {text}: {what!r} is no number of {wants}, from 0")
         return cls(kind=kind, what=what or "", step=int(step))
 
@@ -69,10 +69,10 @@ def parse_chaos(text: str) -> dict[str, float]:
     rates = {}
     for part in text.split(","):
         kind, _, rate = part.partition("=")
-        try:
-            rates[kind] = float(rate)
-        except ValueError:
-            rates[kind] = -1.0
+        if kind in rates:
+            raise UserError(f"--chaos {text}: {kind} is given twice; give it one rate")
+        digits = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", rate)
+        rates[kind] = float(rate) if digits else -1.0
         if kind not in CHAOS or not 0 <= rates[kind] <= 1:
             raise UserError(
                 f"--chaos {text}: {part!r} is no KIND=RATE, failures a step from 0 to 1, such as "

@@ -24,6 +24,7 @@ from pjit_train.data import stdlib_files
 from pjit_train.data.cache import default_cache_dir, locked
 from pjit_train.data.files import is_text_file, read_documents
 from pjit_train.errors import UserError
+from sparsity.ranges import Part, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,11 @@ class TextFiles:
 
     train: str | Sequence[str]
     validation: str | Sequence[str] | None = None
-    validation_fraction: float = 0.05
+    validation_fraction: Part = 0.05
     text_field: str = "text"
+
+    def __post_init__(self):
+        check_fields(self, UserError)
 
     def documents(self, split: str, cache_dir: Path | None = None) -> Iterator[str]:
         """Yields the texts of a split; raises UserError for a file or line it cannot read, and at
@@ -64,10 +68,6 @@ class TextFiles:
 
     def _part(self, split: str) -> Iterator[str]:
         """The part of `train` that a split gets."""
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(
-                f"TextFiles.validation_fraction={self.validation_fraction} must be between 0 and 1"
-            )
         few = self._is_few()
         for text in self._read(self.train):
             if few:

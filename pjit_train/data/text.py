@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pjit_train.data.packing import PackedRows
 from pjit_train.data.sources import PythonStdlib, TextFiles, Tfds
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
 from pjit_train.errors import UserError
+from sparsity.ranges import Count, Positive, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,15 @@ class TextData:
     """
 
     sources: Sequence[TextFiles | Tfds | PythonStdlib] = (PythonStdlib(),)
-    weights: Sequence[float] | None = None
+    weights: Sequence[Positive] | None = None
     tokenizer: Bytes | TokenizerJson = dataclasses.field(default_factory=Bytes)
-    seq_len: int = 256
-    batch_size: int = 16
+    seq_len: Count = 256
+    batch_size: Count = 16
     mask_documents: bool = False
     cache_dir: str | None = None
+
+    def __post_init__(self):
+        check_fields(self, UserError)
 
     def prepare(self, seed: int) -> "Batches":
         """Opens the corpus, tokenized into the cache first if it is not there.
@@ -73,10 +76,6 @@ class TextData:
 
         Raises UserError for an option that makes no sense and for a corpus that cannot be read.
         """
-        for name in ("seq_len", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"TextData.{name}={value!r} must be a whole number, at least 1")
         if not isinstance(self.sources, Sequence) or not self.sources:
             raise UserError(f"TextData.sources={self.sources!r} must be a list of sources")
         weights = [1.0] * len(self.sources) if self.weights is None else list(self.weights)
@@ -84,8 +83,6 @@ class TextData:
             raise UserError(
                 f"TextData.weights={weights} must be as many as the {len(self.sources)} sources"
             )
-        if not all(0 < weight < math.inf for weight in weights):
-            raise UserError(f"TextData.weights={weights} must be finite and greater than 0")
 
         cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
         return [open_cache(source, self.tokenizer, cache_dir, tokenize) for source in self.sources]

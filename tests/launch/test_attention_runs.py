@@ -8,10 +8,9 @@ import test_runs
 
 from launch.cli import main
 
-TINY = f"""{test_runs.TINY}
+TINY = f"""{test_runs.TINY.replace("num_heads = 2", "num_heads = 4")}
 run.Run.eval_every = 1
 run.Run.eval_batches = 1
-transformer.TransformerConfig.num_heads = 4
 """
 
 
@@ -40,7 +39,8 @@ def train(tmp_path, monkeypatch, capfd):
          "head_dim"),
         ({"num_kv_heads": 3}, "model: num_kv_heads=3 does not divide num_heads=4; use a divisor of "
          "4"),
-        ({"attention_tile_rows": 0}, "model: attention_tile_rows=0; use a positive number"),
+        ({"attention_tile_rows": 0}, "TransformerConfig.attention_tile_rows=0; use a "
+         "whole number from 1 to 2147483647 or None"),
         ({"attention": "fast"}, "transformer.TransformerConfig.attention = 'fast': want 'auto' or "
          "'rows' or 'flat' or 'splash' or 'cudnn'"),
         ({"attention_sequence": "rings"}, "transformer.TransformerConfig.attention_sequence = "

@@ -100,9 +100,12 @@ def test_options_are_short_for_bindings_and_come_last(here, trained):
         ),
         (
             "train small.gin --mesh fsdp=0",
-            "mesh: fsdp=0 is no size; use a positive number, or -1",
+            "MeshShape.fsdp=0; use a whole number from 1 to 2147483647 or -1",
         ),
-        ("train small.gin --steps 0", "run: steps=0; use a positive number"),
+        (
+            "train small.gin --gin run.Run.steps=0",
+            "Run.steps=0; use a whole number from 1 to 2147483647",
+        ),
         (
             "train small.gin --out small.gin",
             "run directory small.gin: small.gin is a file; use another --out",
@@ -163,7 +166,9 @@ def test_an_unknown_command_or_option_exits_with_2(argv, capfd):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
-    assert capfd.readouterr().err.startswith("usage: torsion")
+    err = capfd.readouterr().err
+    assert err.startswith("torsion: ")
+    assert err.count("\n") == 1
 
 
 def test_train_without_a_configuration_explains_the_first_run(here, capfd):

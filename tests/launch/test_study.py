@@ -79,7 +79,8 @@ def here(tmp_path, monkeypatch):
 
 
 def command(*options: str) -> int:
-    return main(["study", "recipes", "--size", "tiny.gin", "--out", "out", *options])
+    size = [] if "--size" in options else ["--size", "tiny.gin"]
+    return main(["study", "recipes", *size, "--out", "out", *options])
 
 
 def tiny_run(recipe=None, steps: int = 10):
@@ -230,11 +231,14 @@ def test_comparisons_are_paired_by_seed_and_interpolated():
         ("study.RecipeStudy.patterns = ('1:5',)", (), r"kernel.* groups of 5; use an M that div"),
         ("study.RecipeStudy.patterns = ('4:2',)", (), r"'4:2' keeps 4 of every 2"),
         ("study.RecipeStudy.patterns = ()", (), r"patterns.*one or more"),
-        ("study.RecipeStudy.seeds = 0", (), r"seeds=0; use 1 or more"),
+        (
+            "study.RecipeStudy.seeds = 0",
+            (),
+            r"RecipeStudy.seeds=0; use a whole number from 1",
+        ),
         ("study.RecipeStudy.layers = 'attn'", (), r"attn"),
         ("study.RecipeStudy.recipe = 'step'", (), r"recipe"),
         ("run.Run.steps = 0", (), r"steps=0"),
-        ("", ("--seeds", "0"), r"seeds=0; use 1 or more"),
         ("", ("--size", "tiny"), r"use small, overnight, or a gin file like configs/"),
         ("", ("--size", "nowhere.gin"), r"nowhere\.gin: no such file"),
         ("", ("--size", "configs/quickstart.gin"), r"nothing of study\.RecipeStudy"),
@@ -242,7 +246,9 @@ def test_comparisons_are_paired_by_seed_and_interpolated():
     ],
 )
 def test_mistakes_are_one_line(here, capsys, text, options, says):
-    Path("tiny.gin").write_text(TINY + text + "\n")
+    Path("base_of_tiny.gin").write_text(TINY)
+    imports = "\n".join(line for line in TINY.splitlines() if line.startswith("from "))
+    Path("tiny.gin").write_text(f"{imports}\ninclude 'base_of_tiny.gin'\n{text}\n")
     assert command(*options) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1

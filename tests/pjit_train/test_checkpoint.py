@@ -270,7 +270,7 @@ def test_due_by_minutes(tmp_path, mesh, monkeypatch):
     [("every_steps", 0), ("every_minutes", 0), ("keep_last", 0), ("keep_last", None)],
 )
 def test_config_names_the_wrong_number(name, wrong):
-    with pytest.raises(UserError, match=f"CheckpointConfig.{name} is {wrong}; it must be"):
+    with pytest.raises(UserError, match=f"CheckpointConfig.{name}={wrong}; use a "):
         CheckpointConfig(**{name: wrong})
 
 

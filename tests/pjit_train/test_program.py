@@ -119,7 +119,7 @@ def test_a_process_reads_only_its_own_rows():
             {"data": TextData(seq_len=T, batch_size=B, tokenizer=Vocabulary(V + 1))},
             "data: token ids go up to 56 and the model has vocab_size=56; use vocab_size >= 57",
         ),
-        ({"steps": 0}, "run: steps=0; use a positive number"),
+        ({"steps": 0}, "Run.steps=0; use a whole number from 1 to 2147483647"),
         ({"on_nonfinite": "halt"}, "run: on_nonfinite='halt' is unknown; use stop or skip"),
     ],
 )

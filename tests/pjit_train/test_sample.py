@@ -80,6 +80,8 @@ def test_greedy_tokens_are_those_of_the_whole_forward_pass(sampled):
 def test_the_likeliest_token_alone_is_greedy(sampled):
     greedy = call(sampled, ["AB"], tokens=9, temperature=0)
     assert call(sampled, ["AB"], tokens=9, temperature=1.7, top_k=1, seed=3) == greedy
+    for limit in (1e-40, 1.2e-38, 1e-30):
+        assert call(sampled, ["AB"], tokens=9, temperature=limit, seed=3) == greedy
     hot = [call(sampled, ["AB"], tokens=9, temperature=1.7, seed=s)[0] for s in range(4)]
     assert len(set(hot)) == 4
     assert call(sampled, ["AB"], tokens=9, temperature=1.7, seed=2) == [hot[2]]
@@ -174,14 +176,17 @@ def test_a_vocabulary_larger_than_the_tokenizers_samples_none_of_the_rest():
         (
             ["A"],
             {"tokens": 0},
-            "sample: tokens=0, temperature=1.0, top_k=None; want tokens >= 1, temperature >= 0, "
-            "top_k >= 1",
+            "sample: tokens=0; use a whole number from 1 to 2147483647",
         ),
         (
             ["A"],
-            {"tokens": 4, "temperature": -1.0, "top_k": 0},
-            "sample: tokens=4, temperature=-1.0, top_k=0; want tokens >= 1, temperature >= 0, "
-            "top_k >= 1",
+            {"tokens": 4, "temperature": float("nan")},
+            "sample: temperature=nan; use a number from 0 to 3.4e38",
+        ),
+        (
+            ["A"],
+            {"tokens": 4, "top_k": 0},
+            "sample: top_k=0; use a whole number from 1 to 2147483647 or None",
         ),
     ],
 )

@@ -208,7 +208,7 @@ def test_mesh_uses_the_devices_it_asks_for():
     [
         (
             lambda: MeshShape(tensor=0),
-            "mesh: tensor=0 is no size; use a positive number, or -1",
+            "MeshShape.tensor=0; use a whole number from 1 to 2147483647 or -1",
         ),
         (
             lambda: MeshShape(data=-1, fsdp=-1),

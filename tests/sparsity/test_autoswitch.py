@@ -177,10 +177,10 @@ def test_bfloat16_moments_keep_their_type():
     ("options", "message"),
     [
         ({"option": "harmonic"}, "option='harmonic' is unknown; use arithmetic or geometric"),
-        ({"threshold": 0.0}, "threshold=0.0; use more than 0, or None"),
-        ({"window": 0}, "window=0; use 1 or more, or None"),
-        ({"min_fraction": 0.6}, "use 0 <= min_fraction <= max_fraction <= 1"),
-        ({"max_fraction": 1.5}, "use 0 <= min_fraction <= max_fraction <= 1"),
+        ({"threshold": 0.0}, "threshold=0.0; use a number from 1.18e-38 to"),
+        ({"window": 0}, "window=0; use a whole number from 1 to 2147483647 or None"),
+        ({"min_fraction": 0.6}, "use min_fraction <= max_fraction"),
+        ({"max_fraction": 1.5}, "AutoSwitch.max_fraction=1.5; use a number from 0 to 1"),
     ],
 )
 def test_bad_values(options, message):

@@ -94,11 +94,20 @@ def test_a_decay_that_leaves_the_run_dense_is_refused(decay):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Linear(beta=0), "Linear: beta=0; use more than 0, or None"),
-        (lambda: Exponential(beta=-1.0), "Exponential: beta=-1.0; use more than 0, or None"),
-        (lambda: MaskDecay(weight=0), "MaskDecay: weight=0; use more than 0"),
-        (lambda: MaskDecay(every=0), "MaskDecay: every=0; use 1 or more"),
-        (lambda: MaskDecay(max_updates=0), "MaskDecay: max_updates=0; use 1 or more"),
+        (lambda: Linear(beta=0), "Linear.beta=0; use a number from .* or None"),
+        (
+            lambda: Exponential(beta=-1.0),
+            "Exponential.beta=-1.0; use a number from .* or None",
+        ),
+        (lambda: MaskDecay(weight=0), "MaskDecay.weight=0; use a number from 1.18e-38"),
+        (
+            lambda: MaskDecay(every=0),
+            "MaskDecay.every=0; use a whole number from 1 to",
+        ),
+        (
+            lambda: MaskDecay(max_updates=0),
+            "MaskDecay.max_updates=0; use a whole number from 1",
+        ),
         (lambda: MaskDecay(variant="repo"), "variant='repo' is unknown; use paper or code"),
     ],
 )

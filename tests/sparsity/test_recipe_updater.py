@@ -186,10 +186,10 @@ def test_phases_go_beyond_the_run_without_change():
         ({"layers": {"w": "half"}}, "'w': pattern 'half' is not N:M"),
         ({"gradient": "ste"}, "gradient='ste' is unknown; use straight_through or masked"),
         ({"sr_ste_where": "weight"}, "sr_ste_where='weight' is unknown; use gradient or decoupled"),
-        ({"sr_ste": -1.0}, "sr_ste=-1.0; use 0 or more"),
-        ({"update_every": 0}, "update_every=0; use 1 or more"),
+        ({"sr_ste": -1.0}, "Recipe.sr_ste=-1.0; use a number from 0 to"),
+        ({"update_every": 0}, "Recipe.update_every=0; use a whole number from 1 to 2147483647"),
         ({"packed": True}, "packed=True needs masks that stay fixed; use fine_tune_fraction > 0"),
-        ({"dense_fraction": 1.5}, "dense_fraction=1.5 is no fraction of the run; use 0 to 1"),
+        ({"dense_fraction": 1.5}, "Recipe.dense_fraction=1.5; use a number from 0 to 1"),
         (
             {"dense_fraction": 0.6, "fine_tune_fraction": 0.5},
             "dense_fraction=0.6 and fine_tune_fraction=0.5 are more than the whole run",
