@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := test
 ARGS ?=
 
-.PHONY: setup train test browser lint format test-oracle bench clean
+.PHONY: setup train test lint wheel format test-oracle bench clean
 
 setup: .venv/.ready
 
@@ -18,12 +18,9 @@ train: setup
 	$(BIN)/torsion train configs/quickstart.gin $(ARGS)
 
 # A file's tests run in one process, which makes its fixtures and compiled programs once.
-test: lint browser
+# The pages are tested in Chromium; where there is none, their tests say how to get it.
+test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-
-# The pages are tested in a real browser; without root the tests of them say what to install.
-browser:
-	@command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium) || true
 
 lint: setup
 	$(BIN)/ruff check .
@@ -43,9 +40,13 @@ test-oracle: .venv-oracle/.ready
 	.venv-oracle/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-oracle.txt -e '.[test,oracle]'
 	@touch $@
 
+wheel: setup
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
 bench: setup
 	$(BIN)/python tests/bench/step.py
 	$(BIN)/python tests/bench/trainer.py
 
 clean:
-	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

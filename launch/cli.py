@@ -9,6 +9,7 @@ import os
 import sys
 import time
 
+from launch import __version__
 from launch.commands import (
     completion,
     compress,
@@ -89,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
         ),
         epilog="torsion COMMAND --help tells the options of a command.",
     )
+    top.add_argument("--version", action="version", version=f"torsion {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)

@@ -5,6 +5,7 @@ Gin's state is global; every call clears it first.
 
 import difflib
 import functools
+import importlib.resources
 import pprint
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ from launch.typecheck import check_types
 from pjit_train.errors import UserError
 from pjit_train.run import Run
 
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout, which holds configs/
-gin.add_config_file_search_path(str(ROOT))
+SHIPPED = Path(str(importlib.resources.files("launch")))  # holds configs/, in a checkout by a link
+gin.add_config_file_search_path(str(SHIPPED))
 # Of patterns the first that matches counts, so dictionaries are written in their order, not sorted.
 gin.config.pprint = SimpleNamespace(pformat=functools.partial(pprint.pformat, sort_dicts=False))
 # Gin's second reader looks in Python packages, which it imports, and logs what it does not find.
@@ -42,8 +43,9 @@ def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, 
     """Builds the run that gin files and bindings describe; the last binding of a parameter holds.
 
     Args:
-      files: paths from the current directory, or else from the checkout, or from its configs/. What
-        they include is looked for from the current directory, or else from the checkout.
+      files: paths from the current directory, or else of what is shipped (`configs/base.gin`, or
+        `base.gin`). What they include is looked for from the current directory, or else in what is
+        shipped.
       bindings: gin bindings, in which `explain.STANDARD` are imported.
 
     Returns:
@@ -84,10 +86,11 @@ def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, 
 
 
 def _find_file(file: str) -> str:
-    for folder in (Path(), ROOT, ROOT / "configs"):
+    for folder in (Path(), SHIPPED, SHIPPED / "configs"):
         if (folder / file).is_file():
             return str(folder / file)
-    shipped = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("configs/**/*.gin"))]
+    configs = (SHIPPED / "configs").resolve()
+    shipped = [f"configs/{path.relative_to(configs)}" for path in sorted(configs.glob("**/*.gin"))]
     near = difflib.get_close_matches(file, shipped, n=1)
     raise UserError(f"{file}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
 

@@ -28,7 +28,7 @@ def add(commands) -> None:
         "train",
         "train a model, or go on with its training",
         "The run is what the gin files describe, in their order, changed by --gin, changed by the "
-        "other options. Files are looked for here, then in the checkout and its configs/. "
+        "other options. Files are looked for here, then among those that are shipped. "
         "Run again with the same --out, it resumes from its newest checkpoint.",
     )
     train.set_defaults(trains=True)

@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 
 from launch.bindings import parse_bindings
-from launch.configure import ROOT, build_run
+from launch.configure import build_run
 from pjit_train.sharding import Rules
 from pjit_train.transformer import count_params
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.gin"))}
+TESTS = Path(__file__).parents[1]
+GOLDEN = TESTS / "golden"
+CONFIGS = {path.stem: path for path in sorted(TESTS.parent.glob("configs/**/*.gin"))}
 BASE = CONFIGS.pop("base")
 
 

@@ -158,9 +158,10 @@ def browser(tmp_path_factory):
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
-        pytest.fail(
-            "no Chromium here: the pages are tested in one; apt-get install chromium", pytrace=False
-        )
+        say = "no Chromium here: the pages are tested in one; apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(say, pytrace=False)
+        pytest.skip(say)
     found = Browser(program, tmp_path_factory.mktemp("profile"))
     yield found
     found.close()
