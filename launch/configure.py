@@ -100,7 +100,7 @@ def _check_file(file: str, within: tuple[str, ...]) -> None:
 
     What is missing, and files `within` themselves, are gin's to name.
     """
-    paths = (folder / file for folder in (Path(), ROOT))
+    paths = (folder / file for folder in (Path(), SHIPPED))
     path = next((path for path in paths if path.is_file()), None)
     if path is not None and file not in within:
         text = path.read_text()

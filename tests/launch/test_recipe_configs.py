@@ -2,16 +2,16 @@
 
 import pytest
 
-from launch.configure import ROOT, build_run
+from launch.configure import SHIPPED, build_run
 from pjit_train.errors import UserError
 from sparsity import recipes
 from sparsity.api import ALGORITHMS
 from sparsity.pruning import Pruning
 from sparsity.recipes import Recipe
 
-FOLDER = ROOT / "configs" / "recipes"
+FOLDER = SHIPPED / "configs" / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.gin"))
-QUICK = str(ROOT / "configs" / "quickstart.gin")
+QUICK = str(SHIPPED / "configs" / "quickstart.gin")
 
 
 def run_with(name: str, *bindings: str):
