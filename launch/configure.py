@@ -39,7 +39,9 @@ gin.config._FILE_READERS[1:] = []
 _IMPORTS = "\n".join(["from __gin__ import dynamic_registration", *IMPORT.values(), ""])
 
 
-def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, str]:
+def build_run(
+    files: Sequence[str], bindings: Sequence[str] = (), *, text: str = ""
+) -> tuple[Run, str]:
     """Builds the run that gin files and bindings describe; the last binding of a parameter holds.
 
     Args:
@@ -47,6 +49,7 @@ def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, 
         `base.gin`). What they include is looked for from the current directory, or else in what is
         shipped.
       bindings: gin bindings, in which `explain.STANDARD` are imported.
+      text: gin text that comes before the files, as this function returns it.
 
     Returns:
       The run, and its operative configuration: gin text that binds every parameter in use, defaults
@@ -57,6 +60,8 @@ def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, 
         effect: whatever is wrong with the configuration.
     """
     gin.clear_config()
+    with explained(what := " ".join(files) or "the run's configuration"):
+        gin.parse_config(text)
     for file in files:
         path = _find_file(file)
         with explained(path):
@@ -66,7 +71,7 @@ def build_run(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Run, 
         with explained(source := f"--gin {binding!r}", _in_use()):
             gin.parse_config(_IMPORTS + binding)
             check_said_once([_IMPORTS + binding], source)
-    with explained(" ".join(files)):
+    with explained(what):
         gin.parse_config(_IMPORTS)
         bound = parse_bindings(gin.config_str())
         _check_macros(bound)

@@ -1,11 +1,15 @@
 """Run directories: whether one may be trained in, and what is in one that was."""
 
+import logging
 import tokenize
 from pathlib import Path
 from typing import Any
 
 from launch.bindings import Key, format_value, parse_bindings
+from pjit_train import record
 from pjit_train.errors import UserError
+
+log = logging.getLogger("torsion")
 
 # What may differ when a run is resumed: where and how it computes, reports and saves, not what.
 # Everything else gives another run.
@@ -28,16 +32,59 @@ CHANGEABLE = (
     "pjit_train.transformer.TransformerConfig.layers",
     "pjit_train.transformer.TransformerConfig.remat",
 )
+# What may differ, too, where the digest of the tokens says that the text is the same.
+OF_TEXT = (
+    "pjit_train.data.sources.",
+    "pjit_train.data.text.TextData.sources",
+    "pjit_train.data.tokenizers.TokenizerJson.path",
+)
 _UNBOUND = object()
+_UNREADABLE = (OSError, ValueError, SyntaxError, tokenize.TokenError)
 
 
-def config_file(directory: Path) -> Path:
-    """The configuration of a run directory. UserError where it has none."""
-    path = directory / "config.gin"
-    if not path.is_file():
+def check_is_run(directory: Path) -> None:
+    """Raises a UserError where there is no configuration of a run."""
+    if not any((directory / name).is_file() for name in ("config.gin", record.FILE)):
         what = "has no config.gin" if directory.exists() else "does not exist"
-        raise UserError(f"{directory} {what}; give the directory of a run (the --out of its train)")
-    return path
+        way = "give the directory of a run (the --out of its train)"
+        if _has_checkpoints(directory):
+            way = "the command that trained it writes it again"
+        raise UserError(f"{directory} {what}; {way}")
+
+
+def configuration(directory: Path) -> tuple[str, list[str]]:
+    """What a run directory was trained with, and what there is to say about its files.
+
+    `config.gin` counts, which may say anew where and how things are computed, and where the same
+    text is. Where it is lost, damaged or of another run, its copy in the record counts.
+
+    Raises:
+      UserError: there is no configuration that can be read.
+    """
+    check_is_run(directory)
+    path, said = directory / "config.gin", []
+    try:
+        kept = record.read(directory)
+    except UserError as error:
+        kept, said = None, [str(error)]
+    try:
+        written = parse_bindings(text := path.read_text(encoding="utf-8")).values
+    except _UNREADABLE as error:
+        if kept is None:
+            raise UserError(_no_way(path)) from error
+        what = "cannot be read" if path.exists() else "is missing"
+        return kept.config, [f"{path} {what}; its copy in {directory / record.FILE} is used"]
+    if kept is None:
+        return text, said
+    trained = parse_bindings(kept.config).values
+    changed = _changes(trained, written)
+    if not changed:
+        return text, said
+    _, key, old, new = changed[0]
+    what = f"{path} has {_show(key, new)}; the run was trained with {_show(key, old)}"
+    if all(_may_change(key) or _is_of_text(key) for _, key, _, _ in changed):
+        return text, [what]
+    return kept.config, [f"{what}, which is used"]
 
 
 def check_directory(directory: Path, config_text: str) -> None:
@@ -49,30 +96,33 @@ def check_directory(directory: Path, config_text: str) -> None:
 
     Raises:
       UserError: the path cannot be a directory, holds something else, or was begun with another
-        configuration; bindings of `CHANGEABLE` may differ.
+        configuration; bindings of `CHANGEABLE` may differ, and those of `OF_TEXT` where a digest
+        of the tokens is there to compare.
     """
     for part in (directory, *directory.parents):
         if part.exists() and not part.is_dir():
             raise UserError(f"run directory {directory}: {part} is a file; use another --out")
     if not directory.exists():
         return
-    if not (directory / "config.gin").exists():
-        if any(_is_foreign(path) for path in directory.iterdir()):
+    path, kept = directory / "config.gin", record.read(directory)
+    if kept is None and not path.exists():
+        if _has_checkpoints(directory):
+            log.warning("%s is lost: going on with the configuration that is given", path)
+        elif any(_is_foreign(path) for path in directory.iterdir()):
             raise UserError(
                 f"{directory} is not a run directory: it is not empty and has no config.gin; "
                 "use another --out"
             )
         return
-    before, now = _read(directory / "config.gin"), parse_bindings(config_text).values
+    before = _read(path) if kept is None else parse_bindings(kept.config).values
+    by_digest = record.corpus_of(directory) is not None  # the tokens are compared later
     changed = [
-        (_UNBOUND in (old, new), key, old, new)
-        for key in before.keys() | now.keys()
-        if (old := before.get(key, _UNBOUND)) != (new := now.get(key, _UNBOUND))
-        and not _may_change(key)
+        change
+        for change in _changes(before, parse_bindings(config_text).values)
+        if not _may_change(change[1]) and not (by_digest and _is_of_text(change[1]))
     ]
     if changed:
-        # A reference that changed tells more than the parameters that came or went with it.
-        _, key, old, new = min(changed, key=lambda change: change[:2])
+        _, key, old, new = changed[0]
         raise UserError(
             f"run directory {directory} was begun with {_show(key, old)}, "
             f"now it is {_show(key, new)}; use another --out, or the configuration that it has"
@@ -81,10 +131,11 @@ def check_directory(directory: Path, config_text: str) -> None:
 
 def steps_before(directory: Path) -> int | None:
     """The `run.Run.steps` that a directory was trained with last; None where it was not."""
-    path = directory / "config.gin"
-    if not path.exists():
+    kept, path = record.read(directory), directory / "config.gin"
+    if kept is None and not path.exists():
         return None
-    steps = (value for key, value in _read(path).items() if str(key) == "run.Run.steps")
+    before = _read(path) if kept is None else parse_bindings(kept.config).values
+    steps = (value for key, value in before.items() if str(key) == "run.Run.steps")
     return next(steps, None)
 
 
@@ -95,16 +146,45 @@ def _is_foreign(path: Path) -> bool:
     return path.name not in (".lock", "config.gin.new", "pod")
 
 
+def _has_checkpoints(directory: Path) -> bool:
+    """Whether there are checkpoints that a run wrote."""
+    return any((directory / "checkpoints").glob("*/digests/metadata"))
+
+
 def _read(path: Path) -> dict[Key, Any]:
     try:
         return parse_bindings(path.read_text(encoding="utf-8")).values
-    except (OSError, ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise UserError(f"{path} cannot be read; use another --out") from error
+    except _UNREADABLE as error:
+        raise UserError(_no_way(path)) from error
+
+
+def _no_way(path: Path) -> str:
+    return (
+        f"{path} cannot be read; remove it, and the command that trained the run goes on with the "
+        "configuration that it is given"
+    )
+
+
+def _changes(before: dict[Key, Any], now: dict[Key, Any]) -> list[tuple[bool, Key, Any, Any]]:
+    """(whether it came or went, key, old value, new value) of what differs.
+
+    First come those that are in both: a reference that changed tells more than the parameters that
+    came or went with it.
+    """
+    pairs = [(k, before.get(k, _UNBOUND), now.get(k, _UNBOUND)) for k in before.keys() | now.keys()]
+    changed = [(_UNBOUND in (old, new), k, old, new) for k, old, new in pairs if old != new]
+    return sorted(changed, key=lambda change: change[:2])
 
 
 def _may_change(key: Key) -> bool:
     configurable = f"{key.configurable.module}.{key.configurable.name}"
     return configurable in CHANGEABLE or f"{configurable}.{key.parameter}" in CHANGEABLE
+
+
+def _is_of_text(key: Key) -> bool:
+    """Whether a binding says where text is, which the digest of the tokens proves the same."""
+    name = f"{key.configurable.module}.{key.configurable.name}.{key.parameter}"
+    return name.startswith(OF_TEXT)
 
 
 def _show(key: Key, value: Any) -> str:

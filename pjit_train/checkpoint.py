@@ -10,7 +10,6 @@ was moved to `<step>.broken/`, or to `<step>.replaced/` if nobody knows it to be
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -31,6 +30,7 @@ from jax.experimental import multihost_utils
 
 from pjit_train.digest import digests
 from pjit_train.errors import UserError
+from pjit_train.files import json_sha256
 from sparsity.ranges import Count, Positive, Whole, check_fields
 
 log = logging.getLogger("torsion")
@@ -66,15 +66,20 @@ class Checkpoints:
     With several processes, all make the same calls, on one file system that they share.
     """
 
-    def __init__(self, directory: str | Path, config: CheckpointConfig):
-        """Makes the directory if need be. UserError if it cannot be written."""
+    def __init__(self, directory: str | Path, config: CheckpointConfig, *, read_only: bool = False):
+        """Makes the directory if need be, unless it is only read.
+
+        Raises:
+          UserError: it cannot be written.
+        """
         logging.getLogger("absl").addFilter(_not_orbax)
         sys.unraisablehook = _unraisable
         self.directory = Path(directory).absolute()
         self.config = config
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.directory).close()
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.directory).close()
         except OSError as error:
             raise UserError(
                 f"checkpoint directory {self.directory}: {error.strerror}; "
@@ -87,7 +92,9 @@ class Checkpoints:
         self._last_save = time.monotonic()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=_Retention(self)),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=None if read_only else _Retention(self), read_only=read_only
+            ),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -152,7 +159,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    digests=ocp.args.JsonSave({"sha256": _sha256(body), **body}),
+                    digests=ocp.args.JsonSave({"sha256": json_sha256(body), **body}),
                 ),
                 force=True,
             )
@@ -392,10 +399,6 @@ def _describe(tree: Any, found: Any = None) -> dict[str, dict]:
     return described
 
 
-def _sha256(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def _read_digests(path: Path) -> dict:
     """The body of the item `digests` of the checkpoint at `path`; _BrokenError if damaged."""
     file = path / "digests" / "metadata"
@@ -406,7 +409,7 @@ def _read_digests(path: Path) -> dict:
         raise _BrokenError(f"digests/metadata: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _BrokenError("digests/metadata is not the JSON that was written") from error
-    if stored != _sha256(body):
+    if stored != json_sha256(body):
         raise _BrokenError("digests/metadata does not have the checksum that it holds")
     return body
 

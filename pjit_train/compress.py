@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from pjit_train import record
 from pjit_train.calibrate import calibration_batches, change_kernels, input_maxima
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.compress_kernels import (
@@ -37,7 +38,7 @@ from pjit_train.compress_kernels import (
     violations,
 )
 from pjit_train.errors import UserError
-from pjit_train.evaluate import restore_weights, validate
+from pjit_train.evaluate import prepare, restore_weights, validate
 from pjit_train.loop import train
 from pjit_train.program import Program
 from pjit_train.run import Run, Samples
@@ -168,7 +169,7 @@ def compress(
         raise UserError(f"{out} exists; remove it, or use another --out")
     mesh = make_mesh(run.mesh)
     program, new = Program(run, mesh), Program(new_run, mesh)
-    batches = run.data.prepare(run.seed)
+    batches = prepare(run, directory)
     text = calibration_batches(batches, compression.sequences)
     step, weights = restore_weights(program, directory, step)
     earlier = _earlier(directory, step, compression)
@@ -184,7 +185,14 @@ def compress(
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
         temporary.mkdir(parents=True)
-        (temporary / "config.gin").write_text(config_text)
+        kept = record.read_if_whole(directory)
+        record.write(
+            temporary,
+            new_run.data,
+            config_text=config_text,
+            corpus=batches.digest,
+            folder=None if kept is None else kept.folder,
+        )
         work = _Work(compression, earlier, run, new, batches, text, temporary)
         before = validate(new, weights, batches)
         params = work.compress(params)

@@ -32,7 +32,7 @@ from pjit_train.compress_kernels import (
 )
 from pjit_train.compressed_tensors_codes import Scheme, decode, encode, input_scales, scheme
 from pjit_train.errors import UserError
-from pjit_train.evaluate import restore_weights
+from pjit_train.evaluate import prepare, restore_weights
 from pjit_train.huggingface_config import write_config
 from pjit_train.huggingface_families import Family, Tensor
 from pjit_train.program import Program
@@ -165,7 +165,7 @@ def export(
         params = jax.tree.map(np.asarray, dense_tree(weights))
         counted = {} if program.updater is None else program.updater.validity(weights)
     _Packing(write_config(run.model)[0], quantized)  # what has no name there is said first
-    quantized = _with_input_scales(quantized, program, params)
+    quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
     done = save(folder, run.model, params, quantized, patterns)
     return {"step": step, "quantized": bool(quantized), **done}
@@ -204,12 +204,12 @@ def _trained(weights) -> dict[str, QuantizedWeights]:
 
 
 def _with_input_scales(
-    quantized: Mapping[str, QuantizedWeights], program: Program, params
+    quantized: Mapping[str, QuantizedWeights], program: Program, params, directory: Path
 ) -> dict[str, QuantizedWeights]:
     """With `input_scales`, from the first sequences of the run's training text."""
     if not any(isinstance(weights.activations, NVFP4) for weights in quantized.values()):
         return dict(quantized)
-    batches = program.run.data.prepare(program.run.seed)
+    batches = prepare(program.run, directory)
     text = calibration_batches(batches, min(SEQUENCES, batches.num_train_sequences))
     maxima = input_maxima(program.graph, params, text)
     return {

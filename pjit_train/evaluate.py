@@ -1,18 +1,22 @@
 """Validation loss of parameters, in a run or after it."""
 
 import fcntl
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from pjit_train import record
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
+
+log = logging.getLogger("torsion")
 
 
 def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
@@ -35,6 +39,17 @@ def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
     }
 
 
+def prepare(run: Run, directory: Path) -> Batches:
+    """The batches of a run that is only read; warns where the text is not what it was trained on.
+
+    Nothing need be writable: tokens that cannot be kept are made for this process alone.
+    """
+    batches = run.data.prepare(run.seed, keep=False)
+    if (other := record.other_corpus(directory, batches.digest)) is not None:
+        log.warning("%s; figures are of the text of now", other)
+    return batches
+
+
 def restore_weights(program: Program, directory: Path, step: int | None = None):
     """(step, weights) of a run directory's newest good checkpoint, or of the step asked for.
 
@@ -46,7 +61,8 @@ def restore_weights(program: Program, directory: Path, step: int | None = None):
     """
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} has no checkpoints/; give the directory of a run")
-    with Checkpoints(directory / "checkpoints", program.run.checkpoints) as checkpoints:
+    saved, config = directory / "checkpoints", program.run.checkpoints
+    with Checkpoints(saved, config, read_only=True) as checkpoints:
         restored = checkpoints.restore(
             program.abstract_state_after,
             step=step,
@@ -73,14 +89,19 @@ def _is_training(directory: Path) -> bool:
 def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """Validation figures of a run directory's newest good checkpoint, and its `step`.
 
+    Where the text is not that of the run, `corpus` is "changed", and a warning of the logger
+    `torsion` says it, too.
+
     Of a run with a recipe of `sparsity` also what was counted in the weights that were evaluated:
     `kernels`, a `sparsity.validity.Validity` by name as a dictionary, and `sparse`, whether all of
     them are as sparse as the recipe says.
     """
     program = Program(run, make_mesh(run.mesh))
-    batches = run.data.prepare(run.seed)
+    batches = prepare(run, directory)
     step, weights = restore_weights(program, directory, step)
     figures = {"step": step, **validate(program, weights, batches)}
+    if record.other_corpus(directory, batches.digest) is not None:
+        figures["corpus"] = "changed"
     if program.updater is None:
         return figures
     with jax.set_mesh(program.mesh):

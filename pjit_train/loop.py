@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pjit_train import huggingface
+from pjit_train import huggingface, record
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.prefetch import Prefetcher
 from pjit_train.errors import TrainingError, UserError
@@ -28,7 +27,6 @@ from pjit_train.signals import StopRequest
 from pjit_train.transformer import count_params
 
 log = logging.getLogger("torsion")
-_CORPUS = "corpus.sha256"  # of the tokens, in the run directory
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Told what the loop does, as (event, figures): "begin" (step: that it starts after), "compiled",
@@ -51,7 +49,8 @@ def train(
 
     Args:
       run: what to train.
-      directory: gets `config.gin`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      directory: gets `config.gin`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`, and what
+        `record` keeps.
       config_text: the operative configuration that `run` was built from.
       steps_before: the `run.steps` that `directory` was trained with last, None if it was not.
       began: `time.monotonic()` when the command began, for the time to the first step.
@@ -85,13 +84,20 @@ def train(
                 f"masks are fixed by then; use --steps {steps_before}, or another --out"
             )
         restored = checkpoints.restore(program.abstract_state_after, memory=memory)
+
+        def keep(text: str, folder: str | None = None) -> None:
+            corpus = batches.digest
+            record.write(directory, run.data, config_text=text, corpus=corpus, folder=folder)
+
         if restored is not None and restored[0] >= run.steps:
+            if jax.process_index() == 0 and not (directory / "config.gin").exists():
+                kept = record.read(directory)
+                keep(*((kept.config, kept.folder) if kept else (config_text,)))
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
             return
         watch("begin", {"step": 0 if restored is None else restored[0]})
         if jax.process_index() == 0:
-            _write(directory / "config.gin", config_text)
-            _write(directory / _CORPUS, batches.digest + "\n")
+            keep(config_text)
         start, state = (0, program.new_state()) if restored is None else restored
         metrics = stack.enter_context(contextlib.closing(Metrics(directory, start)))
         display = stack.enter_context(contextlib.closing(Display(start, run.steps)))
@@ -281,12 +287,9 @@ def _check_corpus(directory: Path, digest: str) -> None:
 
     A batch is a function of (seed, step) and the tokens: with others no resumed run is the same.
     """
-    path = directory / _CORPUS
-    if path.exists() and path.read_text().strip() != digest:
-        raise UserError(
-            f"{directory} was trained on other text than its sources hold now (changed files, or "
-            "another Python's standard library); restore the text, or use another --out"
-        )
+    record.read(directory)  # a damaged one is not passed over
+    if (other := record.other_corpus(directory, digest)) is not None:
+        raise UserError(f"{other}; restore the text, or use another --out")
     if jax.process_count() > 1:
         try:
             multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(digest), np.uint8))
@@ -295,13 +298,3 @@ def _check_corpus(directory: Path, digest: str) -> None:
                 "data: the processes read different text (their files or Pythons differ); "
                 "give all of them the same"
             ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    try:
-        new.write_text(text)
-        os.replace(new, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room for it") from error

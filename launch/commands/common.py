@@ -129,18 +129,18 @@ def add_machine(sub: argparse.ArgumentParser, default: str = "as configured") ->
 
 def trained_run(args):
     """The run of a run directory, on the mesh that the options say."""
-    from launch.directory import config_file
+    from launch.directory import check_is_run
 
-    path = config_file(Path(args.run))
+    check_is_run(Path(args.run))
     mesh = mesh_bindings(",".join(f"{axis}=1" for axis in AXES)) + mesh_bindings(args.mesh)
 
     from launch import process
 
     process.prepare(args.devices)
 
-    from launch.configure import build_run
+    from launch.trained import read_run
 
-    return build_run([str(path)], mesh)[0]
+    return read_run(Path(args.run), mesh)[0]
 
 
 def mesh_bindings(mesh: str | None) -> list[str]:

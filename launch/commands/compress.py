@@ -109,6 +109,7 @@ def run(args, began: float) -> int:
     import dataclasses
 
     from launch.configure import build_run
+    from launch.directory import configuration
     from pjit_train import compressed_tensors
     from pjit_train.compress import Compression, compress
     from pjit_train.compress_kernels import (
@@ -146,22 +147,22 @@ def run(args, began: float) -> int:
         kept = {name: (row["format"], row["activations"]) for name, row in rows.items()}
         given = {name: (format, activations) for name, format in formats.items()}
         compressed_tensors.check(args.export, run.model, kept | given)
-    bindings = _bindings(run, directory / "config.gin", compression)
-    new_run, config_text = build_run([str(directory / "config.gin")], bindings)
+    before, _ = configuration(directory)
+    bindings = _bindings(run, before, compression)
+    new_run, config_text = build_run([], bindings, text=before)
+    new_run = dataclasses.replace(new_run, mesh=run.mesh, data=run.data)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         report = compress(
             run,
             directory,
-            dataclasses.replace(new_run, mesh=run.mesh),
+            new_run,
             out,
             config_text=config_text,
             compression=compression,
             step=args.step,
         )
         if args.export:
-            exported = compressed_tensors.export(
-                args.export, dataclasses.replace(new_run, mesh=run.mesh), out
-            )
+            exported = compressed_tensors.export(args.export, new_run, out)
             report["export"] = {"folder": args.export, **exported}
     if args.json:
         print(json.dumps({"out": str(out), **report}))
@@ -244,7 +245,7 @@ def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
     return found
 
 
-def _bindings(run, config: Path, compression) -> list[str]:
+def _bindings(run, config: str, compression) -> list[str]:
     """What the configuration of the compressed run binds besides that of the run."""
     from pjit_train.compress_kernels import kept_zeros
     from sparsity.one_shot import KeepZeros
@@ -271,7 +272,7 @@ def _bindings(run, config: Path, compression) -> list[str]:
     return bindings
 
 
-def _quantization_binding(run, config: Path, compression) -> str:
+def _quantization_binding(run, config: str, compression) -> str:
     """Gin's lines for what the compressed run quantizes as it goes: inputs of the named kernels.
 
     Their weights have the values of their formats already. What the run quantizes of other matmuls
@@ -282,12 +283,12 @@ def _quantization_binding(run, config: Path, compression) -> str:
 
     scope, before, selector = "inputs", {}, "quantized.Quantization"
     if run.quantization is not None:
-        bound = parse_bindings(config.read_text()).values
+        bound = parse_bindings(config).values
         reference = bound[Key(Configurable("pjit_train.run", "Run"), "", "quantization")]
         if not isinstance(reference, Reference) or reference.configurable.name != "Quantization":
             raise UserError(
-                f"{config}: run.Run.quantization = {format_value(reference)}: its layers cannot be "
-                "given other formats; bind it to @quantized.Quantization() and train the run so"
+                f"config.gin: run.Run.quantization = {format_value(reference)}: its layers cannot "
+                "be given other formats; bind it to @quantized.Quantization() and train the run so"
             )
         # A default that is no literal is not written.
         layers = Key(reference.configurable, reference.scope, "layers")

@@ -1,5 +1,6 @@
 """`torsion train`: trains a model, or goes on with its training."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -54,11 +55,13 @@ def run(args, began: float) -> int:
 
     from launch.configure import build_run
     from launch.directory import check_directory, steps_before
+    from pjit_train.record import to_train
 
     run, config_text = build_run(args.configs, bindings)
     directory = Path(args.out or Path("runs") / Path(args.configs[-1]).stem)
     check_directory(directory, config_text)
     before = steps_before(directory)
+    run = dataclasses.replace(run, data=to_train(run.data, directory))
     process.join(*processes)
 
     from pjit_train.loop import train

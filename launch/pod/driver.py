@@ -55,11 +55,13 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
     from launch.pod.plan import Plan, default_hosts_per_process
     from launch.pod.record import Record
     from launch.pod.view import View
+    from pjit_train.record import to_train
     from topology import TPU_V4, Slice
 
     run, text = build_run(options["configs"], options["bindings"])
     directory = Path(options["out"]).absolute()
     check_directory(directory, text)
+    run = dataclasses.replace(run, data=to_train(run.data, directory))
     try:
         slice = Slice.parse(options["slice"])
     except ValueError as error:

@@ -6,6 +6,7 @@ FD. It ends when standard input ends, and with its parent, whatever it is doing.
 """
 
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -131,8 +132,10 @@ def _warm(standing: dict[str, Any]):
 
     import pjit_train.loop  # noqa: F401
     from launch.configure import build_run
+    from pjit_train.record import to_train
 
     run, _ = build_run([standing["config"]])
+    run = dataclasses.replace(run, data=to_train(run.data, Path(standing["directory"])))
     run.data.prepare(run.seed)
     return run
 

@@ -13,14 +13,17 @@ A cache is one directory named by a digest of what it was made from (source and 
 It is built in a sibling directory and renamed, so it is there whole or not at all.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +33,7 @@ import numpy as np
 from pjit_train.data import checked
 from pjit_train.errors import UserError
 
+log = logging.getLogger("torsion")
 SPLITS = ("train", "validation")
 FORMAT = 2  # part of every key: a cache of another layout is never read
 BATCH_CHARACTERS = 1 << 20  # what is tokenized at a time: enough to keep every core busy
@@ -107,6 +111,8 @@ def open_cache(
     tokenizer,
     cache_dir: Path,
     tokenize: Callable[[Any, str, Any, Path], Iterator[Encoded]] = tokenize,
+    *,
+    keep: bool = True,
 ) -> dict[str, TokenSplit]:
     """Opens the cache of a source under a tokenizer, and builds it first where there is none.
 
@@ -115,6 +121,8 @@ def open_cache(
       tokenizer: one of `tokenizers`.
       cache_dir: where caches are kept; made if missing.
       tokenize: reads and encodes a split where it has to be built; by default in this process.
+      keep: whether a cache that has to be built must be kept; if not, one that cannot be is built
+        in a directory that ends with this process.
 
     Returns:
       The splits "train" and "validation".
@@ -127,6 +135,15 @@ def open_cache(
     path = cache_dir / f"tokens-{digest[:16]}"
     if (splits := _load(path, key)) is not None:
         return splits
+    if not keep and (error := _unwritable(cache_dir)) is not None:
+        log.warning(
+            "cache directory %s cannot be written (%s): tokens are made for this command alone",
+            cache_dir,
+            error.strerror,
+        )
+        cache_dir = Path(tempfile.mkdtemp(prefix="torsion-"))
+        atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
+        path = cache_dir / path.name
     with locked(path):
         if (
             splits := _load(path, key)
@@ -134,6 +151,16 @@ def open_cache(
             _build(path, key, source, tokenizer, cache_dir, tokenize)
             splits = _load(path, key)
     return splits
+
+
+def _unwritable(directory: Path) -> OSError | None:
+    """Why nothing can be written in a directory; None where something can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def _load(path: Path, key: Any) -> dict[str, TokenSplit] | None:

@@ -1,8 +1,9 @@
 """Where documents come from: local files, a TFDS dataset, or the Python standard library.
 
-A source has `documents(split, cache_dir)`, an iterator over the texts of "train" or "validation",
-and `key(cache_dir)`, JSON that changes when those texts may have. `cache_dir` is where a source
-that has to prepare something keeps it, `cache.default_cache_dir()` if None.
+A source has `documents(split, cache_dir)`, an iterator over the texts of "train" or "validation";
+`key(cache_dir)`, JSON that changes when those texts may have; and `seen_from(folder)`, the source
+as a process in that folder has it. `cache_dir` is where a source that has to prepare something
+keeps it, `cache.default_cache_dir()` if None.
 """
 
 import contextlib
@@ -110,6 +111,18 @@ class TextFiles:
                 key[split] = [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
         return ["TextFiles", key]
 
+    def seen_from(self, folder: Path) -> "TextFiles":
+        """The same files from another folder: relative paths that name some there are of there."""
+
+        def there(patterns):
+            if patterns is None or not isinstance(patterns, str):
+                return patterns and [there(pattern) for pattern in patterns]
+            path = os.path.join(folder, os.path.expanduser(patterns))
+            found = os.path.exists(path) or glob.glob(path, recursive=True)
+            return path if found else patterns
+
+        return dataclasses.replace(self, train=there(self.train), validation=there(self.validation))
+
     def _paths(self, patterns: str | Sequence[str]) -> list[str]:
         """Returns the sorted absolute paths that the patterns name."""
         found = set()
@@ -183,6 +196,13 @@ class Tfds:
             infos = self._metadata_files()
         key = dataclasses.asdict(self) | {"data_dir": str(self._directory())}
         return ["Tfds", key, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in infos]]
+
+    def seen_from(self, folder: Path) -> "Tfds":
+        """The same dataset from another folder, where a relative `data_dir` is found from there."""
+        if self.data_dir is None:
+            return self
+        path = folder / Path(self.data_dir).expanduser()
+        return dataclasses.replace(self, data_dir=str(path)) if path.is_dir() else self
 
     def _directory(self) -> Path:
         default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -260,6 +280,10 @@ class PythonStdlib:
         """Returns which Python this is and which version of the choice of files."""
         python = [platform.python_implementation(), platform.python_version()]
         return ["PythonStdlib", stdlib_files.VERSION, *python, str(stdlib_files.stdlib_dir())]
+
+    def seen_from(self, folder: Path) -> "PythonStdlib":
+        """The same text, wherever one is."""
+        return self
 
 
 def _falls_below(fraction: float, text: str) -> bool:

@@ -41,15 +41,19 @@ class TextData:
     def __post_init__(self):
         check_fields(self, UserError)
 
-    def prepare(self, seed: int) -> "Batches":
+    def prepare(self, seed: int, *, keep: bool = True) -> "Batches":
         """Opens the corpus, tokenized into the cache first if it is not there.
 
         Several processes may call it at once, on one machine or on hosts that share the directory.
 
+        Args:
+          seed: of the order of the rows.
+          keep: as `cache.open_cache` takes it.
+
         Raises UserError for an option that makes no sense and for a corpus that cannot be read or
         is shorter than one row.
         """
-        caches = self.open_caches()
+        caches = self.open_caches(keep=keep)
         rows = {
             split: [
                 PackedRows(
@@ -68,11 +72,11 @@ class TextData:
         weights = [1.0] * len(caches) if self.weights is None else list(self.weights)
         return Batches(self, rows, weights, seed)
 
-    def open_caches(self, tokenize=tokenize) -> list[dict[str, TokenSplit]]:
+    def open_caches(self, tokenize=tokenize, *, keep: bool = True) -> list[dict[str, TokenSplit]]:
         """Opens the token cache of each source, tokenized first if it is not there.
 
         Args:
-          tokenize: as `cache.open_cache` takes it.
+          tokenize, keep: as `cache.open_cache` takes them.
 
         Raises UserError for an option that makes no sense and for a corpus that cannot be read.
         """
@@ -85,7 +89,10 @@ class TextData:
             )
 
         cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
-        return [open_cache(source, self.tokenizer, cache_dir, tokenize) for source in self.sources]
+        return [
+            open_cache(source, self.tokenizer, cache_dir, tokenize, keep=keep)
+            for source in self.sources
+        ]
 
 
 class Batches:

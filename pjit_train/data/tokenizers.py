@@ -79,7 +79,7 @@ class TokenizerJson:
     def __getstate__(self) -> dict:
         """The fields and the file's text, so that a copy in another process needs no file."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"_text": self._text}  # a pickled library object would lose its settings
+        return fields | {"text": self.text}  # a pickled library object would lose its settings
 
     @functools.cached_property
     def _tokenizer(self):
@@ -88,7 +88,7 @@ class TokenizerJson:
         from tokenizers.models import BPE
 
         try:
-            tokenizer = Tokenizer.from_str(self._text)
+            tokenizer = Tokenizer.from_str(self.text)
         except BaseException as error:  # the library raises bare Exception for any malformed file
             if not _of_library(error):
                 raise
@@ -111,7 +111,8 @@ class TokenizerJson:
         return tokenizer
 
     @functools.cached_property
-    def _text(self) -> str:
+    def text(self) -> str:
+        """The text of the file."""
         path = Path(self.path).expanduser()
         try:
             if path.exists() and not path.is_file():  # a pipe might never answer
@@ -195,7 +196,7 @@ class TokenizerJson:
 
     def digest(self) -> str:
         """Returns what identifies this tokenizer in the key of a cache: file and separator."""
-        return hashlib.sha256(f"{self.separator}\n{self._text}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.separator}\n{self.text}".encode()).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> TokenizerJson:

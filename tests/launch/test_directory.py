@@ -3,7 +3,7 @@
 import pytest
 
 from launch.configure import build_run
-from launch.directory import check_directory, config_file, steps_before
+from launch.directory import check_directory, check_is_run, configuration, steps_before
 from pjit_train.errors import UserError
 
 TEXT = build_run(["configs/quickstart.gin"])[1]
@@ -105,15 +105,18 @@ def test_another_optimizer_is_refused(tmp_path):
 def test_a_configuration_that_cannot_be_read_is_refused(tmp_path):
     directory = begun(tmp_path / "run", "run.Run.steps = (")
     path = directory / "config.gin"
-    assert refusal(tmp_path, directory) == f"{path} cannot be read; use another --out"
+    way = f"{path} cannot be read; remove it, and the command that trained the run goes on with the"
+    assert refusal(tmp_path, directory) == f"{way} configuration that it is given"
 
 
-def test_config_file(tmp_path):
+def test_what_is_no_run(tmp_path):
     directory = begun(tmp_path / "run")
-    assert config_file(directory) == directory / "config.gin"
+    assert configuration(directory) == (TEXT, [])
     for folder, what in ((tmp_path, "has no config.gin"), (tmp_path / "x", "does not exist")):
         with pytest.raises(UserError, match=what):
-            config_file(folder)
+            check_is_run(folder)
+        with pytest.raises(UserError, match=what):
+            configuration(folder)
 
 
 def test_steps_before_are_those_of_the_directory(tmp_path):

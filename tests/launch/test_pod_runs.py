@@ -183,7 +183,7 @@ def test_a_pod_trains_into_a_run_directory_and_leaves_nothing_else(folder, undis
     output, found, watched = undisturbed
     assert [row[0] for row in found] == list(range(1, STEPS + 1))
     assert found[-1][1] < 0.9 * found[0][1]
-    for name in ("config.gin", "checkpoints", "tensorboard", "corpus.sha256"):
+    for name in ("config.gin", "checkpoints", "tensorboard", "checkpoints/run.json"):
         assert (folder / "quiet" / name).exists()
     assert "goodput" in output
     assert "Traceback" not in output

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from pjit_train import record
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import Batches, TextData
@@ -115,12 +116,20 @@ def test_a_run_that_is_done_says_so_and_changes_nothing(uninterrupted, run, capl
 
 
 def test_other_text_than_the_run_began_with_is_refused(uninterrupted, run):
-    known = uninterrupted / "corpus.sha256"
-    digest = known.read_text()
-    known.write_text("0" * 64 + "\n")
-    with pytest.raises(UserError, match="was trained on other text"):
+    known = uninterrupted / record.FILE
+    whole = known.read_text()
+    record.write(uninterrupted, run.data, config_text="# all of it\n", corpus="0" * 64)
+    with pytest.raises(UserError, match=r"was trained on other text .* 0{16}\.\.\. then"):
         train(run, uninterrupted, config_text="# all of it\n")
-    known.write_text(digest)
+    known.write_text(whole.replace("sha256", "sha255"))
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        train(run, uninterrupted, config_text="# all of it\n")
+    known.unlink()
+    (uninterrupted / "corpus.sha256").write_text("1" * 64 + "\n")  # as runs had it before
+    with pytest.raises(UserError, match=r"was trained on other text .* 1{16}\.\.\. then"):
+        train(run, uninterrupted, config_text="# all of it\n")
+    (uninterrupted / "corpus.sha256").unlink()
+    known.write_text(whole)
 
 
 @pytest.fixture
