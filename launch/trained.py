@@ -8,6 +8,7 @@ from pathlib import Path
 from launch.configure import build_run
 from launch.directory import configuration
 from pjit_train import record
+from pjit_train.errors import UserError
 from pjit_train.run import Run
 
 log = logging.getLogger("torsion")
@@ -27,6 +28,9 @@ def read_run(directory: Path, bindings: Sequence[str] = ()) -> tuple[Run, str]:
     text, said = configuration(directory)
     for line in said:
         log.warning("%s", line)
-    run, operative = build_run([], bindings, text=text)
+    try:
+        run, operative = build_run([], bindings, text=text)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
     data = record.to_read(run.data, directory, record.read_if_whole(directory))
     return dataclasses.replace(run, data=data), operative
