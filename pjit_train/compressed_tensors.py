@@ -140,7 +140,7 @@ def save(
 def export(
     folder: str | Path, run: Run, directory: Path, *, step: int | None = None, plain: bool = False
 ) -> dict[str, Any]:
-    """Writes the parameters of a run as a Hugging Face folder, quantized if the run is.
+    """Writes a run's parameters and tokenizer as a Hugging Face folder, quantized if the run is.
 
     Of a run that `compress` wrote, the codes and scales are those of the compression. Of one that
     was trained with `Run.quantization`, weights are rounded as its forward pass rounds them. The
@@ -167,7 +167,8 @@ def export(
     _Packing(write_config(run.model)[0], quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
-    done = save(folder, run.model, params, quantized, patterns)
+    options = {"tokenizer": run.data.tokenizer}
+    done = save(folder, run.model, params, quantized, patterns, **options)
     return {"step": step, "quantized": bool(quantized), **done}
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pjit_train.blocks import BlockConfig
+from pjit_train.data.tokenizers import Bytes, TokenizerJson
 from pjit_train.errors import UserError
 from pjit_train.huggingface_config import (
     difference,
@@ -30,6 +31,7 @@ from pjit_train.huggingface_config import (
     write_config,
 )
 from pjit_train.huggingface_families import Family, Tensor
+from pjit_train.huggingface_tokenizer import write_tokenizer
 from pjit_train.sharding import Rules, has_mesh
 from pjit_train.step import split_model
 
@@ -137,6 +139,7 @@ def save(
     *,
     max_shard_bytes: int = 5 * 2**30,
     packing: Packing | None = None,
+    tokenizer: Bytes | TokenizerJson | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads with `from_pretrained`.
 
@@ -148,6 +151,7 @@ def save(
       max_shard_bytes: more than this in parameters goes into several files, none larger unless it
         holds a single tensor; so much is held in memory besides.
       packing: of a quantized model; see `compressed_tensors.save`.
+      tokenizer: of the text that the model was trained on; written beside it.
 
     Raises:
       UserError: the folder has something in it or cannot be written, the parameters are not those
@@ -157,6 +161,9 @@ def save(
     family, document = write_config(config)
     if packing is not None and packing.config is not None:
         document["quantization_config"] = packing.config
+    if tokenizer is not None:
+        separator = tokenizer.separator
+        document |= {"bos_token_id": separator, "eos_token_id": separator}
     expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
     if odd := sorted(expected.keys() ^ flat.keys()):
         raise UserError(f"{folder}: parameters {some(odd)} are not both in model and config")
@@ -172,6 +179,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        if tokenizer is not None:
+            write_tokenizer(temporary, tokenizer, config.max_len)
         tensors = list(_tensors(family, expected))
         _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
         if packing is not None:

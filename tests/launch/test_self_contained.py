@@ -217,6 +217,8 @@ def test_a_run_whose_configuration_is_cut_off_goes_on(here, said):
     whole = path.read_text()
     path.write_text(whole[:200])
     assert said("export", "out", "folder")[0] == 0
+    assert Path("folder/tokenizer.json").read_text() == Path("words.json").read_text()
+    assert json.loads(Path("folder/tokenizer_config.json").read_text())["model_max_length"] == 64
     assert said(*TRAIN, "--steps", "3")[0] == 0
     assert path.read_text() == whole.replace("Run.steps = 2", "Run.steps = 3")
     assert configuration(here / "out") == (path.read_text(), [])

@@ -1,5 +1,6 @@
 """Logits of live, randomly initialised models against `transformers`, both ways."""
 
+import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing is to be fetched
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 from pjit_train import huggingface
+from pjit_train.data import Bytes, train_tokenizer
 from pjit_train.huggingface_config import read_config
 from pjit_train.huggingface_families import FAMILIES, REQUIRED
 from pjit_train.sharding import Rules
@@ -192,3 +194,19 @@ def test_the_fixtures_are_still_what_transformers_computes(torch, transformers):
         with torch.no_grad():
             logits = model(torch.from_numpy(expected["inputs"])).logits.numpy()
         np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_transformers_reads_the_tokenizer_of_a_saved_model(kind, tmp_path, transformers):
+    text = "the cat sat on the mat, für Elise "
+    tokenizer = Bytes()
+    if kind == "trained":
+        tokenizer = train_tokenizer([text * 9], vocab_size=280, path=str(tmp_path / "t.json"))
+    config = dataclasses.replace(CONFIGS["llama"], vocab_size=tokenizer.vocab_size)
+    params = random_params(config)
+    huggingface.save(tmp_path / "out", config, params, tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text).input_ids == tokenizer.encode(text).tolist()
+    assert theirs.decode(theirs(text).input_ids) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.separator
+    assert theirs.model_max_length == config.max_len
