@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 
 from pjit_train.errors import UserError
 
@@ -54,6 +55,10 @@ def prepare(devices: int | None = None) -> None:
         log.addHandler(handler := _Stderr())
         handler.setFormatter(logging.Formatter("torsion: %(message)s"))
         log.propagate = False
+    # A cache that cannot be read or written costs a compilation, and is no more to say.
+    warnings.filterwarnings(
+        "ignore", message="Error (reading|writing) persistent compilation cache"
+    )
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     if devices is not None:
         if devices < 1:

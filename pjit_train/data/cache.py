@@ -141,9 +141,10 @@ def open_cache(
             cache_dir,
             error.strerror,
         )
-        cache_dir = Path(tempfile.mkdtemp(prefix="torsion-"))
-        atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
-        path = cache_dir / path.name
+        with contextlib.suppress(OSError):  # else what follows says what is wrong
+            cache_dir = Path(tempfile.mkdtemp(prefix="torsion-"))
+            atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
+            path = cache_dir / path.name
     with locked(path):
         if (
             splits := _load(path, key)

@@ -140,6 +140,19 @@ def test_a_run_is_read_from_another_folder_and_without_its_tokenizer(here, said,
     assert "tokenizer.json is missing, and 'words.json' is not the tokenizer" in line
 
 
+def test_who_only_reads_writes_nothing(here, said):
+    """Not even a file that goes again: it would change the time of its folder."""
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in [here, *(here / "out").rglob("*")]}
+
+    before = times()
+    figures(said)
+    assert said("sample", "out", *SAMPLE)[0] == 0
+    assert said("export", "out", str(here.parent / "folder"))[0] == 0
+    assert times() == before
+
+
 def test_the_copy_of_the_tokenizer_is_known_by_its_digest(here, said):
     copy = here / "out/tokenizer.json"
     whole = copy.read_text()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from pjit_train.data import (
     train_tokenizer,
 )
 from pjit_train.data.cache import open_cache
+from pjit_train.errors import UserError
 
 DOCUMENTS = ["first document", "der zweite für sich", "3"]
 
@@ -234,3 +236,16 @@ def test_a_warm_cache_of_the_default_corpus_imports_no_tfds(tmp_path, monkeypatc
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert output.stdout.split("\n")[:2] == [warm.digest, "[]"]
+
+
+def test_who_only_reads_needs_no_directory_that_can_be_written(tmp_path, caplog):
+    nowhere = Path("/dev/null/cache")
+    with pytest.raises(UserError, match="cannot be written"):
+        open_cache(Documents(DOCUMENTS), Bytes(), nowhere)
+    splits = open_cache(Documents(DOCUMENTS), Bytes(), nowhere, keep=False)
+    assert splits["train"].tokens[:].tolist() == expected(DOCUMENTS, str.encode, 255)
+    [line] = caplog.messages
+    assert line.startswith(f"cache directory {nowhere} cannot be written (Not a directory)")
+    open_cache(Documents(DOCUMENTS), Bytes(), tmp_path)
+    open_cache(Documents(DOCUMENTS), Bytes(), tmp_path, keep=False)
+    assert len(caplog.messages) == 1
