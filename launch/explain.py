@@ -122,6 +122,10 @@ def _explain(error: Exception, source: str, in_use: Collection[str]) -> str:
     if found := re.match(r"No configurable matching '(.*)'", first):
         hint = "begin the file with: from __gin__ import dynamic_registration"
         return f"{source}: {found[1]} is unknown; {hint}"
+    if found := re.match(r"No configurable matching reference '@([\w.]+/)*(\w+)\.(\w+)", first):
+        module, hint = found[2], "from __gin__ import dynamic_registration"
+        lines = hint if module not in IMPORT else f"{hint}, and {IMPORT[module]}"
+        return f"{source}: {module}.{found[3]} is unknown; begin the file with the lines {lines}"
     if found := re.match(r"'(\w+)' was not provided by an import", first):
         if found[1] in IMPORT:
             return f"{source}: {found[1]} is not imported; add the line: {IMPORT[found[1]]}"
