@@ -3,42 +3,25 @@
 Whatever is slow to import (JAX, gin, the data libraries) is imported by the command that needs it.
 """
 
-import argparse
-import functools
+import contextlib
 import os
+import signal
 import sys
 import time
 
-from launch import __version__
-from launch.commands import (
-    completion,
-    compress,
-    dataflow,
-    evaluate,
-    export,
-    fabric,
-    pod,
-    sample,
-    slice,
-    study,
-    tokenizer,
-    train,
-)
-from pjit_train.errors import TrainingError, UserError
-
-COMMANDS = (
-    train,
-    pod,
-    evaluate,
-    sample,
-    export,
-    compress,
-    study,
-    tokenizer,
-    slice,
-    dataflow,
-    fabric,
-    completion,
+_COMMANDS = (
+    "train",
+    "pod",
+    "evaluate",
+    "sample",
+    "export",
+    "compress",
+    "study",
+    "tokenizer",
+    "slice",
+    "dataflow",
+    "fabric",
+    "completion",
 )
 
 _DESCRIPTION = """\
@@ -53,8 +36,28 @@ Stop it with Ctrl-C: it saves, and the same command goes on from there.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 (training failed), 2 (a mistake), 130 (^C)."""
+    """Runs one command; returns the exit code: 0, 1 (training failed) or 2 (a mistake).
+
+    SIGINT, SIGTERM and SIGHUP end the process at once with 130, 143 or 129, whatever it imports or
+    computes, but where a command saves something first. Without `argv` the process is the command's
+    own, and that holds until it has ended.
+    """
     began = time.monotonic()
+    if argv is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the next import
+    from pjit_train import signals
+
+    taken = signals.taken(signals.end_unless_saved)
+    with contextlib.ExitStack() as stack:
+        taken.__enter__()
+        if argv is not None:
+            stack.push(taken)
+        return _command(argv, began)
+
+
+def _command(argv: list[str] | None, began: float) -> int:
+    from pjit_train.errors import TrainingError, UserError
+
     args = parser().parse_args(argv)
     try:
         if argv is None and getattr(args, "trains", False):
@@ -68,21 +71,21 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as if by SIGPIPE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # that a library raises; a signal raises none
         print("torsion: interrupted", file=sys.stderr)
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as every other is told."""
+def parser():
+    """The argparse.ArgumentParser of the command line; `args.command` is a command's function."""
+    import argparse
+    import functools
+    import importlib
 
-    def error(self, message: str):
-        self.exit(2, f"torsion: {message}; see {self.prog} --help\n")
+    from launch import __version__
+    from launch.commands.common import Parser
 
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the command line; the function of a command is `args.command`."""
-    top = _Parser(
+    top = Parser(
         prog="torsion",
         description=_DESCRIPTION,
         formatter_class=functools.partial(
@@ -92,6 +95,6 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"torsion {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
+    for name in _COMMANDS:
+        importlib.import_module(f"launch.commands.{name}").add(commands)
     return top

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 from topology import accelerator as accelerators
 from topology import dataflow_curves as curves
 from topology import workloads
@@ -176,8 +177,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     }
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        curves.draw_curves([panel], beside)
-        os.replace(beside, path)
+        with deferred():
+            curves.draw_curves([panel], beside)
+            os.replace(beside, path)
     except OSError as error:
         raise UserError(f"--draw {path}: cannot be written ({error.strerror})") from error
     finally:

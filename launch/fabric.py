@@ -11,6 +11,7 @@ import numpy as np
 
 from launch.slices import count, named
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 from topology import TPU_V4, Fabric, Part, Slice, fabric, light, scene
 from topology.page import ranges
 from topology.parts import SWITCHES
@@ -218,7 +219,8 @@ def draw(pod: Pod, found: dict[str, Any], path: str) -> tuple[Path, Path]:
     )
     png = picture.picture(drawn, heading=f"{found['pod']} fabric", lines=[lead])
     try:
-        return page.write(named(path, "fabric"), html, png)
+        with deferred():
+            return page.write(named(path, "fabric"), html, png)
     except ValueError as error:
         raise UserError(f"--draw: {error}") from error
 

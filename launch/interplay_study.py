@@ -9,7 +9,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.study import Member, check_member, final_loss, is_done, read_study, train_members
+from launch.study import (
+    Member,
+    check_member,
+    final_loss,
+    is_done,
+    read_study,
+    stopped,
+    train_members,
+)
 from launch.study_files import write
 from pjit_train.compressed_tensors import export
 from pjit_train.errors import UserError
@@ -31,6 +39,7 @@ from pjit_train.interplay_study import (
 )
 from pjit_train.interplay_table import draw, make_table
 from pjit_train.run import Run
+from pjit_train.signals import deferred
 
 SIZES = {
     "small": "configs/studies/interplay_small.gin",
@@ -140,8 +149,9 @@ def read_figures(directory: Path) -> dict:
 
 def write_figures(directory: Path, figures: dict) -> None:
     new = directory / f"{FIGURES}.new"
-    new.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-    new.rename(directory / FIGURES)
+    with deferred():
+        new.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+        new.rename(directory / FIGURES)
 
 
 def done(parts: list[Part], out: Path) -> list[tuple[Part, Run]]:
@@ -184,7 +194,7 @@ def study_interplay(
 ) -> int:
     """The command: trains and measures what is left, then reports. Returns its exit code.
 
-    It is 1 where runs are missing in the end: some failed, or it was asked to stop.
+    It is 1 where runs are missing in the end, or what `study.stopped` returns.
     """
     out = out.resolve()  # its runs name it
     study, run = read_study(file, seeds, kind=InterplayStudy, example=SIZES["overnight"])
@@ -192,8 +202,7 @@ def study_interplay(
         raise UserError(f"{file}: run.Run.quantization is set; a study chooses the formats itself")
     parts = plan(file, study, run, out)
     if not only_table and not train_members(parts, out, finish(study)):
-        print(f"stopped; the same command goes on in {out}")
-        return 1
+        return stopped(out)
     if missing := len(parts) - report(file, study, run, parts, out):
         print(f"{missing} of {len(parts)} runs are missing; the same command trains them")
     return 0 if only_table or not missing else 1

@@ -8,6 +8,7 @@ import time
 import warnings
 
 from pjit_train.errors import UserError
+from pjit_train.signals import hold_back
 
 log = logging.getLogger("torsion")
 
@@ -25,6 +26,7 @@ def use_huge_pages() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        hold_back()  # until the command anew can take them
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 from topology import TPU_V4, Part, Slice, scene, throughput
 
 
@@ -145,7 +146,8 @@ def draw(
             sections=[page.figures("Interconnect", rows, note)],
         )
         png = picture.picture(drawn, heading=str(slice), lines=[lead, "; ".join(short)])
-        return page.write(named(path, str(slice)), html, png)
+        with deferred():
+            return page.write(named(path, str(slice)), html, png)
     except ValueError as error:
         raise UserError(f"--draw: {error}") from error
 

@@ -18,6 +18,7 @@ from launch.bindings import Configurable, parse_bindings
 from launch.configure import build_run
 from launch.directory import check_directory, steps_before
 from launch.study_files import write
+from pjit_train import signals
 from pjit_train import study as core
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.errors import TrainingError, UserError
@@ -186,7 +187,7 @@ def train_members(
             about = f", about {_hours(left)} left" if trained else ""
             print(f"run {number} of {len(members)}{about}: {member.name}", flush=True)
             train(run, directory, config_text=text, steps_before=steps_before(directory))
-            if not is_done(directory, run):
+            if not is_done(directory, run) or signals.obeyed() is not None:
                 return False
             finish(member, run, directory)
         except (UserError, TrainingError) as error:
@@ -248,18 +249,24 @@ def study_recipes(
 ) -> int:
     """The command: trains what is left to train, then reports. Returns its exit code.
 
-    It is 1 where runs are missing in the end: some failed, or it was asked to stop.
+    It is 1 where runs are missing in the end, or what `stopped` returns.
     """
     study, run = read_study(file, seeds)
     members, notes = plan(file, study, run)
     if not only_table and not train_members(members, out):
-        print(f"stopped; the same command goes on in {out}")
-        return 1
+        return stopped(out)
     table, found = report(file, study, members, notes, out)
     print(table, end="")
     if missing := len(members) - len(found):
         print(f"{missing} of {len(members)} runs are missing; the same command trains them")
     return 0 if only_table or not missing else 1
+
+
+def stopped(out: Path) -> int:
+    """Says that a study goes on in `out`; returns 128 + the signal that stopped it, if one did."""
+    print(f"stopped; the same command goes on in {out}")
+    number = signals.obeyed()
+    return 1 if number is None else 128 + number
 
 
 def report(file: str, study: RecipeStudy, members: list[Member], notes: list[str], out: Path):

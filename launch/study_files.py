@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 
 Draw = Callable[[dict[str, Any], Path], Any]
 
@@ -68,8 +69,9 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets a file be written beside its place, and then puts it there."""
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # commands may end at once
     try:
-        write(beside)
-        os.replace(beside, path)
+        with deferred():
+            write(beside)
+            os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from error

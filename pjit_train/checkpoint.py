@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from jax.experimental import multihost_utils
 from pjit_train.digest import digests
 from pjit_train.errors import UserError
 from pjit_train.files import json_sha256
+from pjit_train.signals import unfinished
 from sparsity.ranges import Count, Positive, Whole, check_fields
 
 log = logging.getLogger("torsion")
@@ -89,6 +89,7 @@ class Checkpoints:
         self._broken: set[int] = set()
         self._losses: dict[int, float | None] = {}
         self._saving: int | None = None
+        self._half_written = contextlib.ExitStack()  # what of that is removed if it does not end
         self._last_save = time.monotonic()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -153,6 +154,9 @@ class Checkpoints:
             "leaves": _describe(state, jax.device_get(leaves)),
         }
         self._saving = step
+        if jax.process_index() == 0:
+            half = self.directory / f"{step}{_HALF_WRITTEN}"
+            self._half_written.enter_context(unfinished(half))
         self._losses[step] = body["metrics"].get("loss")
         try:
             self._manager.save(
@@ -174,6 +178,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._save_failed(error) from error
+        self._half_written.close()
         self._saving = None
 
     def close(self) -> None:
@@ -297,8 +302,7 @@ class Checkpoints:
         self._good.discard(step)
         self._losses.pop(step, None)
         path = self.directory / str(step)
-        if jax.process_index() == 0:  # of no use to anybody, and the disk may be full
-            shutil.rmtree(f"{path}{_HALF_WRITTEN}", ignore_errors=True)
+        self._half_written.close()  # of no use to anybody, and the disk may be full
         self._manager.reload()
         return UserError(
             f"checkpoint {path} could not be written: {_first_line(error)}; "

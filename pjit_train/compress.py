@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from pjit_train import record
+from pjit_train import record, signals
 from pjit_train.calibrate import calibration_batches, change_kernels, input_maxima
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.compress_kernels import (
@@ -43,6 +43,7 @@ from pjit_train.loop import train
 from pjit_train.program import Program
 from pjit_train.run import Run, Samples
 from pjit_train.sharding import make_mesh
+from pjit_train.signals import unfinished
 from pjit_train.step import new_state
 from sparsity.gptq import Scales
 from sparsity.kernels import dense_tree
@@ -183,46 +184,44 @@ def compress(
 
     temporary = out.parent / f".{out.name}.saving"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-        temporary.mkdir(parents=True)
-        kept = record.read_if_whole(directory)
-        record.write(
-            temporary,
-            new_run.data,
-            config_text=config_text,
-            corpus=batches.digest,
-            folder=None if kept is None else kept.folder,
-        )
-        work = _Work(compression, earlier, run, new, batches, text, temporary)
-        before = validate(new, weights, batches)
-        params = work.compress(params)
-        save_params(new, params, temporary)
-        scales = work.scales | {
-            name: load_scales(directory, name, matrix_shape(name, leaf(params, name).shape)[0])
-            for name in earlier
-        }
-        if scales:
-            save_file(stored_scales(scales), temporary / SCALES)
-        weights = restore_weights(new, temporary)[1]
-        written = _trained(new, weights)
-        asked = dataclasses.asdict(compression)
-        del asked["patterns"], asked["formats"]  # each stands with its kernel
-        report = {
-            "run": str(directory),
-            "step": step,
-            **asked,
-            **work.describe(written, np.dtype(run.model.param_dtype).itemsize),
-            "before": before,
-            "between": work.between,
-            "after": validate(new, weights, batches),
-        }
-        (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        temporary.rename(out)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{out}: cannot be written ({error}); nothing is left") from error
-        raise
+        with unfinished(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+            temporary.mkdir(parents=True)
+            kept = record.read_if_whole(directory)
+            record.write(
+                temporary,
+                new_run.data,
+                config_text=config_text,
+                corpus=batches.digest,
+                folder=None if kept is None else kept.folder,
+            )
+            work = _Work(compression, earlier, run, new, batches, text, temporary)
+            before = validate(new, weights, batches)
+            params = work.compress(params)
+            save_params(new, params, temporary)
+            scales = work.scales | {
+                name: load_scales(directory, name, matrix_shape(name, leaf(params, name).shape)[0])
+                for name in earlier
+            }
+            if scales:
+                save_file(stored_scales(scales), temporary / SCALES)
+            weights = restore_weights(new, temporary)[1]
+            written = _trained(new, weights)
+            asked = dataclasses.asdict(compression)
+            del asked["patterns"], asked["formats"]  # each stands with its kernel
+            report = {
+                "run": str(directory),
+                "step": step,
+                **asked,
+                **work.describe(written, np.dtype(run.model.param_dtype).itemsize),
+                "before": before,
+                "between": work.between,
+                "after": validate(new, weights, batches),
+            }
+            (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+            temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}); nothing is left") from error
     return report
 
 
@@ -372,6 +371,8 @@ class _Work:
         train(run, folder, config_text="", mesh=self.new.mesh)
         step, weights = restore_weights(program, folder)
         if step < steps:
+            if (number := signals.obeyed()) is not None:
+                signals.end(number)
             raise UserError(f"compress: stopped after {step} of {steps} steps; nothing is written")
         shutil.rmtree(folder)
         return _trained(program, weights)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -17,11 +18,12 @@ def write_whole(path: Path, content: str) -> None:
     """
     new = path.with_name(path.name + ".new")
     try:
-        with new.open("w", encoding="utf-8", newline="") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        with deferred():
+            with new.open("w", encoding="utf-8", newline="") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; make room for it") from error
 

@@ -33,6 +33,7 @@ from pjit_train.huggingface_config import (
 from pjit_train.huggingface_families import Family, Tensor
 from pjit_train.huggingface_tokenizer import write_tokenizer
 from pjit_train.sharding import Rules, has_mesh
+from pjit_train.signals import unfinished
 from pjit_train.step import split_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -176,21 +177,19 @@ def save(
 
     temporary = folder.parent / f".{folder.name}.saving"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
-        temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-        if tokenizer is not None:
-            write_tokenizer(temporary, tokenizer, config.max_len)
-        tensors = list(_tensors(family, expected))
-        _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
-        if packing is not None:
-            packing.check(temporary)
-        temporary.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error
-        raise
+        with unfinished(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+            temporary.mkdir(parents=True)
+            (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+            if tokenizer is not None:
+                write_tokenizer(temporary, tokenizer, config.max_len)
+            tensors = list(_tensors(family, expected))
+            _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
+            if packing is not None:
+                packing.check(temporary)
+            temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error
 
 
 def check_new(folder: str | Path) -> Path:

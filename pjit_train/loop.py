@@ -58,7 +58,8 @@ def train(
       watch: is told what happens, and may end the run.
       memory: a copy of a checkpoint in memory, as `Checkpoints.restore` takes it.
 
-    Returns when the run is done, or was asked to stop (SIGTERM, SIGINT) and is saved.
+    Returns when the run is done, or was asked to stop (SIGTERM, SIGINT, SIGHUP) and is saved; asked
+    before its first step it ends the process.
 
     Raises:
       UserError: the parts of the run do not fit each other or the machine.

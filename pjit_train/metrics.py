@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 
 Row = dict[str, Any]
 
@@ -114,8 +115,9 @@ def read_rows(path: Path) -> list[Row]:
 def _keep_until(path: Path, step: int) -> None:
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
     new = path.with_suffix(".jsonl.new")
-    new.write_text("".join(kept))
-    os.replace(new, path)
+    with deferred():
+        new.write_text("".join(kept))
+        os.replace(new, path)
 
 
 class Display:

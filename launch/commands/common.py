@@ -27,6 +27,13 @@ def add_command(
     return sub
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as every other is told."""
+
+    def error(self, message: str):
+        self.exit(2, f"torsion: {message}; see {self.prog} --help\n")
+
+
 class _Once(argparse.Action):
     """An option that is given once, or again to the same effect: no value is silently lost."""
 

@@ -37,7 +37,7 @@ class Attempt:
     def __init__(self, owner, number: int, hosts: Hosts):
         self._owner, self._number, self._layout, self._slice = owner, number, hosts, hosts.slice
         self._plan, self._record, self._hosts = owner.plan, owner.record, owner.staff.hosts
-        self._step, self._first, self._said, self._kind = 0, None, {}, ""
+        self._step, self._said, self._kind = 0, {}, ""
         self._progress = time.monotonic()
         self._exits: dict[int, int] = {}
         self._warming: Host | None = None
@@ -91,7 +91,7 @@ class Attempt:
             self._kind = kind
             if kind == "step":
                 self._step = event["step"]
-                self._first = self._first or event["time"]
+                self._owner.begun = True
             figures = {k: v for k, v in event.items() if k not in ("event", "time")}
             self._record(kind, attempt=self._number, at=event["time"], **figures)
 
@@ -123,7 +123,7 @@ class Attempt:
             why = f" ({said['text']})" if said else ""
             return Failure(f"{self._name(process)} {how}{why}{after}")
         silent = time.monotonic() - self._progress
-        limit = patience(self._plan, self._kind, self._step) if self._first else _START
+        limit = patience(self._plan, self._kind, self._step) if self._owner.begun else _START
         if silent > limit:
             quiet = [i for i, answer in enumerate(answers) if answer["silent"] > 3]
             who = " and ".join(self._name(i) for i in quiet)
@@ -136,13 +136,13 @@ class Attempt:
 
     def _ended(self) -> Failure | None:
         """All trainers ended well: done, stopped because they were asked to, or given notice."""
-        if self._owner.stopping or self._step >= self._plan.run.steps or self._first is None:
+        if self._owner.stopping or self._step >= self._plan.run.steps or not self._owner.begun:
             return None
         return Failure("a host was given notice: saved and stopped", notice=self._notice)
 
     def _warm_one(self, answers) -> None:
         """After the first step, one by one: a process that waits on each host, and a spare host."""
-        if self._first is None:
+        if not self._owner.begun:
             return
         for host, answer in zip(self._hosts, answers, strict=True):
             if answer["exit"] is None and not answer["warm"]:

@@ -9,24 +9,27 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from launch.pod.keeper import ENDED, RAY_LOST
 from launch.pod.trainer import end_with_parent
+from pjit_train import signals
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.lock import held
 
 
 def main() -> int:
-    options = json.loads(sys.argv[1])
+    # The keeper tells, and ends what is left; until there is something to save, at once.
+    with signals.taken(lambda number: os._exit(128 + number)):
+        return _main(json.loads(sys.argv[1]))
+
+
+def _main(options: dict) -> int:
     end_with_parent(options["keeper"])
     # One that holds Ray needs no device, and must not take one from the trainers.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is something to save
-        signal.signal(number, lambda *_: os._exit(130))
     out, problems = _duplicate(1), _duplicate(2)
     try:
         from launch import process
@@ -118,8 +121,9 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
         )
         data.prepare(run.data, record, on_cluster=options["address"] is not None)
         supervisor = Supervisor(plan, record, chips)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: supervisor.stop())
+        stack.enter_context(
+            signals.taken(lambda n: supervisor.stop() if supervisor.begun else os._exit(128 + n))
+        )
         try:
             supervisor.run()
         finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.pod.reaper import cleared_directory
 from launch.pod.record import read_events
+from pjit_train import signals
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 ENDED = 100  # plus an exit code of this command: of a driver that ended by itself
@@ -26,25 +27,24 @@ _FRUITLESS = 3  # drivers in a row that die without a new step
 def keep(options: dict) -> int:
     """Runs drivers until one ends by itself; returns its exit code.
 
-    SIGINT and SIGTERM are passed on as a request to save and end; a second one ends all at once.
+    A signal is passed on as a request to save and end, another SIGINT ends all at once.
     """
     adopt_orphans()
-    driver, asked = None, 0
+    driver, asked = None, signals.Asked()
 
-    def on_signal(number, frame):
-        nonlocal asked
-        asked += 1
-        if driver is not None:
-            driver.send_signal(signal.SIGINT if asked == 1 else signal.SIGKILL)
+    def on_signal(number: int) -> None:
+        first, at_once = asked.number is None, asked.add(number)
+        if driver is not None and (first or at_once):
+            driver.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
 
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     fruitless = 0
-    try:
+    with signals.taken(on_signal):
         while True:
             steps = _best_step(options)
             with cleared_directory() as private:
                 others = _children()
                 try:
+                    signals.hold_back()  # until the driver can take them
                     driver = subprocess.Popen(
                         [
                             sys.executable,
@@ -54,13 +54,16 @@ def keep(options: dict) -> int:
                         ],
                         start_new_session=True,
                     )
-                    if asked:
+                    signals.let_through()
+                    if asked.number is not None:
                         driver.send_signal(signal.SIGINT)
                     code = driver.wait()
                 finally:
                     end_all_but(others)
-            if asked:
-                return 130 if code != ENDED else 0
+            if asked.number is not None:
+                if code != ENDED:  # there was nothing to save, or no time
+                    signals.end(asked.number)
+                return 0
             if code in (ENDED, ENDED + 1, ENDED + 2):
                 return code - ENDED
             fruitless = 0 if _best_step(options) > steps else fruitless + 1
@@ -78,9 +81,6 @@ def keep(options: dict) -> int:
                 )
                 return 1
             print(f"{time.strftime('%H:%M:%S')} the driver {how}; another goes on", flush=True)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def adopt_orphans() -> None:

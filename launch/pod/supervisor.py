@@ -39,6 +39,7 @@ class Supervisor:
       done: the failures that were made, as texts.
       slow: what going around failed switches adds to a step, as a part of it.
       struck: `time.monotonic()` of the last failure that was made and is not yet found.
+      begun: whether the attempt has come to a step, which can be saved.
       stopping: whether the run was asked to save and end.
     """
 
@@ -55,7 +56,7 @@ class Supervisor:
         self.done = {event["fault"] for event in record.of("fault")}
         self.slow = 0.0
         self.struck: float | None = None
-        self.stopping = False
+        self.begun = self.stopping = False
 
     def run(self) -> None:
         """Until the run is done, or `stop` was called and it is saved.
@@ -91,6 +92,7 @@ class Supervisor:
 
     def _attempt(self) -> Failure | None:
         """Runs an attempt; None where the run is over, and what ended it otherwise."""
+        self.begun = False
         number = self._fence.current() + 1
         self._fence.raise_to(number)
         state = self._place()

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+from pjit_train import signals
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BEAT = 1.0  # seconds between signs of life
 _DAY = 86400  # seconds
@@ -74,6 +76,11 @@ class _Teller:
 
 
 def main() -> None:
+    with signals.taken(signals.end):
+        _main()
+
+
+def _main() -> None:
     end_with_parent(int(sys.argv[2]))
     tell = _Teller(int(sys.argv[1]))
     standing = json.loads(sys.stdin.readline() or "null")

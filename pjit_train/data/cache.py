@@ -32,6 +32,7 @@ import numpy as np
 
 from pjit_train.data import checked
 from pjit_train.errors import UserError
+from pjit_train.signals import unfinished
 
 log = logging.getLogger("torsion")
 SPLITS = ("train", "validation")
@@ -199,33 +200,32 @@ def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path, tokenize) -
     temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     dtype = id_type(tokenizer.vocab_size)
     try:
-        temporary.mkdir()
-        splits = {
-            split: _write_split(
-                temporary / split,
-                tokenize(source, split, tokenizer, cache_dir),
-                tokenizer.separator,
-                dtype,
-            )
-            for split in SPLITS
-        }
-        for split, entry in splits.items():
-            if not entry["tokens_bytes"]:
-                raise UserError(
-                    f"the {split} split of {source} has no text: give it at least one document"
+        with unfinished(temporary):
+            temporary.mkdir()
+            splits = {
+                split: _write_split(
+                    temporary / split,
+                    tokenize(source, split, tokenizer, cache_dir),
+                    tokenizer.separator,
+                    dtype,
                 )
-        meta = {"key": key, "dtype": np.dtype(dtype).name, "splits": splits}
-        meta["sha256"] = _sha256(meta)
-        (temporary / "cache.json").write_text(json.dumps(meta, indent=1))
-        if _load(path, key) is None:  # else a host that shares the directory was faster
-            if path.exists():
-                path.rename(unreadable := path.with_name(f"{prefix}unreadable.tmp"))
-                shutil.rmtree(unreadable, ignore_errors=True)
-            temporary.rename(path)
+                for split in SPLITS
+            }
+            for split, entry in splits.items():
+                if not entry["tokens_bytes"]:
+                    raise UserError(
+                        f"the {split} split of {source} has no text: give it at least one document"
+                    )
+            meta = {"key": key, "dtype": np.dtype(dtype).name, "splits": splits}
+            meta["sha256"] = _sha256(meta)
+            (temporary / "cache.json").write_text(json.dumps(meta, indent=1))
+            if _load(path, key) is None:  # else a host that shares the directory was faster
+                if path.exists():
+                    path.rename(unreadable := path.with_name(f"{prefix}unreadable.tmp"))
+                    shutil.rmtree(unreadable, ignore_errors=True)
+                temporary.rename(path)
     except OSError as error:
         raise UserError(f"the token cache {str(path)!r} cannot be built: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sha256(meta: dict[str, Any]) -> str:

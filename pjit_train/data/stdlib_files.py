@@ -7,6 +7,8 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
+from pjit_train.signals import deferred
+
 VERSION = "1.0.0"  # raised when the choice of files changes
 
 # Not the library's own modules, its tests and their data, or text in another form.
@@ -65,5 +67,6 @@ def write_manifest(files: list[StdlibFile], path: Path) -> None:
     """Writes the list of the files as JSON: path, split and sha256 of each."""
     rows = [{"path": f.path, "split": f.split, "sha256": f.sha256} for f in files]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1))
-    temporary.replace(path)
+    with deferred():
+        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.replace(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pjit_train.errors import UserError
+from pjit_train.signals import deferred
 
 # What the common tokenizer files call the token between two documents, most likely first.
 KNOWN_SEPARATORS = (
@@ -247,8 +248,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
 
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        temporary.replace(target)
+        with deferred():
+            temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"tokenizer path {path!r} cannot be written: {error.strerror}") from error

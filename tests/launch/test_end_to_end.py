@@ -1,15 +1,21 @@
 """The real command in processes of its own: killed, stopped, resumed, moved to another mesh."""
 
+import fcntl
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
+import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from pjit_train import signals
 
 STEPS = 40
 CONFIG = """
@@ -60,14 +66,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, out: str, *options: str) -> subprocess.Popen:
+def start(folder: Path, out: str, *options: str, **of_process) -> subprocess.Popen:
     """`torsion train run.gin --out OUT` as its own process."""
     torsion = str(Path(sys.executable).with_name("torsion"))
     command = [torsion, "train", "run.gin", "--out", out, *options]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TORSION_CACHE": str(folder / "cache")}
-    return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, **(streams | of_process))
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -132,12 +137,13 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_it_saves_exits_cleanly_and_says_how_to_resume(folder, undisturbed, number):
     out = f"stopped{number}"
     process = start(folder, out)
     until_step(folder, out, 5, process)
     process.send_signal(number)
+    process.send_signal(number)  # as a terminal and a program that passes it on do
     output = finish(process)
     [said] = [line for line in output.splitlines() if line.startswith("stopped after step")]
     assert "the same command resumes" in said
@@ -145,6 +151,93 @@ def test_stopped_it_saves_exits_cleanly_and_says_how_to_resume(folder, undisturb
     assert (folder / out / "checkpoints" / str(step)).is_dir()
     assert f"resuming after step {step}" in finish(start(folder, out))
     assert rows(folder, out) == undisturbed[1]
+
+
+COMMANDS = (
+    "train run.gin --out ended",
+    "train run.gin --out undisturbed --steps 4000",
+    "eval undisturbed",
+    "sample undisturbed --tokens 50",
+    "export undisturbed exported",
+    "compress undisturbed --out compressed",
+    "study pod --out studied",
+    "study recipes --out trained",
+    "slice 8x16x16_twisted --draw drawn",
+    "fabric --slices 4x4x8,8x8x8 --draw drawn",
+    "dataflow BERT --draw drawn.png",
+    "tokenizer corpus.txt --vocab-size 400 --out tokenizer.json",
+    "pod run.gin --slice 2x2x1 --out ended-pod",
+)
+
+
+@pytest.mark.slow
+def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed, monkeypatch):
+    """With one line, the signal's exit code, and nothing that is half-written."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TORSION_CACHE", str(folder / "ended-cache"))
+    monkeypatch.setenv("TMPDIR", str(Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))))
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    moments, numbers = random.Random(2), signals.NUMBERS
+
+    def end(case: int) -> tuple[str, int, int, str]:
+        command, number = COMMANDS[case // 2], numbers[case % len(numbers)]
+        torsion = str(Path(sys.executable).with_name("torsion"))
+        process = subprocess.Popen(
+            [torsion, *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and not takes_signals(process.pid):
+            time.sleep(0.001)
+        time.sleep(delays[case])
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        return command, number, process.returncode, said
+
+    def takes_signals(pid: int) -> bool:
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        return bool(caught >> (signal.SIGHUP - 1) & 1)
+
+    delays = [moments.uniform(0, 2.5) for _ in range(2 * len(COMMANDS))]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(end, range(2 * len(COMMANDS))))
+    for command, number, code, said in found:
+        if code != 0:  # it was done before
+            text = {2: "interrupted", 15: "terminated", 1: "hung up"}[number]
+            assert (code, said) == (128 + number, f"torsion: {text}\n"), command
+    assert sum(code != 0 for *_, code, _ in found) > len(found) // 2
+    assert os.listdir(os.environ["TMPDIR"]) == []
+    os.rmdir(os.environ["TMPDIR"])
+    left = {p for p in folder.rglob("*") if p.is_file()} - set(before)
+    half = (".saving", ".tmp", ".new", ".gone", "-tmp")
+    assert not [p for p in left if any(mark in str(p) for mark in half) or p.suffix.isdecimal()]
+    assert not (folder / "compressed").exists()
+    assert {p: p.stat().st_mtime_ns for p in before if "config.gin" not in p.name} == {
+        p: t for p, t in before.items() if "config.gin" not in p.name
+    }
+
+
+@pytest.mark.slow
+def test_when_its_terminal_is_gone_it_saves(folder, undisturbed):
+    """As where ssh drops: the kernel sends SIGHUP, and to write there is an error from then on."""
+    ours, its = os.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams = {"stdin": its, "stdout": its, "stderr": its}
+    process = start(folder, "dropped", start_new_session=True, preexec_fn=take_terminal, **streams)
+    ssh = subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)
+    os.close(ours)
+    os.close(its)
+    until_step(folder, "dropped", 5, process)
+    ssh.kill()
+    ssh.wait()
+    assert process.wait(timeout=60) == 0
+    steps = max(rows(folder, "dropped"))
+    assert 5 <= steps < STEPS
+    assert (folder / "dropped" / "checkpoints" / str(steps)).is_dir()
+    finish(start(folder, "dropped"))
+    assert rows(folder, "dropped") == undisturbed[1]
 
 
 @pytest.mark.slow
