@@ -8,6 +8,7 @@ from typing import Any
 from launch.bindings import Key, format_value, parse_bindings
 from pjit_train import record
 from pjit_train.errors import UserError
+from pjit_train.files import write_whole
 
 log = logging.getLogger("torsion")
 
@@ -85,6 +86,18 @@ def configuration(directory: Path) -> tuple[str, list[str]]:
     if all(_may_change(key) or _is_of_text(key) for _, key, _, _ in changed):
         return text, [what]
     return kept.config, [f"{what}, which is used"]
+
+
+def restore_configuration(file: str) -> None:
+    """Writes a run's `config.gin` again from its copy, where it is lost or cannot be read."""
+    path = Path(file)
+    if path.name != "config.gin" or (kept := record.read_if_whole(path.parent)) is None:
+        return
+    try:
+        parse_bindings(path.read_text(encoding="utf-8"))
+    except _UNREADABLE:
+        log.warning("%s is lost or damaged: written again from its copy in %s", path, record.FILE)
+        write_whole(path, kept.config)
 
 
 def check_directory(directory: Path, config_text: str) -> None:

@@ -50,7 +50,9 @@ def _special_tokens(document: dict[str, Any], separator: int) -> dict[str, str]:
     names |= {row["id"]: row["content"] for row in document.get("added_tokens") or ()}
     tokens = set(names.values())
     found = {"bos_token": names[separator], "eos_token": names[separator]}
-    unknown = model.get("unk_token", names.get(model.get("unk_id")))
+    unknown = model.get("unk_token")
+    if model.get("type") == "Unigram" and model.get("unk_id") is not None:
+        unknown = names[model["unk_id"]]
     if unknown in tokens:
         found["unk_token"] = unknown
     for use, spellings in _KNOWN.items():

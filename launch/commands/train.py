@@ -54,9 +54,11 @@ def run(args, began: float) -> int:
     process.prepare(args.devices)
 
     from launch.configure import build_run
-    from launch.directory import check_directory, steps_before
+    from launch.directory import check_directory, restore_configuration, steps_before
     from pjit_train.record import to_train
 
+    for file in args.configs:
+        restore_configuration(file)
     run, config_text = build_run(args.configs, bindings)
     directory = Path(args.out or Path("runs") / Path(args.configs[-1]).stem)
     check_directory(directory, config_text)

@@ -131,7 +131,8 @@ class TextFiles:
             # A path that exists is taken as it is, though it may hold a "[" or a "*".
             matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
             if not matches:
-                raise UserError(f"TextFiles: {pattern!r} matches no file")
+                where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}"
+                raise UserError(f"TextFiles: {pattern!r} matches no file{where}")
             found.update(matches)
         for path in sorted(found):
             if os.path.isdir(path):

@@ -4,10 +4,12 @@ Each has a separator, the token that begins every document of the packed corpus 
 can produce.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -89,7 +91,8 @@ class TokenizerJson:
         from tokenizers.models import BPE
 
         try:
-            tokenizer = Tokenizer.from_str(self.text)
+            with _silent_stderr():
+                tokenizer = Tokenizer.from_str(self.text)
         except BaseException as error:  # the library raises bare Exception for any malformed file
             if not _of_library(error):
                 raise
@@ -260,6 +263,20 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
 def _of_library(error: BaseException) -> bool:
     """Whether `tokenizers` raised an error: a bare Exception, or the panic of its Rust code."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keeps descriptor 2 away for a moment: Rust prints a panic there, and raises it as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from launch.cli import main
-from launch.directory import check_directory, configuration
+from launch.directory import check_directory, configuration, restore_configuration
 from launch.trained import read_run
 from pjit_train import record
 from pjit_train.data import TokenizerJson, train_tokenizer
@@ -254,6 +254,21 @@ def test_a_done_run_gets_its_lost_configuration_back(here, said):
     assert code == 0
     assert "is lost: going on with the configuration that is given" in lines[0]
     assert path.read_text() == whole
+
+
+def test_a_run_goes_on_by_its_own_lost_configuration(here, caplog):
+    path = here / "out/config.gin"
+    whole = path.read_text()
+    for damage in (path.unlink, lambda: path.write_text("run.Run.steps = (")):
+        damage()
+        restore_configuration("out/config.gin")
+        assert path.read_text() == whole
+    assert len(caplog.messages) == 2
+    path.write_text(changed := whole + "# mine")
+    for file in ("out/config.gin", "run.gin", "nowhere/config.gin"):
+        restore_configuration(file)
+    assert path.read_text() == changed
+    assert len(caplog.messages) == 2
 
 
 def test_what_config_gin_may_say_anew_counts_and_is_said(here, caplog):

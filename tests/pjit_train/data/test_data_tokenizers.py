@@ -200,10 +200,13 @@ def test_dropout_is_for_other_trainings(trained, tmp_path):
     )
 
 
-def test_bad_input_is_one_line(tmp_path):
+def test_bad_input_is_one_line(tmp_path, capfd):
     (tmp_path / "bytes.json").write_bytes(b"{\xff}")
     (tmp_path / "deep.json").write_text("[" * 200_000)
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "none.json"))
+    panics = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    panics["continuing_subword_prefix"] = "longer than b"
+    (tmp_path / "panic.json").write_text(json.dumps({"model": panics}))
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "broken.json").write_text('{"model": 3}')
     plain = write_vocabulary(tmp_path / "plain.json", ["a", "b"])
@@ -211,7 +214,15 @@ def test_bad_input_is_one_line(tmp_path):
         (lambda: TokenizerJson(path="absent.json").vocab_size, "absent.json"),
         *(
             (lambda name=name: TokenizerJson(path=str(tmp_path / name)).vocab_size, name)
-            for name in ("broken.json", "bytes.json", "deep.json", "none.json", "pipe.json", "")
+            for name in (
+                "broken.json",
+                "bytes.json",
+                "deep.json",
+                "none.json",
+                "pipe.json",
+                "panic.json",
+                "",
+            )
         ),
         (lambda: TokenizerJson(path="a\0b").vocab_size, "cannot be read"),
         (lambda: TokenizerJson(path=plain).separator, "separator_token"),
@@ -228,3 +239,4 @@ def test_bad_input_is_one_line(tmp_path):
         assert named in str(caught.value)
         assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert capfd.readouterr().err == ""
