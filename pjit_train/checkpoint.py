@@ -128,7 +128,14 @@ class Checkpoints:
             late = multihost_utils.broadcast_one_to_all(np.asarray(late))
         return bool(late)
 
-    def save(self, step: int, state: Any, *, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: dict[str, float] | None = None,
+        rows: str | None = None,
+    ) -> None:
         """Starts to write the checkpoint of `step`, and returns while it is being written.
 
         Args:
@@ -136,6 +143,7 @@ class Checkpoints:
             stands there otherwise, such as a broken one, is moved aside.
           state: a pytree of global jax.Arrays; they may be donated once this returns.
           metrics: stored with it; the least finite `loss` is the best.
+          rows: the digest of the rows of metrics until then, stored with it.
 
         Raises:
           UserError: the save before this one failed, or this one already; those before are whole.
@@ -151,6 +159,7 @@ class Checkpoints:
         body = {
             "step": step,
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "rows": rows,
             "leaves": _describe(state, jax.device_get(leaves)),
         }
         self._saving = step
@@ -171,6 +180,10 @@ class Checkpoints:
             raise self._save_failed(error) from error
         self._good.add(step)
         self._last_save = time.monotonic()
+
+    def rows(self, step: int) -> str | None:
+        """The digest of the rows of metrics that was stored with a checkpoint that is restored."""
+        return _read_digests(self.directory / str(step)).get("rows")
 
     def wait(self) -> None:
         """Waits until the last save is on disk. UserError if it failed."""

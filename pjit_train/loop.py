@@ -100,7 +100,8 @@ def train(
         if jax.process_index() == 0:
             keep(config_text)
         start, state = (0, program.new_state()) if restored is None else restored
-        metrics = stack.enter_context(contextlib.closing(Metrics(directory, start)))
+        written = checkpoints.rows(start) if start else None
+        metrics = stack.enter_context(contextlib.closing(Metrics(directory, start, written)))
         display = stack.enter_context(contextlib.closing(Display(start, run.steps)))
         display.say(
             f"{count_params(state['params']):,} parameters, "
@@ -201,7 +202,7 @@ class _Loop:
             began = time.monotonic()
             metrics = {"loss": validation["val_loss"]} if validation else None
             self.watch("save", {"step": step})
-            self.checkpoints.save(step, state, metrics=metrics)
+            self.checkpoints.save(step, state, metrics=metrics, rows=self.metrics.digest)
             self.watch("saved", {"step": step, "state": state})
             seconds = time.monotonic() - began
             self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds

@@ -1,9 +1,11 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard, and the terminal."""
 
 import contextlib
+import hashlib
 import json
+import logging
 import math
-import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,8 +22,9 @@ from rich.progress import (
 )
 
 from pjit_train.errors import UserError
-from pjit_train.signals import deferred
+from pjit_train.files import write_whole
 
+log = logging.getLogger("torsion")
 Row = dict[str, Any]
 
 # Peak dense bfloat16 FLOP/s of a device as jax names it, from the makers' data sheets. Kinds that
@@ -50,10 +53,16 @@ class Metrics:
 
     Rows of steps after `start` are dropped when a run resumes from that step, so that a step stands
     once however often the run was resumed. Only process 0 writes.
+
+    Args:
+      directory: of the run.
+      start: the step that the run resumes after.
+      written: `digest` when the checkpoint of that step was saved, if it is known: rows that are
+        not those of then are named in a warning.
     """
 
-    def __init__(self, directory: Path, start: int):
-        self._file = None
+    def __init__(self, directory: Path, start: int, written: str | None = None):
+        self._file, self._digest = None, hashlib.sha256()
         if jax.process_index() != 0:
             return
         from tensorboardX.event_file_writer import EventsWriter
@@ -61,7 +70,7 @@ class Metrics:
 
         path = directory / "metrics.jsonl"
         if path.exists():
-            _keep_until(path, start)
+            self._digest.update(_keep_until(path, start, written))
         self._file = path.open("a", buffering=1)
         # Written by this thread: tensorboardX's own one would hang the run when the disk is full.
         (directory / "tensorboard").mkdir(exist_ok=True)
@@ -85,7 +94,9 @@ class Metrics:
             if name != "step" and value is not None
         ]
         try:
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            line = json.dumps(finite, allow_nan=False) + "\n"
+            self._digest.update(line.encode())
+            self._file.write(line)
             for summary in scalars:
                 event = Event(wall_time=time.time(), step=row["step"], summary=summary)
                 self._events.write_event(event)
@@ -96,6 +107,11 @@ class Metrics:
                 "run the same command again, it resumes from the last checkpoint"
             ) from error
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of the rows up to now."""
+        return self._digest.hexdigest()
+
     def close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):  # of what could not be written before either
@@ -104,20 +120,54 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out.
+
+    Raises:
+      UserError: another line is not a row.
+    """
     rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(_whole_lines(path), 1):
+        if (row := _parse(line)) is None:
+            raise UserError(f"{path}:{number}: is not a row of metrics; the file is damaged")
+        rows.append(row)
     return rows
 
 
-def _keep_until(path: Path, step: int) -> None:
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-    new = path.with_suffix(".jsonl.new")
-    with deferred():
-        new.write_text("".join(kept))
-        os.replace(new, path)
+def _keep_until(path: Path, step: int, written: str | None) -> bytes:
+    """Drops the rows after a step, and lines that are no rows, of which a copy is kept aside.
+
+    Returns the rows that are left, as bytes of the file.
+    """
+    lines = _whole_lines(path)
+    rows = [_parse(line) for line in lines]
+    pairs = zip(lines, rows, strict=True)
+    kept = b"".join(line for line, row in pairs if row is not None and row["step"] <= step)
+    changed = written is not None and hashlib.sha256(kept).hexdigest() != written
+    if changed or None in rows:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, aside)
+        numbers = [str(number) for number, row in enumerate(rows, 1) if row is None]
+        what = (
+            f"line {', '.join(numbers)} is no row and is left out"
+            if numbers
+            else f"its rows up to step {step} are not those that were written; they stay"
+        )
+        log.warning("%s is damaged: %s; %s is a copy of it as it was", path, what, aside.name)
+    write_whole(path, kept.decode())
+    return kept
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _parse(line: bytes) -> Row | None:
+    """The row of a line; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class Display:

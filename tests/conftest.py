@@ -1,5 +1,6 @@
 """Every test sees eight emulated CPU devices."""
 
+import logging
 import os
 
 # Enough threads for all devices to wait in collectives (see launch.process.prepare).
@@ -16,6 +17,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiled programs are kept for the next run of the tests, as `torsion train` keeps its own.
 jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def warnings_reach_caplog(monkeypatch):
+    """A command that an earlier test ran in this process keeps our warnings to its own handler."""
+    monkeypatch.setattr(logging.getLogger("torsion"), "propagate", True)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
+from pjit_train.errors import UserError
 from pjit_train.metrics import Display, Metrics, read_rows
 
 
@@ -57,6 +58,43 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [row["loss"] for row in rows] == [1.0 / step for step in range(1, 21)]
     write(tmp_path, 0, [1])  # nothing was saved: the run begins again
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_rows_that_are_not_those_of_the_save_are_named_and_stay(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write({"step": step, "loss": 1.0 / step})
+        if step == 2:
+            digest = metrics.digest
+    metrics.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    Metrics(tmp_path, 2, digest).close()
+    assert not caplog.records
+    changed = whole.replace("0.5", "0.6")
+    path.write_text(changed)
+    Metrics(tmp_path, 2, digest).close()
+    (said,) = caplog.records
+    assert "its rows up to step 2 are not those that were written" in said.getMessage()
+    assert [row["loss"] for row in read_rows(path)] == [1.0, 0.6]
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == changed
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b"[" * 9999]
+)
+def test_a_line_that_is_no_row_is_named_left_out_and_kept_aside(tmp_path, caplog, line):
+    write(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([rows[0], line + b"\n", rows[2]])
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a row of metrics"):
+        read_rows(path)
+    write(tmp_path, 3, [4])
+    assert "line 2 is no row and is left out" in caplog.records[0].getMessage()
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
 
 
 @settings(max_examples=20, deadline=None)
