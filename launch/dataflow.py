@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from launch.slices import check_folder
 from pjit_train.errors import UserError
 from pjit_train.signals import deferred
 from topology import accelerator as accelerators
@@ -161,8 +162,7 @@ def check_picture(path: str) -> Path:
     found = Path(path)
     if found.suffix.lower() not in _FORMATS:
         raise UserError(f"--draw {path}: must end in {', '.join(_FORMATS)}")
-    if not os.access(found.parent, os.W_OK):
-        raise UserError(f"--draw {path}: no folder {found.parent} to write in")
+    check_folder(path, found.parent)
     return found
 
 

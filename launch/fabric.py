@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from launch.slices import count, named
+from launch.slices import count, kept, kept_text, named
 from pjit_train.errors import UserError
 from pjit_train.signals import deferred
 from topology import TPU_V4, Fabric, Part, Slice, fabric, light, scene
 from topology.page import ranges
 from topology.parts import SWITCHES
+
+WIDTH = 120  # characters that the tables need
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Pod:
 
     Attributes:
       moves: (slice, block that failed, block that took its place).
+      asked: of each slice, by its name, the shape as it was asked for.
     """
 
     before: Fabric
     after: Fabric
     moves: tuple[tuple[str, int, int], ...]
+    asked: dict[str, str]
 
 
 def place(slices: Sequence[str], failed: Sequence[str] = ()) -> Pod:
@@ -46,14 +50,20 @@ def place(slices: Sequence[str], failed: Sequence[str] = ()) -> Pod:
       UserError: a slice cannot be wired, does not fit into the healthy blocks, or asks for a block
         (and so for its ports) that another has; or there is no such part.
     """
-    wanted = [one for text in slices for one in re.split(r",(?=\d+x)", text.strip(" ,")) if one]
+    wanted = [one for text in slices for one in re.split(r",(?=\d+x)", text.strip())]
+    for text in slices:
+        if not text.strip(" ,"):
+            raise UserError(f"--slices {text!r}: no slice; write for example 4x4x8_twisted,8x8x8")
     try:
         parts = frozenset(Part.parse(text, TPU_V4) for text in failed)
         asked = [_parse(text) for text in wanted]
         _put(Fabric(failed=parts), asked)  # or says that they do not fit
         before = _put(Fabric(), asked)
     except ValueError as error:
-        raise UserError(f"fabric: {error}") from error
+        said = re.sub(
+            r"slice '(\d+)'", lambda m: f"slice {m[1]} ({wanted[int(m[1]) - 1]})", str(error)
+        )
+        raise UserError(f"fabric: {said}") from error
     after, moves = replace(before, failed=parts), []
     for name, placement in before.placements.items():
         for block in placement.blocks:
@@ -67,16 +77,17 @@ def place(slices: Sequence[str], failed: Sequence[str] = ()) -> Pod:
                 after = fabric.patch(after, part)
             except ValueError:  # no spare port is left: its link stays dark
                 continue
-    return Pod(before, _in_order(after), tuple(moves))
+    shapes = {str(n): text.partition("@")[0] for n, text in enumerate(wanted, start=1)}
+    return Pod(before, _in_order(after), tuple(moves), shapes)
 
 
 def report(pod: Pod) -> dict[str, Any]:
     """What `torsion fabric --json` prints.
 
     Returns:
-      `blocks`: state (a slice's name, "free" or "failed") of each; `slices` with their blocks, the
-      cross-connects that they use, and links (each counted once) that get no light, with what is
-      left of all-to-all (None where that takes minutes to find, 0 where the slice is cut in two);
+      `blocks`: state (a slice's name, "free" or "failed") of each; `slices` with the shape as it
+      was `asked` for, their blocks, the cross-connects that they use, the links (each counted
+      once) that get no light, and what is left of all-to-all, as `launch.slices.kept` tells it;
       `switches` with their ports by what they do and their cross-connects; `cost` of placing the
       slices in a dark pod, and of what the failures changed; `checked`: what the light, followed
       from port to port, shows to be wrong: nothing.
@@ -90,7 +101,7 @@ def report(pod: Pod) -> dict[str, Any]:
         "pod": now.pod.name,
         "blocks": _states(now),
         "failed": [str(part) for part in sorted(now.failed)],
-        "slices": [_slice(now, name, far) for name in now.placements],
+        "slices": [_slice(now, name, far) | {"asked": pod.asked[name]} for name in now.placements],
         "switches": [
             {"ocs": str(switch)}
             | {state: int(np.sum(row == code)) for code, state in enumerate(scene.PORT_STATES)}
@@ -118,6 +129,7 @@ def show(pod: Pod, found: dict[str, Any], console) -> None:
     states = found["blocks"]
     counts = Counter("used" if s not in ("free", "failed") else s for s in states)
     names = [row["name"] for row in found["slices"]]
+    called = _called(found)
     colour = {name: scene.slice_colour(n) for n, name in enumerate(names)}
     colour |= {"free": "bright_black", "failed": f"bold {scene.FAILED_COLOUR}"}
     console.print(
@@ -137,18 +149,19 @@ def show(pod: Pod, found: dict[str, Any], console) -> None:
 
     if names:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bright_black")
+        left = ("", "slice", "blocks", "all-to-all")
         for title in ("", "slice", "blocks", "chips", "cross-connects", "dark links", "all-to-all"):
-            table.add_column(title, justify="left" if title in ("", "slice", "blocks") else "right")
+            justify = "left" if title in left else "right"
+            table.add_column(title, justify=justify, overflow="fold")
         for row in found["slices"]:
-            kept = row["all_to_all_kept"]
             table.add_row(
                 Text(row["name"], style=colour[row["name"]]),
-                row["slice"],
+                row["asked"],
                 ranges(row["blocks"]),
                 str(row["chips"]),
                 str(row["cross_connects"]),
                 str(row["dark_links"]),
-                "?" if kept is None else f"{kept:.2%}",
+                kept_text(row),
             )
         console.print()
         console.print(table)
@@ -156,15 +169,15 @@ def show(pod: Pod, found: dict[str, Any], console) -> None:
     console.print(_switch_table(found))
     cost, failures = found["cost"]["place"], found["cost"]["failures"]
     lines = [
-        f"placing the slices in a dark pod: {cost['makes']} cross-connects made, "
+        f"placing the slices in a dark pod: {count(cost['makes'], 'cross-connect')} made, "
         f"{cost['seconds'] * 1e3:g} ms at most"
     ]
     for move in failures["moves"]:
-        lines.append(f"slice {move['slice']}: block {move['to']} in the place of {move['from']}")
+        lines.append(f"{called[move['slice']]}: block {move['to']} in the place of {move['from']}")
     if failures["breaks"] or failures["makes"]:
         lines.append(
-            f"the failures: {failures['breaks']} cross-connects broken and {failures['makes']} "
-            f"made, {failures['seconds'] * 1e3:g} ms at most"
+            f"the failures: {count(failures['breaks'], 'cross-connect')} broken and "
+            f"{failures['makes']} made, {failures['seconds'] * 1e3:g} ms at most"
         )
     if failures["fibres_moved"]:
         lines.append(f"{count(failures['fibres_moved'], 'fibre')} moved by hand to a spare port")
@@ -200,13 +213,13 @@ def draw(pod: Pod, found: dict[str, Any], path: str) -> tuple[Path, Path]:
     if found["failed"]:
         change = f"{failures['breaks']} broken, {failures['makes']} made"
         rows += [("failed", ", ".join(found["failed"])), ("what that changed", change)]
+    called = _called(found)
     for move in failures["moves"]:
-        rows.append((f"slice {move['slice']}", f"block {move['from']} gave way to {move['to']}"))
+        rows.append((called[move["slice"]], f"block {move['from']} gave way to {move['to']}"))
     for row in found["slices"]:
         if row["dark_links"]:
-            kept = row["all_to_all_kept"]
-            left = "" if kept is None else f", {kept:.2%} of the all-to-all kept"
-            rows.append((f"slice {row['name']}", f"{row['dark_links']} links dark{left}"))
+            dark = count(row["dark_links"], "link")
+            rows.append((called[row["name"]], f"{dark} dark; all-to-all {kept_text(row)}"))
     rows.append(("followed light", "proves it" if not found["checked"] else found["checked"][0]))
     note = "Each slice is laid out as its own torus of blocks; a line is the 16 fibres between two."
     sections, script = page.fabric_sections(pod.after)
@@ -223,6 +236,11 @@ def draw(pod: Pod, found: dict[str, Any], path: str) -> tuple[Path, Path]:
             return page.write(named(path, "fabric"), html, png)
     except ValueError as error:
         raise UserError(f"--draw: {error}") from error
+
+
+def _called(found):
+    """{name: what a slice is called} in a report for people."""
+    return {row["name"]: f"slice {row['name']} ({row['asked']})" for row in found["slices"]}
 
 
 def _parse(text):
@@ -261,14 +279,6 @@ def _slice(pod, name, far):
     placement = pod.placements[name]
     slice = placement.slice
     dark = np.flatnonzero((far[placement.chips] < 0) & (slice.neighbours >= 0))
-    kept = 1.0
-    if dark.size:
-        try:
-            around = scene.optimum(slice, dark)
-            whole = scene.optimum(slice).max_link_load
-            kept = None if around is None else float(whole / around.max_link_load)
-        except ValueError:  # chips cannot reach each other any more
-            kept = 0.0
     return {
         "name": name,
         "slice": str(slice),
@@ -278,7 +288,7 @@ def _slice(pod, name, far):
         "blocks": list(placement.blocks),
         "cross_connects": sum(map(len, fabric.connects_of(pod, placement).values())),
         "dark_links": dark.size // 2,
-        "all_to_all_kept": kept,
+        **kept(slice, dark),
     }
 
 

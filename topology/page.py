@@ -145,14 +145,16 @@ def write(path: str | Path, page: str, picture: bytes) -> tuple[Path, Path]:
       path: with or without one of the two suffixes.
 
     Raises:
-      ValueError: the path has another suffix, a file of somebody else's is there, or it cannot be
-        written.
+      ValueError: the path has another suffix, its folder is not there, a file of somebody else's
+        is, or it cannot be written.
     """
     path = Path(path)
     if path.suffix not in ("", ".html", ".png") or not path.name:
         raise ValueError(
             f"{path}: a page .html and a picture .png are written; give it as NAME.html"
         )
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no folder {path.parent} to write in")
     contents = {path.with_suffix(".html"): page.encode(), path.with_suffix(".png"): picture}
     beside = {}
     try:
@@ -160,7 +162,6 @@ def write(path: str | Path, page: str, picture: bytes) -> tuple[Path, Path]:
             mark = _MARKS[file.suffix]
             if file.exists() and not (file.is_file() and mark in file.read_bytes()[:4096]):
                 raise ValueError(f"{file} exists and is no drawing of torsion's; take another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
         for file, content in contents.items():
             beside[file] = file.with_name(f".{file.name}.{os.getpid()}")
             beside[file].write_bytes(content)

@@ -88,6 +88,9 @@ class _Task:
         return self.record.progress
 
 
+_SPENT = ("kept", "lost", "slowed", "saving", "paused", "stalled")
+
+
 class _Simulation:
     def __init__(self, policy, costs, rates, pod):
         self.policy, self.costs, self.rates, self.pod = policy, costs, rates, pod
@@ -115,12 +118,11 @@ class _Simulation:
         self._pass(horizon)
         for task in self.running.values():
             self._update(task)
-        spent = Counter(idle=self.idle, out=self.out_)
+        spent = Counter(dict.fromkeys(_SPENT, 0.0), idle=self.idle, out=self.out_)
         for record in self.records:
             p, n = record.progress, record.job.slice.num_blocks
-            for name in ("kept", "lost", "slowed", "saving", "paused"):
-                spent[name] += n * getattr(p, name)
-            spent["stalled"] += n * p.stalled_for
+            for name in _SPENT:
+                spent[name] += n * (p.stalled_for if name == "stalled" else getattr(p, name))
         return Report(
             horizon=horizon,
             blocks=self.pod.num_blocks,

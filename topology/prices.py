@@ -10,15 +10,21 @@ the most loaded link carries at least the price-weighted mean. The two values me
 Links that a symmetry takes to each other form a class and share a price; by convexity some best
 routing loads them alike.
 
-Letters: C classes of links, G groups of demands whose ways are mixed apart, K ways.
+Moves are what may be added to any mixture, whatever it carries: a detour takes load from a link and
+puts it on a path around that link. Some best prices make no link dearer than a path around it, so
+detours do not change the optimum (dual-optimal inequalities; Ben Amor, Desrosiers and Valerio de
+Carvalho, Operations Research 54(3), 2006), and with them a handful of ways is enough.
+
+Letters: C classes of links, G groups of demands whose ways are mixed apart, K ways, M moves.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linprog
-from scipy.sparse import csr_array, hstack
+from scipy.sparse import csc_array, csr_array, hstack, vstack
 
 _PATIENCE = 3  # rounds that an unused way stays in the master program
 _LEAST_PRICE = 1e-7  # of the mean price: between paths that cost alike, the shorter
@@ -35,6 +41,7 @@ class Mix:
       prices: float [C], of every link of a class, that give `lower_bound`; over all links 1.
       ways: of the K ways in the mixture, what the oracle gave; `shares` float [K] are their parts,
         `groups` int [K] their groups; the shares of a group add up to 1.
+      moves: float [M], how often each move is made.
     """
 
     max_link_load: float
@@ -44,14 +51,19 @@ class Mix:
     ways: list
     groups: np.ndarray
     shares: np.ndarray
+    moves: np.ndarray
 
 
 def best_mix(
     cheapest: Callable,
     class_sizes,
     *,
+    moves=None,
+    start=None,
     tolerance: float = 1e-6,
     max_rounds: int = 200,
+    time_limit: float = np.inf,
+    progress: Callable[[float, float], object] | None = None,
     smoothing: float = 0.8,
 ) -> Mix:
     """The mixture of ways with the least largest link load.
@@ -60,17 +72,25 @@ def best_mix(
       cheapest: prices [C] -> (cost, loads [G, C], ways of length G): the cheapest way of every
         group, with the load that it puts on each link of a class, and the cost of all together.
       class_sizes: int [C], links of each class.
+      moves: sparse [C, M], what each move adds to the load of each link of a class; of the links
+        that it takes load from, the mixture has as much. None: there are none.
+      start: float [C], prices to begin with; by default all the same.
       tolerance: stops when (max_link_load - lower_bound) / max_link_load is below.
       max_rounds: or after so many rounds, with the interval reached by then.
+      time_limit: or after so many seconds, likewise, but not before the first round is complete.
+      progress: called with (lower_bound, max_link_load) after every round.
       smoothing: how far new prices stay with the best ones. Rounds fall about threefold where there
         are many classes; with three of them 0 takes fewer.
     """
+    began = time.monotonic()
     sizes = np.asarray(class_sizes, float)
+    moves = csc_array((len(sizes), 0)) if moves is None else csc_array(moves)
     even = np.full(len(sizes), 1 / sizes.sum())
-    best_prices = master_prices = even
+    best_prices = master_prices = even if start is None else np.asarray(start, float)
+    master = _Master(sizes, moves)
     lower, upper, stay = 0.0, np.inf, smoothing
     columns, groups, ways = np.zeros((0, len(sizes))), np.zeros(0, int), []
-    unused = np.zeros(0, int)
+    unused, best = np.zeros(0, int), None
     for _ in range(max_rounds):
         prices = stay * best_prices + (1 - stay) * master_prices + _LEAST_PRICE * even
         prices /= prices @ sizes
@@ -81,49 +101,100 @@ def best_mix(
         groups = np.concatenate([groups, np.arange(len(loads))])
         unused = np.concatenate([unused, np.zeros(len(loads), int)])
         ways += found
-        shares, master_prices = _master(columns, groups, sizes, scale=max(lower, 1e-300))
-        reached = (shares @ columns).max()
+        left = np.inf if best is None else time_limit - (time.monotonic() - began)
+        solved = master.solve(columns, groups, scale=max(lower, 1e-300), seconds=left)
+        if solved is None:
+            break
+        shares, made, master_prices = solved
+        class_loads = shares @ columns + moves @ made
+        reached = class_loads.max()
         # Prices near the best ones may find no way that the master has use for: then its own do.
         stay = smoothing if reached < upper * (1 - 1e-9) else 0.0
         upper = reached
-        unused = np.where(shares > 0, 0, unused + 1)
-        if upper - lower <= tolerance * upper:
+        used = np.flatnonzero(shares)
+        best = class_loads, [ways[k] for k in used], groups[used], shares[used], made
+        if progress is not None:
+            progress(float(min(lower, upper)), float(upper))
+        if upper - lower <= tolerance * upper or time.monotonic() - began > time_limit:
             break
+        unused = np.where(shares > 0, 0, unused + 1)
         keep = np.flatnonzero(unused < _PATIENCE)
-        columns, groups, unused, shares = columns[keep], groups[keep], unused[keep], shares[keep]
+        columns, groups, unused = columns[keep], groups[keep], unused[keep]
         ways = [ways[k] for k in keep]
-    used = np.flatnonzero(shares)
+    class_loads, ways, groups, shares, made = best
     return Mix(
         max_link_load=float(upper),
         lower_bound=float(min(lower, upper)),
-        class_loads=shares @ columns,
+        class_loads=class_loads,
         prices=best_prices,
-        ways=[ways[k] for k in used],
-        groups=groups[used],
-        shares=shares[used],
+        ways=ways,
+        groups=groups,
+        shares=shares,
+        moves=made,
     )
 
 
-def _master(columns, groups, sizes, scale):
-    """Shares [K] of the ways found, and prices [C], of the master program.
+class _Master:
+    """The master program: shares of the ways found, and moves, that load links least.
 
     Solved as its dual, which HiGHS does faster: maximise the sum over groups of m_g, where m_g is
-    at most the cost of each of the group's ways and all links together cost 1.
+    at most the cost of each of the group's ways, no move costs less than nothing, and all links
+    together cost 1. Moves are let in when one costs less than nothing, and stay.
     """
-    K, C, G = len(columns), len(sizes), int(groups.max()) + 1
-    own = csr_array((np.ones(K), (np.arange(K), groups)), (K, G))
-    # The unknowns are the prices of whole classes, and loads are about 1: well scaled.
-    solution = linprog(
-        np.concatenate([np.zeros(C), -np.ones(G)]),
-        A_ub=hstack([csr_array(-columns / scale), own]).tocsr(),
-        b_ub=np.zeros(K),
-        A_eq=csr_array(np.concatenate([np.ones(C), np.zeros(G)])[None]),
-        b_eq=[1.0],
-        bounds=[(0, None)] * C + [(None, None)] * G,
-        method="highs-ds",
-    )
-    if solution.status != 0:
-        raise RuntimeError(f"HiGHS gave up on the master program: {solution.message}")
-    shares = np.maximum(-solution.ineqlin.marginals, 0)
-    shares /= np.bincount(groups, shares)[groups]
-    return shares, np.maximum(solution.x[:C], 0) / sizes
+
+    def __init__(self, sizes, moves):
+        self.sizes, self.moves = sizes, moves
+        self.open = np.zeros(moves.shape[1], bool)
+
+    def solve(self, columns, groups, *, scale, seconds):
+        """(shares [K], moves [M], prices [C]); None if the seconds do not suffice."""
+        end = time.monotonic() + seconds
+        K, C, G = len(columns), len(self.sizes), int(groups.max()) + 1
+        own = csr_array((np.ones(K), (np.arange(K), groups)), (K, G))
+        ways = hstack([csr_array(-columns / scale), own])
+        while True:
+            if (left := end - time.monotonic()) <= 0:
+                return None
+            some = np.flatnonzero(self.open)
+            free = hstack([-self.moves[:, some].T, csr_array((len(some), G))])
+            # The unknowns are the prices of whole classes, and loads are about 1: well scaled.
+            solution = linprog(
+                np.concatenate([np.zeros(C), -np.ones(G)]),
+                A_ub=vstack([ways, free]).tocsr(),
+                b_ub=np.zeros(K + len(some)),
+                A_eq=csr_array(np.concatenate([np.ones(C), np.zeros(G)])[None]),
+                b_eq=[1.0],
+                bounds=[(0, None)] * C + [(None, None)] * G,
+                method="highs-ds",
+                options={} if np.isinf(left) else {"time_limit": left},
+            )
+            if solution.status == 1:
+                return None
+            if solution.status != 0:
+                raise RuntimeError(f"HiGHS gave up on the master program: {solution.message}")
+            prices = np.maximum(solution.x[:C], 0)
+            cheap = (self.moves.T @ prices < -1e-9 * prices.max()) & ~self.open
+            if not cheap.any():
+                break
+            self.open |= cheap
+        amounts = np.maximum(-solution.ineqlin.marginals, 0)
+        shares = amounts[:K] / np.bincount(groups, amounts[:K])[groups]
+        made = np.zeros(len(self.open))
+        made[some] = amounts[K:] * scale
+        return shares, _possible(shares @ columns, self.moves, made), prices / self.sizes
+
+
+def _possible(loads, moves, made):
+    """Fewer moves, so that none takes load away that is not there.
+
+    A link without load costs nothing, so neither does a move away from it: without it the largest
+    load is no larger.
+    """
+    if not made.any():
+        return made
+    emptied = np.asarray(moves.argmin(axis=0)).ravel()  # the class that each move takes load from
+    while (after := loads + moves @ made).min() < -1e-9 * loads.max():
+        taken = np.bincount(emptied, -moves.min(axis=0).toarray().ravel() * made, len(loads))
+        short = np.maximum(-after, 0)
+        made = made * (1 - np.minimum(short / np.maximum(taken, 1e-300), 1))[emptied]
+    return made

@@ -5,7 +5,7 @@ Places are in units of the distance between neighbouring chips of a block; the m
 """
 
 import colorsys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from topology.parts import CHIPS, SWITCHES, Part, Switch, chip_in_block
 from topology.routing import dimension_order, direction_loads
 from topology.shapes import BLOCK, DIMENSIONS, Shape
 from topology.slices import Slice
-from topology.throughput import all_to_all, orbits, switch_links
+from topology.throughput import all_to_all, is_cut, orbits, switch_links
 
 KINDS = ("inner", "wrap", "twist")
 OPTIMUM = "best routing"
@@ -33,6 +33,9 @@ LOAD_COLOURS = ("#3f7fe0", "#27a9b0", "#d9a514", "#ea5f0d")  # from no load to t
 KIND_COLOURS = ("#7c8aa0", "#1f9d76", "#8b5cf6")
 FREE_COLOUR = "#8b95a5"
 FAILED_COLOUR = "#e0006f"
+
+TIME_LIMIT = 20.0
+"""Seconds for the best routing around failures."""
 
 MANY = 800
 """Links; in a picture of more, wraps and twists are drawn as their two ends at first."""
@@ -106,18 +109,27 @@ def lost(slice: Slice, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sorted(chips), int), np.array(sorted(links), int)
 
 
-def optimum(slice: Slice, failed_links=()) -> Flow | None:
-    """`throughput.all_to_all`, or None where that would take minutes.
+def optimum(
+    slice: Slice,
+    failed_links=(),
+    *,
+    time_limit: float = TIME_LIMIT,
+    progress: Callable[[float, float], object] | None = None,
+) -> Flow | None:
+    """`throughput.all_to_all` in seconds, or None where even a first routing would take minutes.
 
     That is around failures of a large slice that leave few of its symmetries, such as a single
-    link's; one optical switch leaves enough.
+    link's; one optical switch leaves enough. Where the time limit ends the search, the best found
+    by then and its bound.
 
     Raises:
       ValueError: the failures cut the slice in two.
     """
     failed_links = np.asarray(failed_links, int)
     sources = len(np.unique(orbits(slice, failed_links)[0])) if failed_links.size else 1
-    return all_to_all(slice, failed_links) if sources * slice.num_chips <= _WORK else None
+    if sources * slice.num_chips > _WORK:
+        return None
+    return all_to_all(slice, failed_links, time_limit=time_limit, progress=progress)
 
 
 def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = None) -> Scene:
@@ -125,16 +137,17 @@ def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = No
 
     Args:
       parts: that failed (see `lost`). Around failed links `values` has only the optimum, or nothing
-        where that is None; where chips are lost the slice does not run, and the loads are those
-        that it has when whole.
+        where that is None or the slice is cut in two; where chips are lost the slice does not run,
+        and the loads are those that it has when whole.
       flow: the optimum, where the caller has it.
 
     Raises:
-      ValueError: a part is none of the slice's, or the failures cut the slice in two.
+      ValueError: a part is none of the slice's.
     """
     chips, failed = lost(slice, parts)
     around = failed if not chips.size else failed[:0]
-    flow = flow or optimum(slice, around)
+    if flow is None and not is_cut(slice, around):
+        flow = optimum(slice, around)
     loads = {} if flow is None else {OPTIMUM: flow.loads}
     if not around.size:
         loads[DIMENSION_ORDER] = _dimension_order_loads(slice)

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
+from topology.bisection import least_cut_found
 from topology.shapes import (
     BLOCK,
     DIMENSIONS,
@@ -237,11 +238,12 @@ class Slice:
         """Links that the smallest cut into two equal halves crosses, each counted once.
 
         Times a link's one-way bandwidth, it is the bandwidth from one half to the other: 512 links
-        of a pod. It is the smallest of the plane cuts: on a torus, twisted or not, the halves
+        of a pod. On a regular torus and on a mesh it is that of a plane, half of one dimension, and
+        no set of half the chips has a smaller cut: all-to-all by dimension order loads the links of
+        this cut alike and no link more. On a twisted torus it is the smallest found, so an upper
+        bound (`throughput.bisection_is_least` says where it is proved): of the halves
         {v : frac(w . v) < 1/2} of the phases w that L leaves whole (w . L in Z) and whose order is
-        even; without wraparound, halves of one dimension. On a regular torus and on a mesh no set
-        of half the chips has a smaller cut: all-to-all by dimension order loads the links of this
-        cut alike and no link more. On a twisted torus it is an upper bound of the smallest.
+        even, and of others improved by exchanging chips (see `topology.bisection`).
         """
         if not self.is_torus:
             planes = zip(self.shape, self.wrap, strict=True)
@@ -253,7 +255,12 @@ class Slice:
         phases = self.phases
         turns = np.minimum(phases, N - phases).sum(axis=1)
         order = N // np.gcd.reduce(np.column_stack([phases, np.full(N, N)]), axis=1)
-        return int(2 * turns[order % 2 == 0].min())
+        planes = 2 * np.where(order % 2 == 0, turns, N)
+        least = int(planes.min())
+        if not self.is_twisted:
+            return least
+        phase = self.coordinates @ phases[planes.argmin()] % N
+        return min(least, least_cut_found(self.shape, self.neighbours, [2 * phase < N]))
 
     @cached_property
     def phases(self) -> np.ndarray:

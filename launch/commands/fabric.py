@@ -37,8 +37,10 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.fabric import draw, place, report, show
+    from launch.fabric import WIDTH, draw, place, report, show
+    from launch.slices import check_drawing
 
+    check_drawing(args.draw)
     pod = place(args.slices, args.failed)
     found = report(pod)
     if args.draw is not None:
@@ -49,7 +51,9 @@ def run(args, began: float) -> int:
 
     from rich.console import Console
 
-    show(pod, found, Console(highlight=False))
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)  # a narrow terminal wraps lines; nothing is cut off
+    show(pod, found, console)
     if args.draw is not None:
         print(f"wrote {' and '.join(found['drawn'])}")
     return 1 if found["checked"] else 0

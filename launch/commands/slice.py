@@ -44,8 +44,9 @@ def add_draw(sub, name: str) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.slices import describe, draw, report
+    from launch.slices import check_drawing, describe, draw, report
 
+    check_drawing(args.draw)
     found = report(args.shape, args.failed_ocs, args.failed)
     if args.draw is not None:
         files = draw(args.shape, found, args.draw, args.failed_ocs, args.failed)

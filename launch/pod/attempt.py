@@ -205,6 +205,12 @@ class Attempt:
         if not state["hit"]:
             self._record("part", text=f"ocs:{fault.what}: the slice does not pass it")
             return
+        if not state["kept"]:
+            raise TrainingError(
+                f"ocs:{fault.what}: the switches that have failed cut the slice {self._slice} in "
+                "two, and no routing goes around them; let fewer switches of a dimension fail, or "
+                "take a slice that goes without it"
+            )
         share = communication_share(self._plan, self._slice)
         self._owner.slow = slow = share * (1 / state["kept"] - 1)
         self._record(

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, throughput
+from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, light, throughput
 from topology.shapes import times
 
 _NAME = "run"  # of the one slice that the pod holds
+_KEPT_SECONDS = 20.0  # for the best routing around failed switches
 
 
 class Manager:
@@ -67,16 +68,20 @@ class Manager:
         """Notes a failed block, host or switch ("host:12,3").
 
         Returns:
-          `state()`, and "hit": whether the slice uses it; of a switch also "kept", the part of the
-          all-to-all throughput that is left when traffic goes around all failed switches.
+          `state()`, and "hit": whether the slice uses it, a switch only where it has links there.
+          Of a switch also "kept", the part of the all-to-all throughput that is left when traffic
+          goes around all failed switches, 0 where they cut the slice in two.
         """
         part = Part.parse(part, self._fabric.pod)
-        self._keep(fabric.fail(self._fabric, part))
-        placement = self._fabric.placements.get(_NAME)
+        after = fabric.fail(self._fabric, part)
+        placement = after.placements.get(_NAME)
         if part.kind == "ocs":
-            hit = placement is not None and placement.slice.is_whole_blocks
-            return self.state() | {"hit": hit, "kept": self._kept(placement) if hit else 1.0}
-        return self.state() | {"hit": placement is not None and part.block in placement.blocks}
+            hit = bool(_links(after, part))
+            found = {"hit": hit, "kept": _kept(after, placement) if hit else 1.0}
+        else:
+            found = {"hit": placement is not None and part.block in placement.blocks}
+        self._keep(after)
+        return self.state() | found
 
     def drain(self, part: str) -> dict[str, Any]:
         """Takes a host, with its block, out of use, which is not known to have failed."""
@@ -95,18 +100,25 @@ class Manager:
             "free": len(self._fabric.free_blocks),
         }
 
-    def _kept(self, placement):
-        links = []
-        for part in self._fabric.failed:
-            if part.kind == "ocs":
-                links += throughput.switch_links(placement.slice, *part.where).tolist()
-        return float(throughput.all_to_all_kept(placement.slice, sorted(set(links))))
-
     def _keep(self, new):
         self._fabric = new
         written = self._file.with_name(self._file.name + ".new")
         written.write_text(json.dumps(self.state()))
         os.replace(written, self._file)
+
+
+def _kept(pod, placement):
+    switches = [part for part in pod.failed if part.kind == "ocs"]
+    links = {link for part in switches for link in _links(pod, part)}
+    return float(
+        throughput.all_to_all_kept(placement.slice, sorted(links), time_limit=_KEPT_SECONDS)
+    )
+
+
+def _links(pod, part):
+    """The directed links that the slice, if nothing else had failed, loses with a part."""
+    hit = light.impact(replace(pod, failed=frozenset()), part).get(_NAME)
+    return () if hit is None else hit.links
 
 
 def placement_of(state: dict[str, Any]) -> Placement:

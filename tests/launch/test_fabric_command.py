@@ -1,6 +1,9 @@
 """`torsion fabric`, for people and as JSON; the wiring is followed again by other means here."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,7 +118,7 @@ def test_it_is_shown_for_people(capsys):
     assert "4x4x8_twisted  0, 2" in out
     assert "✗    6    6    6" in out
     assert f"{47 * 6:,} are used" in out
-    assert "slice 1: block 2 in the place of 1" in out
+    assert "slice 1 (4x4x8_twisted): block 2 in the place of 1" in out
     assert "the failures: 96 cross-connects broken and 96 made, 10 ms at most" in out
     assert "checked: the light, followed from port to port, makes these slices" in out
     assert max(map(len, out.splitlines())) <= 100
@@ -132,7 +135,7 @@ def test_it_is_shown_for_people(capsys):
             ["--slices", "16x16x16", "--failed", "link:3,0,0,0,+x"],
             "63 of 64 are free and healthy; the nearest that fits is 12x16x16",
         ),
-        (["--slices", "4x4x8@0,1,4x4x4@1"], "block 1 is in slice '1'; free and healthy are 2, 3"),
+        (["--slices", "4x4x8@0,1,4x4x4@1"], "block 1 is in slice 1 (4x4x8@0,1); free and healthy"),
         (["--slices", "4x4x4@5", "--failed", "host:5,0"], "(host:5,0 failed); free and healthy"),
         (["--slices", "4x4x4@64"], "block 64 is none of the blocks 0 .. 63"),
         (["--slices", "4x4x8@3,3"], "takes 2 different blocks"),
@@ -140,6 +143,10 @@ def test_it_is_shown_for_people(capsys):
         (["--failed", "ocs:x,4,0"], "'4' is no place in a face; there are 0 .. 3"),
         (["--failed", "port:x,0,0,136"], "'136' is no port; there are 0 .. 135"),
         (["--draw", "fabric.pdf"], "give it as NAME.html"),
+        (["--draw", "/nonexistent/x"], "no folder /nonexistent to write in"),
+        (["--slices", ","], "no slice; write for example 4x4x8_twisted,8x8x8"),
+        (["--slices", ""], "no slice; write for example"),
+        (["--slices", "4x4x8,,8x8x8"], "not a slice"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -157,3 +164,28 @@ def test_draw_writes_a_page_and_a_picture(capsys, tmp_path, monkeypatch):
     assert main(["fabric", "--slices", "4x4x8", "--draw"]) == 0
     assert capsys.readouterr().out.endswith("wrote fabric.html and fabric.png\n")
     assert {p.name for p in tmp_path.iterdir()} == {"fabric.html", "fabric.png"}
+
+
+@pytest.mark.parametrize("columns", [None, "40"])
+def test_nothing_is_cut_off_when_piped_or_narrow(columns):
+    """What a reader, or a pipe, gets has every name and figure whole."""
+    twist = "4x4x12_twist:0,0,4/0,0,8/0,0,0"
+    command = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
+    command += ["fabric", "--slices", twist, "8x16x16", "--failed", "port:x,0,0,130", "ocs:y,1,1"]
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    env |= {} if columns is None else {"COLUMNS": columns}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "\u2026" not in done.stdout
+    for words in (twist, "0-2", "8x16x16", "cross-connects", "all-to-all", "ports used, OCS z,i,j"):
+        assert words in done.stdout
+
+
+def test_the_page_calls_slices_by_their_shapes_and_counts_one_link(tmp_path, capsys):
+    page = tmp_path / "pod"
+    arguments = ["fabric", "--slices", "4x4x4", "--failed", "ocs:x,0,0", "--draw", str(page)]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    text = page.with_suffix(".html").read_text()
+    assert "slice 1 (4x4x4)" in text
+    assert "1 link dark" in text

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from launch.pod.manager import Manager, placement_of, smaller_shapes
-from topology import Slice, light, throughput
+from topology import Part, Slice, fabric, light, throughput
 
 
 @pytest.fixture
@@ -86,3 +87,34 @@ def test_a_part_of_a_block_passes_no_switch(file):
     manager = Manager(file, 64)
     manager.place("2x2x2", [])
     assert not manager.fail("ocs:x,0,0")["hit"]
+
+
+def test_a_switch_hits_only_slices_with_links_in_it(file):
+    manager = Manager(file, 64)
+    manager.place("4x4x8_wrap:z", [])
+    before = manager.state()["failed"]
+    state = manager.fail("ocs:x,0,0")  # no wraparound in x, so no link there
+    assert (state["hit"], state["kept"]) == (False, 1.0)
+    assert state["failed"] == [*before, "ocs:x,0,0"]
+    state = manager.fail("ocs:z,0,0")
+    assert state["hit"]
+    assert 0.9 < state["kept"] <= 1
+
+
+def test_switches_that_cut_the_slice_in_two_keep_nothing(file):
+    manager = Manager(file, 64)
+    manager.place("4x4x8", [])
+    for i, j in np.ndindex(4, 4):
+        manager._fabric = fabric.fail(manager._fabric, Part("ocs", (2, i, j)))
+    state = manager.fail("ocs:z,3,3")
+    assert state["hit"]
+    assert state["kept"] == 0
+
+
+def test_a_part_that_is_not_there_leaves_the_state_as_it_was(file):
+    manager = Manager(file, 64)
+    manager.place("4x4x8", [])
+    before = manager.state()
+    with pytest.raises(ValueError, match="'9' is no place in a face"):
+        manager.fail("ocs:x,9,0")
+    assert Manager(file, 64).state() == before

@@ -215,6 +215,28 @@ def test_no_descent_finds_a_smaller_cut_of_a_twisted_slice():
         assert crossing(slice, side > 0) >= slice.bisection_links
 
 
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [
+        ("4x4x16_twist:0,0,4/0,0,8/0,0,0", 112),  # no plane cuts fewer than 128
+        ("8x8x32_twist:0,0,8/0,0,16/0,0,0", 448),  # the same, of twice the size: four times
+        ("4x4x12_twist:0,0,4/0,0,4/0,0,0", 94),
+    ],
+)
+def test_bisection_of_a_twisted_slice_is_no_more_than_a_cut_that_exists(text, links):
+    slice = Slice.parse(text)
+    assert slice.bisection_links <= links
+    # Every half of the chips is cut as often at least as all-to-all needs.
+    load = all_to_all_load(slice)
+    assert slice.bisection_links >= slice.num_chips**2 / 4 / load
+
+
+def all_to_all_load(slice):
+    from topology.throughput import all_to_all
+
+    return all_to_all(slice).max_link_load
+
+
 def test_bisection_without_all_wraparounds():
     assert Slice.parse("4x4x8_wrap:").bisection_links == 16
     assert Slice.parse("4x4x8_wrap:z").bisection_links == 32  # 2 x 16 across z, 32 across x or y

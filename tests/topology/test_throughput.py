@@ -15,6 +15,7 @@ from topology.throughput import (
     both_ways,
     bytes_per_second_per_chip,
     closed_form,
+    is_cut,
     switch_links,
 )
 
@@ -172,22 +173,33 @@ def test_a_failed_switch_with_routing_and_prices(name, d, kept):
     assert apart.sum() == pytest.approx(flow.lower_bound, rel=1e-9)
     assert flow.is_exact
 
-    # The routing: the trees, and their images under all symmetries, walked hop by hop.
+    # The routing: each source's flow, and its images under all symmetries; then the detours.
     group = images(slice, failed.tolist())
-    loads, sent = np.zeros((N, 6)), np.zeros(N)
-    for source, share, parents in zip(flow.sources, flow.shares, flow.parents, strict=True):
-        used = np.zeros((N, 6))
-        for chip in range(N):
-            while chip != source:
-                before = parents[chip]
-                used[before, list(slice.neighbours[before]).index(chip)] += 1
-                chip = before
+    loads, sent, back = np.zeros((N, 6)), np.zeros(N), np.arange(6) ^ 1
+    for source, used in zip(flow.sources, flow.flows, strict=True):
+        assert (used >= 0).all()
+        into = used[slice.neighbours, back].sum(axis=1)
+        kept = into - used.sum(axis=1)
+        np.testing.assert_allclose(np.delete(kept, source), 1, rtol=1e-9)
         fixed = sum(chips[source] == source for chips, _ in group)
         for chips, turn in group:
-            loads[chips[:, None], turn] += share * used / fixed
-            sent[chips[source]] += share / fixed
+            loads[chips[:, None], turn] += used / fixed
+            sent[chips[source]] += 1 / fixed
     np.testing.assert_allclose(sent, 1, rtol=1e-9)
+    for link, ways in flow.detours.items():
+        same = [(chips, turn, chips[link // 6] * 6 + turn[link % 6]) for chips, turn in group]
+        for path, amount in ways:
+            assert path[0] // 6 == link // 6
+            ends = [slice.neighbours.ravel()[hop] for hop in (*path, link)]
+            assert [hop // 6 for hop in path[1:]] == ends[: len(path) - 1]
+            assert ends[-1] == ends[-2]
+            for chips, turn, image in same:
+                each = amount / sum(other == image for *_, other in same)
+                loads.ravel()[image] -= each
+                for hop in path:
+                    loads[chips[hop // 6], turn[hop % 6]] += each
     assert (loads.ravel()[failed] == 0).all()
+    assert loads.min() >= -1e-9 * loads.max()
     np.testing.assert_allclose(loads, flow.loads, atol=1e-6 * loads.max())
     assert loads.max() == pytest.approx(flow.max_link_load, rel=1e-9)
 
@@ -261,3 +273,37 @@ def test_errors(call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call(Slice.parse("4x4x4"))
     assert "\n" not in str(error.value)
+
+
+def test_two_failed_links_without_symmetry_are_exact_in_seconds():
+    """A pair for which 36 rounds over the ways of every source took minutes."""
+    slice = Slice.parse("4x8x8")
+    failed = np.concatenate([both_ways(slice, 6 * slice.index(c) + d) for c, d in PAIR])
+    rounds = []
+    flow = all_to_all(slice, failed, progress=lambda *both: rounds.append(both))
+    assert flow.is_exact
+    assert flow.max_link_load == pytest.approx(260.063492, rel=1e-6)  # as by the slow way
+    assert len(rounds) < 30
+    for low, high in rounds:
+        assert low <= flow.max_link_load * (1 + 1e-6)
+        assert high >= flow.lower_bound * (1 - 1e-6)
+
+
+PAIR = [((3, 4, 4), 0), ((2, 5, 2), 2)]
+
+
+def test_a_time_limit_leaves_a_close_interval():
+    slice = Slice.parse("4x4x8_twisted")
+    failed = np.concatenate([both_ways(slice, link) for link in (6 * 3, 6 * 40 + 2, 6 * 77 + 4)])
+    flow = all_to_all(slice, failed, time_limit=0.0)
+    assert flow.max_link_load * 0.9 < flow.lower_bound < flow.max_link_load
+
+
+def test_cut_in_two_keeps_nothing():
+    slice = Slice.parse("4x4x8")
+    links = np.concatenate([switch_links(slice, 2, i, j) for i in range(4) for j in range(4)])
+    assert not is_cut(slice, np.setdiff1d(links, both_ways(slice, links[0])))
+    assert is_cut(slice, links)
+    assert all_to_all_kept(slice, links) == 0
+    # One way only is cut as well: a chip that cannot send.
+    assert is_cut(slice, range(6))
