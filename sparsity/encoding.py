@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity.axes import positive, shards
 from sparsity.bits import pack_bits, unpack_bits
 from sparsity.formats import (
     E4M3,
@@ -99,6 +100,7 @@ def _encode(x, key, scale, zero_point, *, format: Format, axis: int, rounding: R
     parts = parts_of(x, format, axis, scale, zero_point)
     noise = None if key is None else noise_of_blocks(key, parts, format, axis)
     magnitude, sign = elements(parts, format, rounding, noise)
+    _check_bytes(x, format, axis)
     codes = _codes(magnitude, sign < 0, format, parts.scale)
     codes = jnp.moveaxis(join_blocks(codes, parts.shape, axis), axis, -1)
     shape = scale_shape(parts.shape, format.block, axis)
@@ -132,9 +134,13 @@ def bits_per_element(format: str | Format, shape: tuple[int, ...], *, axis: int 
     """Bits of codes, scales and zero points of an array of that shape, by its number of entries.
 
     What fills up the last byte of codes is not counted.
+
+    Raises:
+      ValueError: an unknown format, a shape without entries, or no such axis.
     """
     format = get_format(format)
-    size = math.prod(shape)
+    if not (size := math.prod(shape)):
+        raise ValueError(f"shape={shape} has no entries; use a shape of one or more")
     scales = math.prod(scale_shape(shape, format.block, axis))
     if isinstance(format, Int):
         each, once = 32 if format.symmetric else 40, 0
@@ -226,7 +232,7 @@ def _pack(codes: jax.Array, bits: int) -> jax.Array:
     if bits == 8:
         return (codes & 255).astype(jnp.uint8)
     planes = codes[..., None] >> jnp.arange(bits) & 1
-    return pack_bits(planes.reshape(*codes.shape[:-1], -1))
+    return pack_bits(planes.reshape(*codes.shape[:-1], codes.shape[-1] * bits))
 
 
 def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
@@ -238,6 +244,17 @@ def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
 
 def _shifted(format: Format) -> bool:
     return isinstance(format, Int) and not format.symmetric
+
+
+def _check_bytes(x, format: Format, axis: int) -> None:
+    """Raises a ValueError where a shard ends within a byte of codes."""
+    bits, ways = element_bits(format), shards(x, positive(axis, x.ndim))
+    size = x.shape[axis] // ways
+    if ways > 1 and size * bits % 8:
+        raise ValueError(
+            f"axis {axis} of {x.shape}: {ways} shards of {size} codes of {bits} bits cut bytes; "
+            "use fewer shards"
+        )
 
 
 def _check_finite(x, format: Format) -> None:

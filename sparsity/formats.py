@@ -349,8 +349,12 @@ def check_blocks(format: str | Format, size: int, *, ways: int = 1, name: str = 
       ways: the number of equal shards that the axis is cut into; no shard may cut a block.
     """
     block = get_format(format).block
-    if not isinstance(block, int):
-        return
+    if isinstance(block, int):
+        check_block(block, size, ways=ways, name=name)
+
+
+def check_block(block: int, size: int, *, ways: int = 1, name: str = "") -> None:
+    """`check_blocks` of a block."""
     start = f"{name}: " if name else ""
     if size % block:
         raise ValueError(

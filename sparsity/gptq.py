@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity.formats import FP8, HBFP, MX, NVFP4, FixedElement, Format, check_blocks, get_format
-from sparsity.one_shot import inverse_factor
+from sparsity.hessian import (
+    check_block_size,
+    check_hessian,
+    check_kernel,
+    inverse_factor,
+    transposed_product,
+)
 from sparsity.quantization import Parts, elements, values
 from sparsity.scales import Scale, dynamic_scale, nvfp4_scale, split_blocks, to_float
 
@@ -50,8 +56,8 @@ def rtn(kernel_IO: jax.Array, format: str | Format) -> Quantized:
     """The kernel rounded to nearest, ties to even; zeros stay zeros.
 
     Raises:
-      ValueError: an unknown format, a block that does not divide the inputs, or an entry that is
-        not finite.
+      ValueError: an unknown format, a block that does not divide the inputs, or a kernel that is
+        no finite matrix.
     """
     format = _checked(kernel_IO, format)
     found, scale = _rtn(jnp.asarray(kernel_IO, jnp.float32), format)
@@ -77,7 +83,8 @@ def gptq(
 
     Args:
       hessian_II: X^T X over the calibration text, up to a factor. Weights of inputs that were
-        always 0 are rounded to nearest.
+        always 0 become 0 before any scale is taken, as in the authors' program: they cost nothing,
+        and would make the steps of the others in their block larger.
       mask_IO: bool, True = kept; the others become 0, and their loss is made up for as well. None
         keeps the zeros that the kernel has.
       block_size: inputs whose updates are gathered before they are applied to the inputs after
@@ -87,16 +94,22 @@ def gptq(
         taken from the kernel as it is given.
 
     Raises:
-      ValueError: as `rtn`, or the Hessian is not finite.
+      ValueError: as `rtn`, the mask has another shape, or the Hessian is not finite, symmetric and
+        of the inputs, or not positive definite when damped.
     """
     format = _checked(kernel_IO, format)
+    check_block_size(block_size)
     inputs = kernel_IO.shape[0]
     kernel_IO = jnp.asarray(kernel_IO, jnp.float32)
     mask_IO = kernel_IO != 0 if mask_IO is None else jnp.asarray(mask_IO, bool)
+    if mask_IO.shape != kernel_IO.shape:
+        raise ValueError(f"mask_IO: shape {mask_IO.shape}; use the kernel's, {kernel_IO.shape}")
+    hessian = check_hessian(hessian_II, inputs)
     visited = np.arange(inputs)
     if order:
-        visited = np.argsort(-np.diagonal(np.asarray(hessian_II)), kind="stable")
-    factor_II, _ = inverse_factor(np.asarray(hessian_II)[np.ix_(visited, visited)], damping)
+        visited = np.argsort(-np.diagonal(hessian), kind="stable")
+    factor_II, dead_I = inverse_factor(hessian[np.ix_(visited, visited)], damping)
+    mask_IO = mask_IO.at[visited[dead_I]].set(False)
     length = format.block if isinstance(format.block, int) else 1
     size = max(block_size // length, 1) * length
     found, scale = _gptq(kernel_IO, mask_IO, factor_II, visited, format, size, order)
@@ -108,9 +121,8 @@ QUANTIZERS = ("rtn", "gptq")
 
 def _checked(kernel_IO, format: str | Format) -> Format:
     format = get_format(format)
+    check_kernel(kernel_IO)
     check_blocks(format, kernel_IO.shape[0])
-    if not np.isfinite(np.asarray(kernel_IO, np.float32)).all():
-        raise ValueError("has entries that are not finite; give a kernel without any")
     return format
 
 
@@ -180,7 +192,7 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
         carry = jax.lax.fori_loop(0, size, quantize_input, carry)
     block, errors, scales = carry
     after = jnp.arange(inputs) >= start + size
-    moved = jnp.matmul(jnp.where(after, rows, 0).T, errors, precision=jax.lax.Precision.HIGHEST)
+    moved = transposed_product(jnp.where(after, rows, 0), errors)
     return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0)), scales
 
 

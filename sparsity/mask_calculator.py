@@ -4,12 +4,14 @@ All are uint8, 1 where a score is kept, and may be jitted with a traced sparsity
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sparsity.axes import positive
 from sparsity.nm import nm_mask, split_groups
 from sparsity.sparsity_types import Block, Channel, NByM, SparsityType, Unstructured
 from sparsity.topk import keep_count, topk_mask
@@ -85,14 +87,17 @@ def topk_block_mask_calculator(
         raise ValueError(
             f"block_shape=({block_height}, {block_width}); height and width are 1 or more"
         )
+    spec = jax.typeof(scores).sharding.spec
+    if any(spec):  # shards may cut blocks, so each device makes the whole mask
+        scores = jax.sharding.reshard(scores, jax.sharding.PartitionSpec())
     shape = scores.shape if scores.ndim > 1 else (1, scores.size)
-    rows, columns = shape[:2]
+    rows, columns, depth = *shape[:2], math.prod(shape[2:])
     high, wide = -(-rows // block_height), -(-columns // block_width)
     padding = ((0, high * block_height - rows), (0, wide * block_width - columns), (0, 0))
 
     def blocks(x, fill):
-        x = jnp.pad(x.reshape(rows, columns, -1), padding, constant_values=fill)
-        return x.reshape(high, block_height, wide, block_width, -1)
+        x = jnp.pad(x.reshape(rows, columns, depth), padding, constant_values=fill)
+        return x.reshape(high, block_height, wide, block_width, depth)
 
     if use_avg_pooling:
         counts = jnp.sum(blocks(jnp.ones(shape, jnp.float32), 0), axis=(1, 3, 4))
@@ -102,7 +107,8 @@ def topk_block_mask_calculator(
     mask = topk_mask_calculator(pooled, sparsity)
     mask = jnp.repeat(jnp.repeat(mask, block_height, axis=0), block_width, axis=1)
     mask = mask[:rows, :columns].reshape(rows, columns, *(1 for _ in shape[2:]))
-    return jnp.broadcast_to(mask, shape).reshape(scores.shape)
+    mask = jnp.broadcast_to(mask, shape).reshape(scores.shape)
+    return jax.sharding.reshard(mask, spec) if any(spec) else mask
 
 
 def topk_channel_mask_calculator(scores, sparsity, sparsity_type: Channel) -> jax.Array:
@@ -112,10 +118,7 @@ def topk_channel_mask_calculator(scores, sparsity, sparsity_type: Channel) -> ja
       ValueError: the scores have no such axis.
     """
     scores = jnp.asarray(scores)
-    axis = sparsity_type.axis
-    if not -scores.ndim <= axis < scores.ndim:
-        raise ValueError(f"axis={axis} of scores of {scores.ndim} axes; use one of its axes")
-    axis %= scores.ndim
+    axis = positive(sparsity_type.axis, scores.ndim)
     others = tuple(a for a in range(scores.ndim) if a != axis)
     sums = jnp.sum(scores.astype(jnp.float32), axis=others, keepdims=True)
     return jnp.broadcast_to(topk_mask_calculator(sums, sparsity), scores.shape)

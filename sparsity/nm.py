@@ -1,6 +1,7 @@
 """N:M sparsity: n entries kept of every m consecutive ones along an axis."""
 
 import functools
+import itertools
 import math
 import operator
 from typing import Literal
@@ -10,19 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from sparsity.axes import positive, shards
+from sparsity.rounding import INFINITY, MAGNITUDE, bits_of, lift, split
 from sparsity.topk import order_key
 
 Axis = int | tuple[int, ...]
 
 _PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
-_PATTERNS = [
-    (a, b, c, d)
-    for a in _PAIRS
-    for b in _PAIRS
-    for c in _PAIRS
-    for d in _PAIRS
-    if sorted((*a, *b, *c, *d)) == [0, 0, 1, 1, 2, 2, 3, 3]
-]
 
 
 def nm_mask(
@@ -74,6 +69,9 @@ def check_nm(n, m: int, size: int, *, ways: int = 1, name: str = "") -> None:
       ways: the number of equal shards that the axis is cut into; no shard may cut a group.
     """
     start = f"{name}: " if name else ""
+    for what, number in (("N", n), ("M", m)):
+        if not isinstance(number, int | np.integer | jax.Array):
+            raise ValueError(f"{start}{what}={number!r}; use an int")
     if m < 1:
         raise ValueError(f"{start}M={m}; groups have 1 entry or more")
     if not isinstance(n, jax.Array) and not 1 <= n <= m:
@@ -93,13 +91,13 @@ def check_nm(n, m: int, size: int, *, ways: int = 1, name: str = "") -> None:
 
 def split_groups(x: jax.Array, m: int, axis: Axis, *, n=1) -> tuple[jax.Array, int]:
     """x with the axis in two, [.., groups, m, ..], and the number of the axis of m."""
-    axes = tuple(a + x.ndim if a < 0 else a for a in ((axis,) if np.ndim(axis) == 0 else axis))
-    if not axes or axes[0] < 0 or axes[-1] >= x.ndim or axes != tuple(range(axes[0], axes[-1] + 1)):
+    axes = tuple(positive(a, x.ndim) for a in (axis if isinstance(axis, tuple) else (axis,)))
+    if not axes or axes != tuple(range(axes[0], axes[-1] + 1)):
         raise ValueError(f"axis={axis} of {x.ndim} axes; use one, or adjacent increasing ones")
-    if m > 0 and x.shape[axes[-1]] % m == 0:  # no group leaves the last of the axes
-        axes = axes[-1:]
+    if isinstance(m, int) and m > 0 and x.shape[axes[-1]] % m == 0:
+        axes = axes[-1:]  # no group leaves the last of the axes
     size = math.prod(x.shape[a] for a in axes)
-    check_nm(n, m, size, name=f"axis {axis} of {x.shape}")
+    check_nm(n, m, size, ways=shards(x, axes[0]), name=f"axis {axis} of {x.shape}")
     shape = (*x.shape[: axes[0]], size // m, m, *x.shape[axes[-1] + 1 :])
     spec = _spec(x)  # groups of several axes lie as the first of them: no group is cut
     if spec is not None:
@@ -121,7 +119,9 @@ def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) ->
     """2:4 along both axes at once: of every 4 x 4 block, the best 2:4 pattern of rows and columns.
 
     Of the 90 patterns with two kept in every row and column, the one with the greatest sum of
-    scores, in float32 (Hubara et al., 2021, "transposable masks"); NaN counts as least.
+    scores, in float32 (Hubara et al., 2021, "transposable masks"). Of a block that holds NaN or
+    infinities, one that keeps the fewest NaN; of these, the fewest -inf, then the most +inf, then
+    the greatest sum of the others. A power of two that multiplies a block changes nothing.
 
     Args:
       scores: floating or integer, [.., 4 * A, .., 4 * B, ..].
@@ -134,11 +134,12 @@ def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) ->
       ValueError: an axis is not divisible by 4, or the axes are one.
     """
     scores = jnp.asarray(scores)
-    row, column = sorted(a % scores.ndim for a in axes)
+    row, column = sorted(positive(a, scores.ndim) for a in axes)
     if row == column:
         raise ValueError(f"axes={axes} are one axis; use two")
     for axis in (row, column):
-        check_nm(2, 4, scores.shape[axis], name=f"axis {axis} of {scores.shape}")
+        ways = shards(scores, axis)
+        check_nm(2, 4, scores.shape[axis], ways=ways, name=f"axis {axis} of {scores.shape}")
     return _transposable(scores, row, column)
 
 
@@ -147,34 +148,80 @@ def _transposable(scores, row: int, column: int):
     blocks, j = split_groups(scores, 4, column)
     blocks, i = split_groups(blocks, 4, row)
     j += 1
-    limit = float(np.finfo(np.float32).max) / 32  # sums of eight stay finite
 
     def entry(a, b):
         x = jax.lax.slice_in_dim(jax.lax.slice_in_dim(blocks, a, a + 1, axis=i), b, b + 1, axis=j)
-        x = x.astype(jnp.float32)
-        return jnp.clip(jnp.where(jnp.isnan(x), -limit, x), -limit, limit)
+        return x.astype(jnp.float32)
 
     entries = [[entry(a, b) for b in range(4)] for a in range(4)]
-    pairs = [{pair: row[pair[0]] + row[pair[1]] for pair in _PAIRS} for row in entries]
-    found = [  # (sum, bits of the pattern)
-        (
-            sum(pairs[a][pair] for a, pair in enumerate(pattern)),
-            np.int32(sum(1 << (4 * a + b) for a, pair in enumerate(pattern) for b in pair)),
-        )
-        for pattern in _PATTERNS
+    greatest = functools.reduce(jnp.maximum, (_finite_bits(x) for row in entries for x in row))
+    exponent = _computed_once(split(jnp.maximum(greatest, 1))[1])
+    pairs = [  # of each row: (rank, sum, bits of the pattern) of what a pair of columns keeps
+        {
+            (b, c): (
+                _rank(row[b]) + _rank(row[c]),
+                _scaled(row[b], exponent) + _scaled(row[c], exponent),
+                np.int32(1 << (4 * a + b) | 1 << (4 * a + c)),
+            )
+            for b, c in _PAIRS
+        }
+        for a, row in enumerate(entries)
     ]
-    while len(found) > 1:  # a tournament; of equal sums the first pattern wins
-        last = found[len(found) // 2 * 2 :]
-        found = [
-            (jnp.maximum(x, y), jnp.where(y > x, code_y, code_x))
-            for (x, code_x), (y, code_y) in zip(found[::2], found[1::2], strict=False)
-        ] + last
+    upper, lower = _best_of_two(*pairs[:2]), _best_of_two(*pairs[2:])
+    wholes = [_together(upper[c], lower[tuple(2 - k for k in c)]) for c in upper]
     place = 4 * _iota(4, i, blocks.ndim) + _iota(4, j, blocks.ndim)
-    mask = _computed_once(found[0][1]) >> place & 1 == 1
+    mask = _computed_once(_best(wholes)[2]) >> place & 1 == 1
     for axis in (column, row):  # one by one, which explicit shardings follow
         at = axis + (axis == column)
-        mask = mask.reshape(*mask.shape[:at], -1, *mask.shape[at + 2 :])
+        shape = (*mask.shape[:at], mask.shape[at] * mask.shape[at + 1], *mask.shape[at + 2 :])
+        mask = mask.reshape(shape)
     return mask
+
+
+def _finite_bits(x):
+    """The bits of |x|; 0 of NaN and infinities."""
+    bits = bits_of(x) & MAGNITUDE
+    return jnp.where(bits < INFINITY, bits, 0)
+
+
+def _scaled(x, exponent):
+    """x / 2^exponent, subnormals too; 0 of NaN and infinities."""
+    value = lift(_finite_bits(x), exponent)
+    return jnp.where(bits_of(x) < 0, -value, value)
+
+
+def _rank(x):
+    """int32, of which a sum of eight tells first how many NaN, then how many -inf and +inf."""
+    bits = bits_of(x)
+    of_infinity = jnp.where(bits < 0, -9, 1)
+    magnitude = bits & MAGNITUDE
+    return jnp.where(magnitude > INFINITY, -81, jnp.where(magnitude == INFINITY, of_infinity, 0))
+
+
+def _best_of_two(first, second):
+    """The best of two rows by how many each column keeps, of which the other two rows depend."""
+    found = {}
+    for p, q in itertools.product(_PAIRS, _PAIRS):
+        counts = tuple((k in p) + (k in q) for k in range(4))
+        found.setdefault(counts, []).append(_together(first[p], second[q]))
+    return {counts: _best(each) for counts, each in found.items()}
+
+
+def _together(x, y):
+    return x[0] + y[0], x[1] + y[1], x[2] | y[2]
+
+
+def _best(found):
+    """The greatest (rank, sum, code) by rank, then by sum; of equal ones the first."""
+    while len(found) > 1:
+        last = found[len(found) // 2 * 2 :]
+        found = [_better(x, y) for x, y in zip(found[::2], found[1::2], strict=False)] + last
+    return found[0]
+
+
+def _better(x, y):
+    second = (y[0] > x[0]) | ((y[0] == x[0]) & (y[1] > x[1]))
+    return tuple(jnp.where(second, b, a) for a, b in zip(x, y, strict=True))
 
 
 def _nm_mask(groups, n, at: int, ties: str):

@@ -1,5 +1,8 @@
 """Pruning a trained kernel in one shot, by magnitude, Wanda or SparseGPT, and keeping it pruned.
 
+A power of two that multiplies the weights or the inputs changes no mask, whatever they are in
+float32; and the number of cores changes no bit.
+
 A kernel is seen as a matrix [inputs, outputs], y = x W. A pattern is "N:M", N weights kept of every
 M consecutive inputs of an output, or a number or its text such as "0.5", the fraction to prune.
 (Wanda's and SparseGPT's own programs count the zeros of a group; here N counts what is kept.)
@@ -18,6 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparsity.hessian import (
+    check_block_size,
+    check_hessian,
+    check_kernel,
+    check_norms,
+    inverse_factor,
+    to_unit,
+    transposed_product,
+)
 from sparsity.kernels import dense_tree
 from sparsity.layers import assign
 from sparsity.nm import check_nm, nm_mask, transposable_mask
@@ -69,7 +81,6 @@ def check_pattern(
         check_nm(2, 4, outputs, name=f"{name} (its outputs)" if name else "")
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "transposable"))
 def magnitude_mask(
     kernel_IO: jax.Array, pattern: Pattern, *, transposable: bool = False
 ) -> jax.Array:
@@ -87,8 +98,14 @@ def magnitude_mask(
       bool [inputs, outputs], True = kept.
 
     Raises:
-      ValueError: the pattern is unknown or does not fit the kernel.
+      ValueError: the pattern is unknown or does not fit the kernel, or this is no finite matrix.
     """
+    check_kernel(kernel_IO)
+    return _magnitude_mask(jnp.asarray(kernel_IO), pattern, transposable)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _magnitude_mask(kernel_IO, pattern, transposable):
     return _select(jnp.abs(kernel_IO), pattern, transposable)
 
 
@@ -102,7 +119,6 @@ def wanda_scores(kernel_IO: jax.Array, input_norms_I: jax.Array) -> jax.Array:
     return jnp.abs(kernel_IO.astype(jnp.float32)) * input_norms_I[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "transposable"))
 def wanda_mask(
     kernel_IO: jax.Array,
     input_norms_I: jax.Array,
@@ -112,9 +128,23 @@ def wanda_mask(
 ) -> jax.Array:
     """The mask of the largest `wanda_scores`: of each group of M, or of the inputs of each output.
 
-    Arguments besides, result and errors are those of `magnitude_mask`.
+    Arguments besides and result are those of `magnitude_mask`.
+
+    Raises:
+      ValueError: as `magnitude_mask`, or the norms are not one to an input, finite and from 0.
     """
-    scores = wanda_scores(kernel_IO, input_norms_I)
+    check_kernel(kernel_IO)
+    check_norms("input_norms_I", input_norms_I, kernel_IO.shape[0])
+    norms_I = jnp.asarray(input_norms_I, jnp.float32)
+    return _wanda_mask(jnp.asarray(kernel_IO), norms_I, pattern, transposable)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _wanda_mask(kernel_IO, norms_I, pattern, transposable):
+    unit_IO, _ = to_unit(
+        kernel_IO.astype(jnp.float32)
+    )  # whose products neither over- nor underflow
+    scores = wanda_scores(unit_IO, to_unit(norms_I)[0])
     return _select(scores, pattern, transposable, per_output=True)
 
 
@@ -148,50 +178,28 @@ def sparsegpt(
       [inputs, outputs] in the dtype of the kernel; pruned weights are exactly 0.
 
     Raises:
-      ValueError: the pattern is unknown or does not fit, or the Hessian is not finite.
+      ValueError: the pattern is unknown or does not fit, the kernel is no finite matrix, or the
+        Hessian is not finite, symmetric and of the inputs, or not positive definite when damped.
     """
+    check_kernel(kernel_IO)
     check_pattern(pattern, *kernel_IO.shape, transposable=transposable)
-    factor_II, dead_I = inverse_factor(hessian_II, damping)
+    check_block_size(block_size)
+    hessian = check_hessian(hessian_II, kernel_IO.shape[0])
+    factor_II, dead_I = inverse_factor(hessian, damping)
     pattern = parse_pattern(pattern)
     group = pattern.m if isinstance(pattern, NByM) else 1
     size = max(block_size // group, 1) * group
-    return _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size)
-
-
-def inverse_factor(hessian_II: jax.Array, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """U, upper triangular with U^T U = (H + damping * mean(diag H))^-1, and which inputs are dead.
-
-    Computed by numpy in float64: in float32, all that a TPU has, the Hessian of many correlated
-    inputs is often not positive definite, and its inverse has few right digits.
-
-    Returns:
-      float32 [inputs, inputs], bool [inputs].
-    """
-    hessian = np.array(hessian_II, np.float64)
-    if not np.isfinite(hessian).all():
-        raise ValueError("hessian: has entries that are not finite; use inputs that are")
-    diagonal = np.einsum("ii->i", hessian)  # a view
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    diagonal += damping * diagonal.mean()
-    # H = R R^T with R upper triangular, by Cholesky's factor of H read backwards; then U = R^-1.
-    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return _inverse(upper).astype(np.float32), dead
-
-
-def _inverse(upper: np.ndarray) -> np.ndarray:
-    """The inverse of an upper triangular matrix, by halves: numpy's own inverts any matrix."""
-    if len(upper) <= 64:
-        return np.linalg.inv(upper)
-    h = len(upper) // 2
-    first, last = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
-    return np.block([[first, -first @ upper[:h, h:] @ last], [np.zeros_like(upper[h:, :h]), last]])
+    whole_IO = np.asarray(kernel_IO, np.float32)
+    _, exponent = np.frexp(np.abs(whole_IO).max(initial=0))
+    unit_IO = np.ldexp(whole_IO, -exponent)  # of which no square over- or underflows
+    pruned = _sparsegpt(unit_IO, factor_II, dead_I, pattern, transposable, size)
+    return jnp.asarray(np.ldexp(np.asarray(pruned), exponent), jnp.asarray(kernel_IO).dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "transposable", "size"))
 def _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size):
     inputs = kernel_IO.shape[0]
-    weights = jnp.where(dead_I[:, None], 0, kernel_IO.astype(jnp.float32))
+    weights = jnp.where(dead_I[:, None], 0, kernel_IO)
 
     def block(start, size, weights):
         return _prune_block(weights, factor_II, start, size, pattern, transposable)
@@ -201,7 +209,7 @@ def _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size):
         weights = jax.lax.fori_loop(0, whole, lambda b, w: block(b * size, size, w), weights)
     if rest:
         weights = block(whole * size, rest, weights)
-    return weights.astype(kernel_IO.dtype)
+    return weights
 
 
 def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
@@ -226,13 +234,14 @@ def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
         first = g * group
         w = jax.lax.dynamic_slice(block, (first, 0), (group, outputs))
         d = jax.lax.dynamic_slice(diagonal, (first,), (group,))
-        kept = _select((w / d[:, None]) ** 2, pattern, transposable)
+        cost = jnp.abs(w / d[:, None])  # its root, where only the order counts
+        kept = _select(cost**2 if transposable else cost, pattern, transposable)
         return jax.lax.fori_loop(0, group, prune_input, (block, errors, kept, first))[:2]
 
     carry = block, jnp.zeros_like(block)
     block, errors = jax.lax.fori_loop(0, size // group, prune_group, carry)
     after = jnp.arange(factor_II.shape[1]) >= start + size
-    moved = jnp.matmul(jnp.where(after, rows, 0).T, errors, precision=jax.lax.Precision.HIGHEST)
+    moved = transposed_product(jnp.where(after, rows, 0), errors)
     return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0))
 
 

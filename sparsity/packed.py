@@ -7,6 +7,7 @@ stays within a shard that cuts no group, and keeps every bit of a value (-0, sub
 import jax
 import jax.numpy as jnp
 
+from sparsity.axes import positive
 from sparsity.bits import pack_bits, unpack_bits
 from sparsity.nm import split_groups
 
@@ -72,7 +73,7 @@ def encode_indices(indices: jax.Array, m: int, *, axis: int) -> jax.Array:
 
     2:4 takes 1 bit for each dense entry, 1:8 takes 3/8 of a bit.
     """
-    axis %= indices.ndim
+    axis = positive(axis, indices.ndim)
     planes = [pack_bits(indices >> b, axis=axis) for b in range((m - 1).bit_length())]
     if not planes:  # of m = 1 every index is 0
         return jnp.zeros((0, *pack_bits(indices, axis=axis).shape), jnp.uint8)
@@ -86,7 +87,7 @@ def decode_indices(code: jax.Array, m: int, size: int, *, axis: int) -> jax.Arra
       size: of the indices' axis `axis`.
       axis: of the indices; a negative number, or counted without the axis of planes.
     """
-    axis %= code.ndim - 1
+    axis = positive(axis, code.ndim - 1)
     shape = list(code.shape[1:])
     shape[axis] = size
     indices = jnp.zeros(shape, jnp.uint8)
@@ -97,7 +98,8 @@ def decode_indices(code: jax.Array, m: int, size: int, *, axis: int) -> jax.Arra
 
 def _join(groups, at: int):
     """[.., groups, m, ..] -> [.., groups * m, ..]."""
-    return groups.reshape(*groups.shape[: at - 1], -1, *groups.shape[at + 1 :])
+    size = groups.shape[at - 1] * groups.shape[at]
+    return groups.reshape(*groups.shape[: at - 1], size, *groups.shape[at + 1 :])
 
 
 def _iota(size: int, axis: int, ndim: int):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsity.formats import E4M3, FP8, HBFP, MX, NVFP4, Block, Format, Int
+from sparsity.axes import positive, shards
+from sparsity.formats import E4M3, FP8, HBFP, MX, NVFP4, Block, Format, Int, check_block
 from sparsity.rounding import (
     INFINITY,
     MAGNITUDE,
@@ -52,19 +53,20 @@ def split_blocks(x: jax.Array, block: Block | None, axis: int) -> tuple[jax.Arra
     Zeros fill the last block up. Where one block holds the whole axis, or array, x stays as it is.
 
     Raises:
-      ValueError: x has no such axis.
+      ValueError: x has no such axis, or a shard of it cuts a block.
     """
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis={axis} of an array of {x.ndim} axes; use one of its axes")
-    axis %= x.ndim
+    axis = positive(axis, x.ndim)
     if block is None or block == "tensor":
         return x, tuple(range(x.ndim))
     size = x.shape[axis]
     if block == "channel" or block >= size:
         return x, (axis,)
+    if (ways := shards(x, axis)) > 1:
+        check_block(block, size, ways=ways, name=f"axis {axis} of {x.shape}")
     if size % block:
         x = jnp.pad(x, [(0, -size % block * (a == axis)) for a in range(x.ndim)])
-    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), (axis + 1,)
+    count = x.shape[axis] // block
+    return x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), (axis + 1,)
 
 
 def join_blocks(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -72,7 +74,8 @@ def join_blocks(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Arr
     if blocks.shape == shape:
         return blocks
     axis %= len(shape)
-    joined = blocks.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+    size = blocks.shape[axis] * blocks.shape[axis + 1]
+    joined = blocks.reshape(*shape[:axis], size, *shape[axis + 1 :])
     return jax.lax.slice_in_dim(joined, 0, shape[axis], axis=axis)
 
 
@@ -80,7 +83,7 @@ def scale_shape(shape: tuple[int, ...], block: Block | None, axis: int) -> tuple
     """Of scales as they are given and stored: that of x, its axis cut to the blocks."""
     if block is None or block == "tensor":
         return ()
-    axis %= len(shape)
+    axis = positive(axis, len(shape))
     count = 1 if block == "channel" else max(1, -(-shape[axis] // block))
     return (*shape[:axis], count, *shape[axis + 1 :])
 

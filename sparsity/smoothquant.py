@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sparsity.hessian import check_kernel, check_norms
 
 
 def smoothing_scales(
@@ -22,19 +25,25 @@ def smoothing_scales(
         paper takes 0.5, and up to 0.9 for models with worse outliers.
 
     Returns:
-      Positive numbers; 1 where the input was always 0 or no kernel reads it.
+      Positive normal numbers; 1 where the input was always 0 or no kernel reads it.
 
     Raises:
-      ValueError: the strength is not from 0 to 1.
+      ValueError: the strength is not from 0 to 1, the maxima are not finite and from 0, or a kernel
+        is no finite matrix with as many inputs.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"smoothing: strength {strength}; use 0 to 1, such as 0.5")
-    weights_I = jnp.max(jnp.stack([_row_maxima(kernel) for kernel in kernels_IO]), axis=0)
-    inputs_I = jnp.asarray(input_maxima_I, jnp.float32)
-    scales_I = inputs_I**strength / weights_I ** (1 - strength)
-    usable = (inputs_I > 0) & (weights_I > 0) & jnp.isfinite(scales_I) & (scales_I > 0)
-    return jnp.where(usable, scales_I, 1.0)
-
-
-def _row_maxima(kernel_IO: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(kernel_IO.astype(jnp.float32)), axis=1)
+    if not len(kernels_IO):
+        raise ValueError("kernels_IO: there are none; give those that read the inputs")
+    for kernel_IO in kernels_IO:
+        check_kernel(kernel_IO)
+        check_norms("input_maxima_I", input_maxima_I, len(kernel_IO))
+    # float64: no power of a float32 over- or underflows.
+    weights_I = np.max([np.abs(np.asarray(k, np.float64)).max(1, initial=0) for k in kernels_IO], 0)
+    inputs_I = np.asarray(input_maxima_I, np.float64)
+    usable = (inputs_I > 0) & (weights_I > 0)
+    x_I, w_I = np.where(usable, inputs_I, 1), np.where(usable, weights_I, 1)
+    limits = np.finfo(np.float32)
+    return jnp.asarray(
+        np.clip(x_I**strength / w_I ** (1 - strength), limits.tiny, limits.max), jnp.float32
+    )

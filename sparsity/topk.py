@@ -26,8 +26,10 @@ def order_key(scores: jax.Array) -> jax.Array:
     scores = jnp.asarray(scores)
     if scores.dtype == jnp.bool:
         return scores.astype(jnp.int8)
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
+    if jnp.issubdtype(scores.dtype, jnp.integer):
         return scores
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise ValueError(f"scores of {scores.dtype}; use floating or integer numbers, or bool")
     if scores.dtype.itemsize == 1:
         scores = scores.astype(jnp.float32)
     integer = jnp.dtype(f"int{8 * scores.dtype.itemsize}")
@@ -162,6 +164,8 @@ def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
 
 
 def _int32(keep):
+    if not isinstance(keep, jax.Array) and (not isinstance(keep, int | np.integer) or keep < 0):
+        raise ValueError(f"keep={keep!r}; use an int from 0")
     return keep if isinstance(keep, jax.Array) else min(keep, (1 << 31) - 1)
 
 

@@ -1,5 +1,9 @@
 """One-shot pruning against straightforward numpy in float64, and by what it promises."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity import one_shot
+from sparsity.gptq import gptq
+from sparsity.hessian import add_grams, check_hessian, from_gram, gram, inverse_factor
 
 INPUTS, OUTPUTS, TOKENS = 48, 12, 400
 
@@ -188,8 +194,9 @@ def test_sparsegpt_keeps_the_dtype():
 def test_the_factor_is_that_of_the_inverse(inputs):
     _, x = problem(11, inputs)
     hessian = x.T.astype(np.float64) @ x
-    factor, dead = one_shot.inverse_factor(hessian, 0.01)
+    factor, dead = inverse_factor(hessian, 0.01)
     damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(inputs)
+    damped /= 2.0 ** (1 + np.floor(np.log2(np.diag(hessian).max())))
     np.testing.assert_array_equal(factor, np.triu(factor))
     factor = factor.astype(np.float64)
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(inputs), atol=1e-4)
@@ -254,11 +261,126 @@ def test_outputs_that_4_does_not_divide_are_not_transposable():
         one_shot.check_pattern("2:4", 8, 6, transposable=True, name="block/kernel")
 
 
-def test_a_hessian_that_is_not_finite_is_refused():
+@pytest.mark.parametrize(
+    ("hessian", "options", "says"),
+    [
+        (lambda h: h * np.where(np.arange(h.size) == 50, np.nan, 1).reshape(h.shape), {},
+         r"hessian_II: entry \[1, 2\] is not finite"),
+        (lambda h: h * np.inf, {}, "hessian_II: entry .* is not finite"),
+        (lambda h: h[1:, 1:], {}, r"hessian_II: shape \(47, 47\); use .*48 inputs, \(48, 48\)"),
+        (lambda h: h[0], {}, r"hessian_II: shape \(48,\)"),
+        (lambda h: np.triu(h), {}, "hessian_II: entry .* is not that of its transpose"),
+        (lambda h: -h, {}, "hessian_II: entry .* is -.*; the diagonal of X"),
+        (lambda h: np.ones_like(h), {"damping": 0.0}, "hessian_II: not positive definite .*damp"),
+        (lambda h: np.ones_like(h) - np.eye(len(h)) / 2, {}, "hessian_II: not positive definite"),
+        (lambda h: h, {"damping": float("nan")}, "damping=nan; use a number from 0"),
+        (lambda h: h, {"damping": -1}, "damping=-1; use"),
+        (lambda h: h, {"block_size": 0}, "block_size=0; use an int from 1"),
+    ],
+)  # fmt: skip
+def test_a_hessian_that_cannot_be_is_told_in_one_line(hessian, options, says):
     kernel, x = problem(0)
-    x[0, 0] = np.inf
-    with pytest.raises(ValueError, match="not finite"):
-        one_shot.sparsegpt(kernel, np.nan_to_num(x.T @ x, nan=np.nan, posinf=np.nan), pattern="2:4")
+    wrong = hessian(x.T.astype(np.float64) @ x)
+    for change in (
+        lambda: one_shot.sparsegpt(kernel, wrong, pattern="2:4", **options),
+        lambda: gptq(kernel, wrong, "int4", **options),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}") as raised:
+            change()
+        assert "\n" not in str(raised.value)
+
+
+def test_numbers_that_are_not_finite_are_named():
+    kernel, x = problem(0)
+    norms, hessian = np.linalg.norm(x, axis=0), x.T @ x
+    bad = np.where(np.arange(kernel.size).reshape(kernel.shape) == 14, -np.inf, kernel)
+    for change in (
+        lambda: one_shot.magnitude_mask(bad, "2:4"),
+        lambda: one_shot.wanda_mask(bad, norms, "2:4"),
+        lambda: one_shot.sparsegpt(bad, hessian, pattern="2:4"),
+        lambda: gptq(bad, hessian, "int4"),
+    ):
+        with pytest.raises(ValueError, match=r"^kernel_IO: entry \[1, 2\] is -inf; use finite"):
+            change()
+    for wrong, says in [
+        (norms[1:], r"shape \(47,\); use one to each of 48 inputs"),
+        (norms * np.nan, r"entry \[0\] is nan"),
+        (-norms, "is below 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"^input_norms_I: .*{says}"):
+            one_shot.wanda_mask(kernel, wrong, "2:4")
+    with pytest.raises(ValueError, match=r"^kernel_IO: shape \(48,\); use \[inputs, outputs\]"):
+        one_shot.magnitude_mask(kernel[:, 0], "2:4")
+    with pytest.raises(ValueError, match=r"^mask_IO: shape \(12, 48\); use the kernel's"):
+        gptq(kernel, hessian, "int4", mask_IO=np.ones((12, 48)))
+
+
+def summed(x):
+    """X^T X as calibration sums it, of three batches."""
+    parts = [gram(jnp.asarray(part)) for part in np.array_split(x, 3)]
+    return from_gram(add_grams(add_grams(parts[0], parts[1]), parts[2]))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "transposable"])
+def test_no_scale_of_weights_or_inputs_changes_a_mask(pattern):
+    """Powers of two from 1e-30 to 1e30, whose squares float32 does not have."""
+    kernel, x = problem(14)
+    x[:, 5] = 0
+    options = {"pattern": "2:4", "transposable": True}
+    options = options if pattern == "transposable" else {"pattern": pattern}
+    expected = None
+    for weights, inputs in [(0, 0), (100, 100), (-100, -100), (100, -100), (-100, 0), (0, 100)]:
+        w, x_now = np.ldexp(kernel, weights), np.ldexp(x, inputs)
+        hessian = summed(x_now)
+        norms = np.sqrt(np.diagonal(hessian))
+        pruned = one_shot.sparsegpt(w, hessian, **options)
+        found = (
+            one_shot.magnitude_mask(w, **options),
+            one_shot.wanda_mask(w, norms, **options),
+            np.ldexp(np.asarray(pruned), -weights),
+            np.ldexp(np.asarray(gptq(w, hessian, "int4").values), -weights),
+        )
+        expected = found if expected is None else expected
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert lost(kernel, found[2], x) < 0.9
+
+
+@pytest.mark.parametrize("scale", [-140, -75, 0, 75, 110])
+def test_sums_of_products_neither_overflow_nor_vanish(scale):
+    _, x = problem(15)
+    x = np.ldexp(x, scale)
+    exact = x.astype(np.float64).T @ x
+    np.testing.assert_allclose(summed(x), exact, rtol=2e-4, atol=1e-6 * np.abs(exact).max())
+    check_hessian(summed(x), INPUTS)
+
+
+SCRIPT = """
+import hashlib, sys
+import numpy as np, jax.numpy as jnp
+from sparsity import one_shot
+from sparsity.gptq import gptq
+from sparsity.hessian import from_gram, gram
+rng = np.random.default_rng(0)
+x = rng.normal(size=(1100, 260)) @ rng.normal(size=(260, 260))
+kernel = rng.normal(size=(260, 96)).astype(np.float32)
+hessian = from_gram(gram(jnp.asarray(x, jnp.float32)))
+pruned = one_shot.sparsegpt(kernel, hessian, pattern="2:4")
+found = hessian, pruned, gptq(kernel, hessian, "int4").values
+print(*(hashlib.sha256(np.asarray(y).tobytes()).hexdigest() for y in found))
+"""
+
+
+def test_the_number_of_cores_changes_no_bit():
+    """One thread and four, of XLA and of BLAS."""
+    found = set()
+    for threads in ("1", "4"):
+        limits = {"PJRT_NPROC": threads, "OPENBLAS_NUM_THREADS": threads}
+        environment = os.environ | limits | {"JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", SCRIPT]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.add(run.stdout)
+    assert len(found) == 1
 
 
 def test_zeros_are_kept_in_training_and_nothing_else_is():
