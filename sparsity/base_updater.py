@@ -26,6 +26,7 @@ import optax
 
 from sparsity import bits, mask_calculator, topk
 from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.ranges import check_fields
 from sparsity.sparsity_distributions import (
     CustomSparsityMapType,
     FilterFnType,
@@ -147,6 +148,7 @@ class BaseUpdater:
     axis_fn: Callable[[tuple, Any], int] | None = None
 
     def __post_init__(self):
+        check_fields(self)
         if self.topk_fn is None:
             self.topk_fn = self.get_topk_fn(self.sparsity_type)
 

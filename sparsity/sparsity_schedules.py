@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsity.ranges import Count, Whole, check_fields
+
 
 @dataclasses.dataclass(frozen=True)
 class NoUpdateSchedule:
@@ -30,7 +32,10 @@ class NoUpdateSchedule:
 class OneShotSchedule(NoUpdateSchedule):
     """One update, to the target sparsities, at `target_step`."""
 
-    target_step: int
+    target_step: Whole
+
+    def __post_init__(self):
+        check_fields(self)
 
     def is_mask_update_iter(self, step: Any) -> Any:
         """True at `target_step`."""
@@ -50,13 +55,12 @@ class PeriodicSchedule(NoUpdateSchedule):
       ValueError: an update frequency below 1, or an end before the start.
     """
 
-    update_freq: int
-    update_start_step: int
-    update_end_step: int | None
+    update_freq: Count
+    update_start_step: Whole
+    update_end_step: Whole | None
 
     def __post_init__(self):
-        if self.update_freq < 1:
-            raise ValueError(f"update_freq={self.update_freq}; use 1 or more steps")
+        check_fields(self)
         start, end = self.update_start_step, self.update_end_step
         if end is not None and end < start:
             raise ValueError(
@@ -83,7 +87,7 @@ class PolynomialSchedule(PeriodicSchedule):
     target would never be reached.
     """
 
-    power: int = 3
+    power: Count = 3
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sparsity.algorithms.pruners import MagnitudePruning
 from sparsity.base_updater import SparseState
+from sparsity.ranges import Whole
 from sparsity.sparsity_schedules import NoUpdateSchedule
 
 
@@ -53,10 +54,10 @@ class ACDC(MagnitudePruning):
       ValueError: phases that do not follow one another.
     """
 
-    init_dense_steps_end: int = 0
-    final_sparse_steps_start: int = 0
-    cycle_sparse_steps: int = 0
-    cycle_dense_steps: int = 0
+    init_dense_steps_end: Whole = 0
+    final_sparse_steps_start: Whole = 0
+    cycle_sparse_steps: Whole = 0
+    cycle_dense_steps: Whole = 0
     reset_optimizer: bool = False
 
     def __post_init__(self):

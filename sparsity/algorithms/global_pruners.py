@@ -12,11 +12,11 @@ from sparsity import topk
 from sparsity.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from sparsity.base_updater import BaseUpdater
 from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.ranges import Decay, NonNegative
 from sparsity.sparsity_distributions import (
     NOT_DIM_ONE_FILTER_FN,
     FilterFnType,
     Stacked,
-    check_sparsity,
 )
 from sparsity.sparsity_types import Unstructured
 from sparsity.utils import key_of
@@ -39,18 +39,14 @@ class GlobalPruningMixin(BaseUpdater):
       ValueError: a sparsity outside [0, 1), or a structured type.
     """
 
-    custom_sparsity_map: Mapping[tuple, float | None] | None = None
+    custom_sparsity_map: Mapping[tuple, Decay | None] | None = None
     filter_fn: FilterFnType = NOT_DIM_ONE_FILTER_FN
-    normalization_eps: float = 1e-8
+    normalization_eps: NonNegative = 1e-8
     use_normalization: bool = True
-    sparsity: float = 0.0
+    sparsity: Decay = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        check_sparsity(self.sparsity)
-        for key, sparsity in (self.custom_sparsity_map or {}).items():
-            if sparsity is not None:
-                check_sparsity(sparsity, f"custom_sparsity_map[{key!r}]")
         if not isinstance(self.sparsity_type, Unstructured):
             raise ValueError(
                 f"sparsity_type={self.sparsity_type}; global pruning is unstructured only: "

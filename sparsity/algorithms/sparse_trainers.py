@@ -13,6 +13,7 @@ from sparsity import mask_calculator, nm, topk
 from sparsity.algorithms.pruners import as_key, generate_random_scores
 from sparsity.base_updater import BaseUpdater, SparseState
 from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.ranges import NonNegative
 from sparsity.sparsity_types import Block, Channel, NByM
 from sparsity.utils import is_none, map_entries
 
@@ -59,7 +60,7 @@ class SET(StaticRandomSparse):
       is_debug: raise an AssertionError where a mask breaks these rules.
     """
 
-    eps: float = 1e-5
+    eps: NonNegative = 1e-5
     drop_fraction_fn: Callable[[Any], Any] = lambda _: 0.3
     is_debug: bool = False
     skip_gradients: bool = True

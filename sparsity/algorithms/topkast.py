@@ -9,6 +9,7 @@ import optax
 
 from sparsity.algorithms.pruners import MagnitudePruning
 from sparsity.base_updater import SparseState, straight_through
+from sparsity.ranges import Fraction, NonNegative
 from sparsity.sparsity_schedules import PeriodicSchedule
 from sparsity.utils import map_entries
 
@@ -35,15 +36,8 @@ class TopKAST(MagnitudePruning):
 
     scheduler: Any = PeriodicSchedule(100, 0, None)  # noqa: RUF009 (frozen)
     is_sparse_gradients: bool = True
-    backward_extra_density: float = 0.3
-    alpha: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.backward_extra_density <= 1:
-            raise ValueError(
-                f"backward_extra_density={self.backward_extra_density}; use a fraction of 0 to 1"
-            )
+    backward_extra_density: Fraction = 0.3
+    alpha: NonNegative = 0.0
 
     def init_state(self, params: Any) -> SparseState:
         """The state with the sets of the initial parameters."""

@@ -3,6 +3,7 @@
 Both tests walk over what there is, so that a new field or option is tested, or refused here.
 """
 
+import collections.abc
 import dataclasses
 import importlib
 import math
@@ -21,7 +22,11 @@ from pjit_train.errors import UserError
 from sparsity.ranges import Range, check_fields, ranged_fields
 
 MODULES = (*STANDARD, "pjit_train.vit", "pjit_train.study", "pjit_train.interplay_study")
-MODULES += ("pjit_train.compress",)
+MODULES += ("pjit_train.compress", "sparsity.sparsity_schedules")
+MODULES += tuple(
+    f"sparsity.algorithms.{name}"
+    for name in ("acdc", "global_pruners", "sparse_trainers", "topkast")
+)
 CLASSES = sorted(
     {
         member
@@ -34,7 +39,7 @@ CLASSES = sorted(
     key=str,
 )
 # Filled by the library itself, not by a configuration.
-MADE = {"KeepZerosUpdater", "PruningUpdater", "Quantizer", "_Plan", "Batches", "_Retention"}
+MADE = {"KeepZerosUpdater", "PruningUpdater", "Quantizer", "_Plan", "CycleSchedule"}
 # What an example needs beyond its numbers.
 NEEDED = {
     "num_heads": 2,
@@ -68,6 +73,8 @@ def example(hint: Any) -> Any:
     if typing.get_origin(hint) is Annotated:
         [within] = hint.__metadata__
         return 4 if hint.__origin__ is int and 4 in within else max(within.low, 0.5)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return example(typing.get_args(hint)[0])
     if dataclasses.is_dataclass(hint):
         if hint.__name__ == "Optimizer":
             hint = importlib.import_module(hint.__module__).AdamW
@@ -107,6 +114,8 @@ def bad_values(hint: Any) -> list[Any]:
             for i, part in enumerate(arguments)
             for x in bad_values(part)
         ]
+    if origin is collections.abc.Mapping:
+        return [{("a", "kernel"): x} for x in bad_values(arguments[1])]
     return [[x] for x in bad_values(arguments[0])]
 
 

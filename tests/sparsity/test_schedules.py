@@ -69,7 +69,7 @@ def test_the_target_is_reached_where_the_period_does_not_divide_the_end():
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: schedules.PeriodicSchedule(0, 0, 9), "update_freq=0; use 1 or more"),
+        (lambda: schedules.PeriodicSchedule(0, 0, 9), "update_freq=0; use a whole number from 1"),
         (lambda: schedules.PeriodicSchedule(1, 9, 3), "end_step=3 is before update_start_step=9"),
         (lambda: schedules.PolynomialSchedule(1, 0, None), "needs the step of its end"),
     ],
