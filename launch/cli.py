@@ -71,6 +71,10 @@ def _command(argv: list[str] | None, began: float) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as if by SIGPIPE
+    except OSError as error:  # a path that cannot be one, or a file system that refuses
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"torsion: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # that a library raises; a signal raises none
         print("torsion: interrupted", file=sys.stderr)
         return 130
@@ -98,3 +102,7 @@ def parser():
     for name in _COMMANDS:
         importlib.import_module(f"launch.commands.{name}").add(commands)
     return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

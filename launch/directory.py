@@ -40,17 +40,67 @@ OF_TEXT = (
     "pjit_train.data.tokenizers.TokenizerJson.path",
 )
 _UNBOUND = object()
+_WAY = "give the directory of a run (the --out of its train)"
 _UNREADABLE = (OSError, ValueError, SyntaxError, tokenize.TokenError)
 
 
 def check_is_run(directory: Path) -> None:
-    """Raises a UserError where there is no configuration of a run."""
-    if not any((directory / name).is_file() for name in ("config.gin", record.FILE)):
-        what = "has no config.gin" if directory.exists() else "does not exist"
-        way = "give the directory of a run (the --out of its train)"
-        if _has_checkpoints(directory):
-            way = "the command that trained it writes it again"
-        raise UserError(f"{directory} {what}; {way}")
+    """Raises a UserError where there is no configuration of a run, and says what there is."""
+    try:
+        what = None if _is_run(directory) else _what_it_is(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}; {_WAY}") from error
+    if what is not None:
+        raise UserError(f"{directory} {what}")
+
+
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("config.gin", record.FILE))
+
+
+def _what_it_is(path: Path) -> str:
+    """What a path is that is no run directory, and what would be right."""
+    if not path.exists():
+        return f"does not exist; {_WAY}"
+    if around := next((folder for folder in path.absolute().parents if _is_run(folder)), None):
+        shown = next((folder for folder in path.parents if folder.absolute() == around), around)
+        return f"is a part of the run {shown}; give that"
+    if path.is_file():
+        return f"is a file; {_WAY}"
+    if (path / "config.json").is_file():
+        named = _architecture(path / "config.json")
+        return (
+            f"has no config.gin: it is a Hugging Face folder{named}, not a run; give the run that "
+            "it was exported from, or train one that starts from it, with --gin "
+            f"\"run.Run.initial_weights = '{path}'\""
+        )
+    if _has_checkpoints(path):
+        return "has no config.gin; the command that trained it writes it again"
+    if runs := sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child)):
+        more = ", ..." if len(runs) > 3 else ""
+        return (
+            f"has no config.gin: it is a folder of runs; give one of them: "
+            f"{', '.join(map(str, runs[:3]))}{more}"
+        )
+    for pattern, what in (
+        ("*.safetensors", "weights"),
+        ("*.gguf", "weights"),
+        ("*", "other files"),
+    ):
+        if found := sorted(path.glob(pattern)):
+            return f"has no config.gin: it holds {what} ({found[0].name}) and no run; {_WAY}"
+    return f"has no config.gin; {_WAY}"
+
+
+def _architecture(path: Path) -> str:
+    """The class of model that a Hugging Face configuration names, in brackets; "" for none."""
+    from pjit_train.huggingface_config import read_json
+
+    try:
+        [name] = read_json(path)["architectures"]
+    except (UserError, KeyError, TypeError, ValueError):
+        return ""
+    return f" ({name})" if isinstance(name, str) and name.isidentifier() else ""
 
 
 def configuration(directory: Path) -> tuple[str, list[str]]:

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 import tokenize
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from launch.bindings import Configurable
 from pjit_train.errors import UserError
@@ -49,15 +49,34 @@ def known_parameters() -> list[str]:
 def nearest_parameter(name: str, in_use: Collection[str] = ()) -> str:
     """The known parameter that `name` is most like.
 
+    One of the same class comes first where the names are alike (`CheckpointConfig.every` and
+    `every_steps`); then the same parameter of another class; then the nearest of the class.
+
     Args:
       name: as it was written.
       in_use: configurables of this run (`optimizers.AdamW`): they come first where `name` ends in a
         parameter that several have.
     """
     known = known_parameters()
-    same = [other for other in known if other.endswith("." + name.rpartition(".")[2])]
+    owner, _, parameter = name.rpartition(".")
+    owner, names = owner.rpartition(".")[2], {other.split(".")[1] for other in known}
+    if owner not in names:  # a mistyped class still says which parameters are meant
+        owner = next(iter(difflib.get_close_matches(owner, sorted(names), n=1, cutoff=0.8)), None)
+    of_class = [other for other in known if other.split(".")[1] == owner]
+    alike = [other for other in of_class if _alike(parameter, other.rpartition(".")[2])]
+    same = [other for other in known if other.endswith("." + parameter)]
     same_in_use = [other for other in same if other.rpartition(".")[0] in in_use]
-    return _nearest(name, same_in_use or same or known)
+    for candidates in (alike, same_in_use or same, of_class):
+        if candidates:
+            return _nearest(parameter, candidates, key=lambda other: other.rpartition(".")[2])
+    return _nearest(name, known)
+
+
+def _alike(written: str, known: str) -> bool:
+    """Whether two names of parameters are near each other, or one has all words of the other."""
+    words, others = set(written.split("_")), set(known.split("_"))
+    near = difflib.SequenceMatcher(None, written, known).ratio() >= 0.6
+    return near or words <= others or others <= words
 
 
 def nearest_configurable(name: str) -> str:
@@ -65,8 +84,9 @@ def nearest_configurable(name: str) -> str:
     return _nearest(name, {parameter.rpartition(".")[0] for parameter in known_parameters()})
 
 
-def _nearest(name: str, names: Collection[str]) -> str:
-    return difflib.get_close_matches(name, sorted(names), n=1, cutoff=0)[0]
+def _nearest(name: str, names: Collection[str], key: Callable[[str], str] = str) -> str:
+    """The one of `names` whose key is most like `name`; the first of several, by their order."""
+    return max(sorted(names), key=lambda x: difflib.SequenceMatcher(None, key(x), name).ratio())
 
 
 def missing_parameters(configurable: Configurable, parameters: list[str]) -> str:

@@ -108,8 +108,9 @@ def train(
             f"{batches.tokens_per_epoch:,} training tokens, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
-        if program.quantizer is not None:
-            display.say(program.quantizer.describe())
+        for part in (program.updater, program.quantizer):
+            if part is not None:
+                display.say(part.describe())
         if notice := run.optimizer.schedule.notice(run.steps):
             display.say(notice)
         if start:

@@ -62,3 +62,15 @@ def _entry(entry) -> str:
         if hasattr(entry, field):
             return str(getattr(entry, field))
     return str(entry)
+
+
+def listed(chosen: Mapping[str, str]) -> str:
+    """What parameters are given, for people: "2:4 of attention/query, attention/key; 1:8 of head".
+
+    Args:
+      chosen: by name, in the order in which they are listed.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, given in chosen.items():
+        groups.setdefault(given, []).append(re.sub("^blocks/|/kernel$", "", name))
+    return "; ".join(f"{given} of {', '.join(found)}" for given, found in groups.items())

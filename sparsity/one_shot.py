@@ -31,7 +31,7 @@ from sparsity.hessian import (
     transposed_product,
 )
 from sparsity.kernels import dense_tree
-from sparsity.layers import assign
+from sparsity.layers import assign, listed
 from sparsity.nm import check_nm, nm_mask, transposable_mask
 from sparsity.sparsity_types import NByM
 from sparsity.topk import keep_count, topk_mask
@@ -352,6 +352,12 @@ class KeepZerosUpdater:
             else:
                 counted[name] = Validity(str(kind), zeros(kernel))
         return counted
+
+    def describe(self) -> str:
+        """One line: which zeros are kept, and that they are in all steps."""
+        return (
+            f"sparse: {listed(by_name(self.chosen))}; what is 0 at the start stays 0 in all steps"
+        )
 
     def weights(self, params, state):
         """The parameters as they are."""

@@ -9,14 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsity.algorithms.acdc import CycleSchedule
+from sparsity.algorithms.sparse_trainers import StaticRandomSparse
+from sparsity.algorithms.ste import SteMixin
+from sparsity.algorithms.topkast import TopKAST
 from sparsity.api import create_updater_from_config
 from sparsity.base_updater import BaseUpdater, SparseState
 from sparsity.bits import pack_bits
 from sparsity.kernel_plan import packing_axis, shards_of
 from sparsity.kernels import MaskedKernel, dense_tree
-from sparsity.layers import assign, names
+from sparsity.layers import assign, listed, names
 from sparsity.nm import check_nm
 from sparsity.ranges import Count, Decay, Fraction, check_fields
+from sparsity.sparsity_schedules import OneShotSchedule, PeriodicSchedule, PolynomialSchedule
 from sparsity.sparsity_types import NByM, parse_sparsity_type
 from sparsity.validity import Validity, by_name, nm_validity, zeros
 
@@ -134,7 +139,41 @@ class Pruning:
                 masked[name] = axis, shape[: stacked(name.split("/"), leaves[name])]
         if scored is not None:
             _score(updater, scored)
-        return PruningUpdater(updater, self.sparsity, frozenset(chosen), masked)
+        given = f"{self.algorithm} to {self.sparsity:.4g}"
+        given += f" ({self.sparsity_type}, {self.distribution})"
+        order = [name for name in leaves if name in chosen]
+        said = f"sparse: {listed(dict.fromkeys(order, given))}; {_phases(updater, steps)}"
+        return PruningUpdater(updater, self.sparsity, frozenset(chosen), masked, said)
+
+
+def _phases(updater: BaseUpdater, steps: int) -> str:
+    """When an algorithm prunes in a run of so many steps, which are counted from 1."""
+    scheduler = updater.scheduler
+    if type(updater).update_state is StaticRandomSparse.update_state:
+        return f"random masks, fixed in steps 1 to {steps}"
+    if isinstance(scheduler, CycleSchedule):
+        start, end = scheduler.init_dense_steps_end, scheduler.final_sparse_steps_start
+        return (
+            f"dense to step {start}; then {scheduler.cycle_sparse_steps} sparse steps and "
+            f"{scheduler.cycle_dense_steps} dense ones in turn; sparse in steps {end + 1} to "
+            f"{steps}"
+        )
+    always = isinstance(updater, StaticRandomSparse | TopKAST)
+    rises = isinstance(scheduler, PolynomialSchedule) and not always
+    match scheduler:
+        case OneShotSchedule(target_step=step):
+            when, span = "", f"in step {step + 1}"
+        case PeriodicSchedule(update_freq=every, update_start_step=first, update_end_step=last):
+            when = f"every {every} steps "
+            span = f"from step {first + 1} to step {steps if last is None else last + 1}"
+        case _:
+            when, span = "", "once"
+    if isinstance(updater, SteMixin):
+        return f"masks made anew in each of steps 1 to {steps}" + (
+            f", the sparsity rising {span}" if rises else ""
+        )
+    said = f"{'sparse' if always else 'dense'} at first; masks made {when}{span}"
+    return f"{said}{', ever sparser' if rises else ''}, of {steps} steps"
 
 
 def _masks_forward(updater: BaseUpdater) -> bool:
@@ -163,12 +202,14 @@ class PruningUpdater:
       chosen: their names.
       masked: by name, (axis to pack a mask along, shape of stacked layers) of a `MaskedKernel`:
         where weights that are all kept are to be masked after something else was done to them.
+      said: what `describe` gives.
     """
 
     updater: BaseUpdater
     sparsity: float
     chosen: frozenset[str]
     masked: Mapping[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    said: str = "sparse"
     variance = None
     packs_at = None
 
@@ -178,6 +219,10 @@ class PruningUpdater:
         """The optimizer with the algorithm around it; its state is a `SparseState`."""
         del learning_rate
         return self.updater.wrap_optax(inner)
+
+    def describe(self) -> str:
+        """One line: which kernels are pruned, by which algorithm and how far, in which steps."""
+        return self.said
 
     def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
         """`optax.tree.norm`."""

@@ -17,7 +17,7 @@ import jax
 from sparsity.formats import Format, check_blocks, find_scheme, format_name, get_format
 from sparsity.kernel_plan import cuts, shards_of
 from sparsity.kernels import dense
-from sparsity.layers import assign, names
+from sparsity.layers import assign, listed, names
 from sparsity.native import Matmul, check_formats, check_matmul
 from sparsity.quantization import clipped
 from sparsity.quantized_kernels import Order, QuantizedKernel, figures, losses
@@ -319,15 +319,16 @@ class Quantizer:
 
     def describe(self) -> str:
         """One line: which matmuls are quantized and to what, and which are not."""
-        by_formats: dict[str, list[str]] = {}
+        chosen, dense = {}, []
         plans = {plan.name: plan for plan in self.plans if plan is not None}
         for name in self.matmuls:
             formats = str(plans[name].formats) if name in plans else ""
-            shown = re.sub("^blocks/|/kernel$", "", name)
-            shown = "the head (embedding)" if shown == "embedding" else shown
-            by_formats.setdefault(formats, []).append(shown)
-        dense = by_formats.pop("", [])
-        parts = [f"{formats} of {', '.join(named)}" for formats, named in by_formats.items()]
+            shown = "the head (embedding)" if name == "embedding" else name
+            if formats:
+                chosen[shown] = formats
+            else:
+                dense.append(re.sub("^blocks/|/kernel$", "", shown))
+        parts = [listed(chosen)] if chosen else []
         if self.quantization.attention is None:
             dense.append("the products of attention")
         else:

@@ -14,8 +14,10 @@ import optax
 
 from sparsity import packed_state
 from sparsity.autoswitch import AutoSwitch
+from sparsity.decay import Hard
 from sparsity.kernel_plan import KernelPlan
 from sparsity.kernels import MaskedKernel, dense_tree
+from sparsity.layers import listed
 from sparsity.packed_state import PackedState
 from sparsity.validity import Validity, by_name, nm_validity
 
@@ -267,6 +269,37 @@ class RecipeUpdater:
             if plan is not None
         }
 
+    def describe(self) -> str:
+        """One line: which kernels are pruned, by which pattern, in which steps (from 1)."""
+        recipe, start, fixed = self.recipe, self.dense_steps, self.fine_tune_start
+        patterns, stages = {}, []
+        for plan in filter(None, self.plans):
+            patterns[plan.name] = "{}:{}".format(*plan.target)
+            through = ", ".join(f"{n}:{m}" for n, m in plan.stages)
+            if len(plan.stages) > 1 and through not in stages:
+                stages.append(through)
+        phases = []
+        if recipe.variance is not None:
+            last = (
+                min(recipe.variance.bounds(self.steps)[1], fixed) if recipe.variance.clip else fixed
+            )
+            phases.append(f"dense until the second moments settle, at most to step {last}")
+        elif start:
+            phases.append(f"dense in {_steps(0, start)}")
+        if fixed > start:
+            how = "" if isinstance(recipe.decay, Hard) else ", pruned weights fading by "
+            how += "" if isinstance(recipe.decay, Hard) else type(recipe.decay).__name__
+            how += f", through {' and '.join(stages)}" if stages else ""
+            every = "step" if recipe.update_every == 1 else f"{recipe.update_every} steps"
+            when = "from there" if recipe.variance is not None else f"in {_steps(start, fixed)}"
+            when += f" to step {fixed}" if recipe.variance is not None else ""
+            phases.append(f"masks made anew every {every} {when}{how}")
+        if fixed < self.steps:
+            masks = "fixed masks" if recipe.freeze else "masks made anew"
+            packed = ", only the kept weights held" if recipe.packed else ""
+            phases.append(f"{masks} in {_steps(fixed, self.steps)}{packed}")
+        return f"sparse: {listed(patterns)}; {'; '.join(phases)}"
+
     def pack(self, params: Any, state: RecipeState) -> tuple[Any, PackedState]:
         """Keeps only the kept weights, and the optimizer's statistics of them; see `packed_state`.
 
@@ -402,6 +435,11 @@ class RecipeUpdater:
             and recipe.variance is None
             and self.freezes_at is None
         )
+
+
+def _steps(start: int, end: int) -> str:
+    """The steps after `start` updates up to `end`, as they are counted: from 1."""
+    return f"steps {start + 1} to {end}" if end > start + 1 else f"step {end}"
 
 
 class _Settings(NamedTuple):

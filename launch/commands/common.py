@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import re
 import tokenize
 from collections.abc import Callable
@@ -28,10 +29,29 @@ def add_command(
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as every other is told."""
+    """Tells a mistake in one line, as every other is told, with the nearest right word."""
 
     def error(self, message: str):
+        if found := re.match(r"(.*invalid choice: '([^']*)') \(choose from ", message):
+            known = [x for action in self._actions for x in action.choices or ()]
+            if near := _nearest(found[2], known):
+                message = found[1] + near
+        elif found := re.match("unrecognized arguments: (-[^ =]*)", message):
+            known = [option for action in self._actions for option in action.option_strings]
+            message += _nearest(found[1], known)
         self.exit(2, f"torsion: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As ever, but the parser of a command tells itself what it does not know."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Once(argparse.Action):

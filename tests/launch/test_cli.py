@@ -171,6 +171,39 @@ def test_an_unknown_command_or_option_exits_with_2(argv, capfd):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("trian small.gin", "did you mean train? see torsion --help"),
+        ("comprss r", "did you mean compress?"),
+        ("study recipies", "did you mean recipes? see torsion study --help"),
+        (
+            "train small.gin --stepps 3",
+            "--stepps 3; did you mean --steps? see torsion train --help",
+        ),
+        ("eval r --jsno", "--jsno; did you mean --json?"),
+        ("dataflow --softmax fre", "did you mean free?"),
+        ("zzzz", "invalid choice: 'zzzz' (choose from "),
+    ],
+)
+def test_a_mistyped_word_gets_the_nearest_right_one(argv, says, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(argv.split())
+    [line] = capfd.readouterr().err.splitlines()
+    assert (caught.value.code, line.startswith("torsion: ")) == (2, True)
+    assert says.replace("? see", "?; see") in line
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "--version"],
+        env={**os.environ, "PYTHONPATH": str(Path(launch.process.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout[:8], done.stderr) == (0, "torsion ", "")
+
+
 def test_train_without_a_configuration_explains_the_first_run(here, capfd):
     assert main(["train"]) == 2
     command = "torsion train configs/quickstart.gin\n"

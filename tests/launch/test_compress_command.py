@@ -311,6 +311,7 @@ def test_fine_tuned_in_between(here, capsys):
         np.testing.assert_allclose(elements, np.rint(elements), atol=1e-3)
         assert 0 < report["kernels"][name]["errors"]["together"] < 0.05  # by int8 alone
     assert not Path("tuned/finetune").exists()
+    assert "worse" not in capsys.readouterr().err
     # Trained on, its weights are no longer numbers of the format.
     assert main(["train", "tuned/config.gin", "--out", "tuned", "--steps", "2"]) == 0
     capsys.readouterr()
@@ -355,15 +356,31 @@ def test_weights_that_are_not_finite_are_named(here, capsys, monkeypatch):
 
 
 def test_what_is_no_run_directory_is_said(here, capsys):
-    Path("empty").mkdir(exist_ok=True)
+    for name in ("empty", "weights", "hub", "broken", "runs/a"):
+        Path(name).mkdir(parents=True, exist_ok=True)
+    Path("weights/model.safetensors").touch()
+    Path("hub/config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    Path("broken/config.json").write_text('{"architectures": [')
+    shutil.copy("dense/config.gin", "runs/a/config.gin")
     for directory, says in [
-        ("nowhere", "nowhere does not exist"),
+        ("nowhere", "nowhere does not exist; give the directory of a run"),
+        ("run.gin", "run.gin is a file; give the directory of a run"),
         ("empty", "empty has no config.gin; give the directory of a run"),
+        ("weights", "it holds weights (model.safetensors) and no run; give the directory of"),
+        ("hub", "it is a Hugging Face folder (LlamaForCausalLM), not a run; give the run that"),
+        ("hub", "--gin \"run.Run.initial_weights = 'hub'\""),
+        ("broken", "it is a Hugging Face folder, not a run;"),
+        ("runs", "it is a folder of runs; give one of them: runs/a"),
+        ("dense/checkpoints", "is a part of the run dense; give that"),
+        ("dense/config.gin", "is a part of the run dense; give that"),
+        ("x" * 300, "File name too long"),
     ]:
-        capsys.readouterr()
-        assert main(["compress", directory]) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert says in line
+        for command in ("compress", "eval", "sample", "export"):
+            capsys.readouterr()
+            argv = [command, directory, *(["out"] if command == "export" else [])]
+            assert main(argv) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert says in line
     assert not list(Path().glob("*-compressed-magnitude"))
 
 

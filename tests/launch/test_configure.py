@@ -123,6 +123,24 @@ def test_parameters_that_are_not_in_use_may_be_bound_in_files():
             "--gin 'run.Run.learning_rate = 0.1': run.Run.learning_rate: no such parameter; "
             "did you mean optimizers.AdamW.learning_rate?",
         ),
+        *(
+            (
+                f"{written} = 1",
+                f"--gin '{written} = 1': {written}: no such parameter; did you mean {meant}?",
+            )
+            for written, meant in (
+                ("checkpoint.CheckpointConfig.every", "checkpoint.CheckpointConfig.every_steps"),
+                ("checkpoint.CheckpointConfig.steps", "checkpoint.CheckpointConfig.every_steps"),
+                ("checkpoint.CheckpointConfg.every", "checkpoint.CheckpointConfig.every_steps"),
+                ("optimizers.AdamW.beta1", "optimizers.AdamW.b1"),
+                ("optimizers.AdamW.rate", "optimizers.AdamW.learning_rate"),
+                ("optimizers.Schedule.warmup", "optimizers.Schedule.warmup_steps"),
+                ("transformer.TransformerConfig.heads", "transformer.TransformerConfig.num_heads"),
+                ("text.TextData.batch", "text.TextData.batch_size"),
+                ("run.Run.batch_size", "text.TextData.batch_size"),
+                ("recipes.Recipe.sr_st", "recipes.Recipe.sr_ste"),
+            )
+        ),
         (
             "run.Run.optimizer = @optimizers.Adam()",
             "--gin 'run.Run.optimizer = @optimizers.Adam()': optimizers.Adam: no such "
