@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that holds its own digest."""
+"""Files that are written whole or not at all, and digests that tell what has been changed."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ from typing import Any
 
 from pjit_train.errors import UserError
 from pjit_train.signals import deferred
+
+SUMS = "SHA256SUMS"  # the digests of a folder's files
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -31,3 +33,39 @@ def write_whole(path: Path, content: str) -> None:
 def json_sha256(body: dict[str, Any]) -> str:
     """The digest of what can be written as JSON, the same in whatever order its keys stand."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Writes `SHA256SUMS` of the files of a folder, as `sha256sum -c SHA256SUMS` reads it."""
+    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def check_sums(folder: Path) -> None:
+    """Compares the files of a folder with its `SHA256SUMS`, where it has one.
+
+    Raises:
+      UserError: a file that is listed there is missing or was changed, or the list is damaged.
+    """
+    path = folder / SUMS
+    if not path.exists():
+        return
+    try:
+        pairs = [line.split("  ", 1) for line in path.read_text().splitlines()]
+        wanted = {name: digest for digest, name in pairs}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged; delete it, and the files count unchecked") from error
+    for name, digest in wanted.items():
+        file = folder / name
+        if Path(name).name == name and file.is_file() and _sha256(file) == digest:
+            continue
+        what = "was changed" if file.exists() else "is missing"
+        raise UserError(
+            f"{folder}: {name} {what} since {SUMS} was written; put back a copy, or delete "
+            f"{SUMS} where the change was meant"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

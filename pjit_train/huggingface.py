@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from pjit_train.blocks import BlockConfig
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
 from pjit_train.errors import UserError
+from pjit_train.files import check_sums, write_sums
 from pjit_train.huggingface_config import (
     difference,
     parse_json,
@@ -75,11 +76,12 @@ def load(
       arrays, or where a mesh is set jax arrays. One parameter at a time is held besides.
 
     Raises:
-      UserError: the folder is no such model, or not the one of `config`; a weight is not finite;
-        or the mesh does not divide a parameter.
+      UserError: the folder is no such model, or not the one of `config`; a weight is not finite, a
+        file is not the one of its SHA256SUMS; or the mesh does not divide a parameter.
     """
     folder, rules = Path(folder), rules or Rules()
     family, config = check(folder, config)
+    check_sums(folder)
     params = _abstract_params(config, rules)
     mesh = jax.sharding.get_mesh() if has_mesh() else None
     for path, param in params.items():
@@ -187,6 +189,7 @@ def save(
             _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
             if packing is not None:
                 packing.check(temporary)
+            write_sums(temporary)
             temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pjit_train import huggingface
+from pjit_train.data import Bytes
 from pjit_train.errors import UserError
 from pjit_train.huggingface_families import FAMILIES, Tensor
 from pjit_train.sharding import MeshShape, Rules, make_mesh
@@ -258,3 +260,23 @@ def test_every_parameter_stands_once_in_the_table(family):
     assert len(rows) == len(set(rows))
     assert {".".join(path) for path in shapes_of(config)} <= set(rows)
     assert isinstance(config, FAMILIES[family].config)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_file_that_was_changed_or_lost_is_named(tmp_path, name):
+    folder = tmp_path / "model"
+    huggingface.save(folder, LLAMA, random_params(LLAMA), tokenizer=Bytes())
+    huggingface.load(folder)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    data = (folder / name).read_bytes()
+    for at in (0, len(data) // 2, len(data) - 1):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        (folder / name).write_bytes(changed)
+        with pytest.raises(UserError, match=re.escape(name)):
+            huggingface.load(folder)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=re.escape(name)):
+        huggingface.load(folder)
