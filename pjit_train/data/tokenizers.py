@@ -177,13 +177,16 @@ class TokenizerJson:
     def _unknown_words(self, text: str) -> Iterator[str]:
         """The parts of a text that the vocabulary does not cover, characters where that is so."""
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        of_characters = type(self._tokenizer.model).__name__ in ("BPE", "Unigram")
         if normalizer is not None:
             text = normalizer.normalize_str(text)
         words = [(text, (0, len(text)))] if splitter is None else splitter.pre_tokenize_str(text)
         for word, (start, end) in words:
             if not self._covers(word):
-                shown = text[start:end]  # `word` may be in the library's own spelling of bytes
-                odd = [c for c in shown if not self._covers(c)] if word == shown else []
+                shown = text[start:end]
+                # `word` may be in the library's own spelling of bytes.
+                by_character = of_characters and word == shown
+                odd = [c for c in shown if not self._covers(c)] if by_character else []
                 yield (odd or [shown[:40]])[0]
 
     def _covers(self, word: str) -> bool:
