@@ -326,6 +326,25 @@ def test_fine_tuned_in_between(here, capsys):
     assert not Path("none").exists()
 
 
+@pytest.mark.parametrize(("factor", "worse"), [(4.0, True), (1.0, False)])
+def test_fine_tuning_that_makes_the_model_worse_is_said(here, capsys, monkeypatch, factor, worse):
+    def tuned(work, params):
+        return jax.tree.map(lambda x: x * np.float32(factor), params)
+
+    monkeypatch.setattr(pjit_train.compress._Work, "_finetune", tuned)
+    out = f"tuned-{worse}"
+    command = ["compress", "dense", "--pattern", "2:4", "--method", "magnitude", "--json"]
+    assert main([*command, "--finetune", "3", "--sequences", "1", "--out", out]) == 0
+    captured = capsys.readouterr()
+    between = json.loads(captured.out)["between"]
+    losses = [between[what]["val_loss"] for what in ("sparsify", "finetune")]
+    assert (losses[0] < losses[1]) == worse
+    says = (
+        "fine-tuning made the model worse: validation loss {:.4f} when pruned, {:.4f} after 3 steps"
+    )
+    assert (says.format(*losses) in captured.err) == worse
+
+
 def test_quantized_then_pruned(here, capsys):
     command = ["compress", "dense", "--method", "wanda", "--format", "mxfp4_e2m1:16"]
     command += ["--order", "quantize_then_sparsify", "--quantizer", "rtn", "--sequences", "8"]
