@@ -11,6 +11,7 @@ weights and one of activations under a name of llm-compressor. Sources: OCP 8-bi
 import dataclasses
 import difflib
 import math
+import re
 from typing import Annotated, Literal
 
 from sparsity.ranges import Count, NonNegative, Positive, Range, Whole, check_fields
@@ -275,7 +276,7 @@ def get_format(format: str | Format) -> Format:
         field = "symmetric" if asymmetric else "block"
         if field in changes:
             raise ValueError(f"{format}: gives two of its {field}; use one, such as int4:128:asym")
-        block = int(option) if option.isdecimal() else option
+        block = int(option) if re.fullmatch(r"[0-9]{1,10}", option) else option
         changes[field] = False if asymmetric else block
     return dataclasses.replace(found, **changes) if changes else found
 

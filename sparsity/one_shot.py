@@ -48,7 +48,7 @@ def parse_pattern(pattern: Pattern) -> NByM | float:
     """
     if isinstance(pattern, NByM):
         return pattern
-    if groups := re.fullmatch(r"(\d+):(\d+)", str(pattern)):
+    if groups := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", str(pattern)):
         n, m = map(int, groups.groups())
         if not 1 <= n <= m:
             raise ValueError(
@@ -56,8 +56,9 @@ def parse_pattern(pattern: Pattern) -> NByM | float:
                 "such as 2:4"
             )
         return NByM(n, m, axis=-2)
+    is_number = re.fullmatch(r"[-+.0-9eE]+", str(pattern))  # float() takes "1_0" and other digits
     try:
-        fraction = float(pattern)
+        fraction = float(pattern) if is_number else -1.0
     except ValueError:
         fraction = -1.0
     if not 0 <= fraction < 1:

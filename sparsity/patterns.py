@@ -4,6 +4,7 @@ A schedule gives the stages on the way to a target, the target last; all stages 
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 from sparsity.ranges import Count, check_fields
@@ -89,12 +90,14 @@ def parse_pattern(text: str) -> tuple[int, int]:
     Raises:
       ValueError: the text is no such pattern, or n is not in 1 .. m.
     """
-    try:
-        n, m = map(int, text.split(":"))
-    except (AttributeError, ValueError):
+    found = (
+        re.fullmatch(r"\s*([0-9]{1,9}):([0-9]{1,9})\s*", text) if isinstance(text, str) else None
+    )
+    if found is None:
         raise ValueError(
-            f"pattern {text!r} is not N:M; write how many of every M weights are kept, as '2:4'"
-        ) from None
+            f"pattern {text!r:.60} is not N:M; write how many of every M weights are kept, as '2:4'"
+        )
+    n, m = map(int, found.groups())
     if not 1 <= n <= m:
         raise ValueError(
             f"pattern {text!r} keeps {n} of every {m}; N is the number kept, from 1 to {m}"

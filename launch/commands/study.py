@@ -103,7 +103,7 @@ def _add_pod(studies) -> None:
         "put the published figures of the TPU v4 pod beside ours",
         "The gain of twisted slices, goodput, bisection, switches and their failures; then every "
         "twist that the wiring can make, Monte Carlo against closed forms, a year of a pod's "
-        "events, and checkpoint intervals. A few minutes on two cores, and 2.3 GB of memory. "
+        "events, and checkpoint intervals. A few minutes on two cores, and 2.4 GB of memory. "
         "table.md, results.json and "
         "figures are in --out.",
     )

@@ -19,6 +19,7 @@ from launch.explain import STANDARD
 from launch.pod.faults import Fault, parse_chaos
 from pjit_train.data.sources import PythonStdlib
 from pjit_train.errors import UserError
+from sparsity import formats, one_shot, patterns
 from sparsity.ranges import Range, check_fields, ranged_fields
 
 MODULES = (*STANDARD, "pjit_train.vit", "pjit_train.study", "pjit_train.interplay_study")
@@ -316,3 +317,27 @@ def test_a_number_within_a_text_is_told_too(argv, says, capfd, tmp_path, monkeyp
 def test_failures_that_are_no_numbers(parse, text, says):
     with pytest.raises(UserError, match=says):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["nan:4", "2:4.0", "1_0:20", "٢:٤", "2:0", "-1:4", "2:" + "9" * 5000]
+)
+def test_patterns_that_are_no_numbers(text):
+    for parse in (patterns.parse_pattern, one_shot.parse_pattern):
+        with pytest.raises(ValueError, match="pattern") as caught:
+            parse(text)
+        assert "int_max_str" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "1e400", "-0.5", "1", "0_5e-1", "٠.٥", "True", "0.5.5"]
+)
+def test_fractions_that_are_none(text):
+    with pytest.raises(ValueError, match="from 0 to below 1"):
+        one_shot.parse_pattern(text)
+
+
+@pytest.mark.parametrize("block", ["nan", "-1", "1e3", "1_0", "٣", "0", "9" * 12, "9" * 5000, ""])
+def test_blocks_that_are_no_numbers(block):
+    with pytest.raises(ValueError, match=r"block=.*; use a whole number from 1"):
+        formats.get_format(f"int4:{block}")
