@@ -26,7 +26,10 @@ def write_whole(path: Path, content: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
-    except OSError as error:
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"{path} cannot be written: {error.strerror}; make room for it") from error
 
 

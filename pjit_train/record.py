@@ -76,21 +76,19 @@ def write(
       data: of the run.
       config_text, corpus, folder: see `Record`; the folder is by default the working directory.
     """
-    tokenizer = None
-    (directory / FILE).parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(data.tokenizer, TokenizerJson):
-        text, copy = data.tokenizer.text, directory / TOKENIZER
-        tokenizer = _sha256(text)
-        if _file_sha256(copy) != tokenizer:
-            write_whole(copy, text)
+    text = data.tokenizer.text if isinstance(data.tokenizer, TokenizerJson) else None
     body = {
         "config": config_text,
         "folder": folder or os.getcwd(),
         "corpus": corpus,
-        "tokenizer": tokenizer,
+        "tokenizer": None if text is None else _sha256(text),
     }
     sealed = {"sha256": json_sha256(body), **body}
+    # First the record, by which a directory is known as that of a run.
+    (directory / FILE).parent.mkdir(parents=True, exist_ok=True)
     write_whole(directory / FILE, json.dumps(sealed, indent=1) + "\n")
+    if text is not None and _file_sha256(directory / TOKENIZER) != body["tokenizer"]:
+        write_whole(directory / TOKENIZER, text)
     write_whole(directory / "config.gin", config_text)
 
 

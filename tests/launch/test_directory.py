@@ -36,6 +36,7 @@ def test_a_missing_or_empty_directory_may_be_trained_in(tmp_path):
 def test_a_start_that_was_killed_early_is_in_nobodys_way(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run.json.new").touch()
     check_directory(tmp_path, TEXT)
     (tmp_path / "checkpoints" / "5").mkdir()
     assert "is not a run directory" in refusal(tmp_path, tmp_path)
