@@ -22,9 +22,10 @@ from flax import nnx
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
 from pjit_train.projection import Dense
+from sparsity.hessian import add_grams, from_gram, gram
 
 Change = Callable[[str, np.ndarray, jax.Array], np.ndarray]
-"""(name, kernel [inputs, outputs], X^T X [inputs, inputs] float32) -> the kernel to go on with."""
+"""(name, kernel [inputs, outputs], X^T X float64 [inputs, inputs]) -> the kernel to go on with."""
 
 
 def calibration_batches(batches: Batches, sequences: int) -> list[dict[str, np.ndarray]]:
@@ -70,17 +71,18 @@ def change_kernels(
     changed = params | {"blocks": jax.tree.map(np.copy, params["blocks"])}
     wanted = [name.split("/")[1:] for name in names if name.startswith("blocks/")]
     hidden = enter_all(model, batches)
-    for block, products in walk(model, changed["blocks"], hidden, _gram, jnp.add):
+    for block, products in walk(model, changed["blocks"], hidden, gram, add_grams):
         for path in wanted:
             name = "/".join(["blocks", *path])
             *parents, last = path
             holder = functools.reduce(lambda tree, key: tree[key], parents, block)
-            products_II = products["/".join(parents)]
+            products_II = from_gram(products["/".join(parents)])
             matrix_IO = holder[last].reshape(len(products_II), -1)
             new = np.asarray(change(name, matrix_IO, products_II))
             holder[last][...] = new.reshape(holder[last].shape)
     if "head" in names:
-        products_DD = sum(_gram(model.norm(x)) for x, _ in hidden)
+        sums = (jax.jit(gram)(model.norm(x)) for x, _ in hidden)
+        products_DD = from_gram(functools.reduce(add_grams, sums))
         changed["head"] = np.asarray(change("head", params["head"], products_DD))
     return changed
 
@@ -135,7 +137,8 @@ def walk(
         block = jax.tree.map(lambda x, layer=layer: x[layer], stacked)  # views
         on_device = jax.tree.map(jnp.array, block)
         measured = (look(on_device, x, **rest) for x, rest in hidden)
-        yield block, functools.reduce(functools.partial(jax.tree.map, join), measured)
+        joined = functools.reduce(lambda a, b: {n: join(a[n], b[n]) for n in a}, measured)
+        yield block, joined
         on_device = jax.tree.map(jnp.array, block)
         hidden[:] = [(forward(on_device, x, **rest), rest) for x, rest in hidden]
 
@@ -159,12 +162,6 @@ class _Tap:
         inputs = math.prod(x.shape[x.ndim - num_inputs(self.dense) :])
         self.note(x.reshape(-1, inputs))
         return self.dense(x)
-
-
-def _gram(x: jax.Array) -> jax.Array:
-    """X^T X, float32 [inputs, inputs], of rows [..., inputs]."""
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def _maxima(x: jax.Array) -> jax.Array:

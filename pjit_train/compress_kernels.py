@@ -128,7 +128,7 @@ def _magnitude(kernel_IO, products_II, pattern, *, transposable):
 
 
 def _wanda(kernel_IO, products_II, pattern, *, transposable):
-    norms_I = jnp.sqrt(jnp.diagonal(products_II))
+    norms_I = np.sqrt(np.diagonal(products_II))
     mask = wanda_mask(kernel_IO, norms_I, pattern, transposable=transposable)
     return jnp.where(mask, kernel_IO, 0)
 
@@ -184,16 +184,23 @@ def smooth(
     return params | {"blocks": blocks}
 
 
-@jax.jit
-def squares(kernel_IO, changed_IO, products_II) -> tuple[jax.Array, jax.Array]:
-    """|X W - X W'|^2 and |X W|^2, from X^T X."""
+def squares(kernel_IO, changed_IO, products_II) -> tuple[float, float]:
+    """|X W - X W'|^2 and |X W|^2, from X^T X; of any scale."""
+    kernel_IO, changed_IO = (np.asarray(x, np.float32) for x in (kernel_IO, changed_IO))
+    _, of_kernel = np.frexp(np.abs(kernel_IO).max(initial=0))
+    _, of_products = np.frexp(np.diagonal(products_II).max(initial=0))
+    unit = (np.ldexp(x, -of_kernel) for x in (kernel_IO, changed_IO))
+    found = _squares(*unit, np.ldexp(products_II, -of_products).astype(np.float32))
+    lost, whole = (np.ldexp(np.float64(x), 2 * of_kernel + of_products) for x in found)
+    return float(lost), float(whole)
 
+
+@jax.jit
+def _squares(kernel_IO, changed_IO, products_II):
     def square(w_IO):
-        w_IO = w_IO.astype(jnp.float32)
         return jnp.vdot(w_IO, jnp.matmul(products_II, w_IO, precision=jax.lax.Precision.HIGHEST))
 
-    difference = changed_IO.astype(jnp.float32) - kernel_IO.astype(jnp.float32)
-    return square(difference), square(kernel_IO)
+    return square(changed_IO - kernel_IO), square(kernel_IO)
 
 
 def relative_error(found: list[tuple[float, float]]) -> float:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pjit_train.step import State, weights
+from sparsity.rounding import divide
 
 
 def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
@@ -34,7 +35,7 @@ def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
     for name in masks:
         kinds.setdefault(kind(name), []).append(name)
     for each, names in sorted(kinds.items()):
-        figures[f"sparsity/{each}"] = 1 - _fraction([masks[n] for n in names])
+        figures[f"sparsity/{each}"] = _fraction([masks[n] == 0 for n in names])
     if jax.tree.leaves(getattr(before, "codes", getattr(before, "masks", None))):
         previous = _named(updater.masks(before, params))
         figures["mask_flips"] = _fraction([masks[n] != previous[n] for n in masks])
@@ -108,4 +109,8 @@ def _total(x) -> jax.Array:
 
 
 def _fraction(masks) -> jax.Array:
-    return sum(_total(m) for m in masks) / sum(float(m.size) for m in masks)
+    """The part of bool arrays that is True, of a count in integers as far as int32 reaches."""
+    size = sum(m.size for m in masks)
+    dtype = jnp.int32 if size < 1 << 31 else jnp.float32
+    count = sum(jnp.sum(m, dtype=dtype) for m in masks)
+    return divide(count.astype(jnp.float32), size)  # rounded once: 1/2 is 0.5

@@ -39,8 +39,8 @@ def nm_validity(kernel: jax.Array, n: int, m: int, axis: int | tuple[int, ...]) 
 
 
 def zeros(kernel: jax.Array) -> float:
-    """Fraction of a kernel's entries that are 0."""
-    return 1 - int((kernel != 0).sum()) / kernel.size
+    """Fraction of a kernel's entries that are 0; 0 of a kernel without entries."""
+    return int((kernel == 0).sum()) / max(kernel.size, 1)
 
 
 def by_name(tree: Any) -> dict[str, jax.Array]:
