@@ -15,6 +15,11 @@ log = logging.getLogger("torsion")
 # Emulated devices, above which collectives have to come one after another: with several at once
 # there are never threads enough for all devices to meet in one, and XLA stops for good.
 _MANY = 128
+_PROXIES = [
+    name
+    for scheme in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy")
+    for name in (scheme, scheme.upper())
+]
 _ONE_COLLECTIVE_AT_A_TIME = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
@@ -123,8 +128,29 @@ def join(
             f"--coordinator {coordinator}: process {process_id} cannot {verb} there: "
             f"{error.strerror or error}; give a free port of process 0's host, the same to all"
         ) from error
-    log.info("process %d of %d meets the others at %s", process_id, num, coordinator)
+    past_proxies(host)
+    text = "process %d of %d meets the others at %s, which may take 5 minutes%s"
+    log.info(text, process_id, num, coordinator, proxy_note())
     jax.distributed.initialize(coordinator, num_processes=num, process_id=process_id)
+
+
+def past_proxies(*hosts: str) -> None:
+    """Has addresses of the run's own reached without a proxy, by this process and its children.
+
+    gRPC, which JAX's processes meet by, honours the variables of a proxy for any address, and would
+    wait for good.
+    """
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        before = [host for host in os.environ.get(name, "").split(",") if host]
+        if name != "no_grpc_proxy" or before:  # it hides no_proxy
+            new = [host for host in dict.fromkeys(hosts) if host and host not in before]
+            os.environ[name] = ",".join(before + new)
+
+
+def proxy_note() -> str:
+    """Names the variables of a proxy that are set, where that may be why a wait is long."""
+    found = [name for name in _PROXIES if os.environ.get(name)]
+    return f" ({', '.join(found)} set: own addresses go past that)" if found else ""
 
 
 def _await_listener(host: str, port: int, patience: float) -> None:

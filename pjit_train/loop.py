@@ -25,6 +25,7 @@ from pjit_train.sample import Sampler
 from pjit_train.sharding import make_mesh
 from pjit_train.signals import StopRequest
 from pjit_train.transformer import count_params
+from pjit_train.waiting import told
 
 log = logging.getLogger("torsion")
 
@@ -72,7 +73,8 @@ def train(
         if run.initial_weights is not None and not (directory / "checkpoints").exists():
             huggingface.check(run.initial_weights, run.model)
         run.samples.check(run.model.max_len, run.data.tokenizer)
-        batches = run.data.prepare(run.seed)
+        with told("the tokens of the run"):
+            batches = run.data.prepare(run.seed)
         batches.check_vocabulary(run.model.vocab_size)
         _check_corpus(directory, batches.digest)
         if jax.process_index() == 0:
@@ -84,7 +86,8 @@ def train(
                 f"{directory} was trained with steps={steps_before} and a packed recipe, whose "
                 f"masks are fixed by then; use --steps {steps_before}, or another --out"
             )
-        restored = checkpoints.restore(program.abstract_state_after, memory=memory)
+        with told("the newest checkpoint to be restored"):
+            restored = checkpoints.restore(program.abstract_state_after, memory=memory)
 
         def keep(text: str, folder: str | None = None) -> None:
             corpus = batches.digest
@@ -154,7 +157,8 @@ class _Loop:
                     state = self.program.pack(state)
                 if packing or step == self.start + 1:
                     compiling = time.monotonic()
-                    train_step = self.program.compile_step(batch, step)
+                    with told("the step to compile"):
+                        train_step = self.program.compile_step(batch, step)
                     self.step_ended = time.monotonic()
                     self.extra["compile_seconds"] = self.step_ended - compiling
                     self.watch("compiled", {"seconds": self.extra["compile_seconds"]})

@@ -12,12 +12,13 @@ from launch.pod.faults import Fault
 from launch.pod.hosts import Hosts, check_mesh, traffic_of
 from launch.pod.plan import Plan
 from launch.pod.staff import Host
+from launch.pod.waits import Waits
+from launch.process import proxy_note
 from pjit_train.errors import TrainingError, UserError
 from topology import TPU_V4, Part, Slice, lay_mesh
 
 _POLL = 0.1  # seconds between two questions to every agent
 _ANSWER = 5.0  # seconds that an agent has for an answer
-_START = 600.0  # seconds that an attempt has for its first step
 _SAVING = 5  # times as long as a step may take what comes between steps: to save and validate
 
 
@@ -32,13 +33,14 @@ class Failure:
 
 
 class Attempt:
-    """An attempt that runs."""
+    """An attempt that runs; its processes meet at `address`."""
 
-    def __init__(self, owner, number: int, hosts: Hosts):
+    def __init__(self, owner, number: int, hosts: Hosts, address: str):
         self._owner, self._number, self._layout, self._slice = owner, number, hosts, hosts.slice
         self._plan, self._record, self._hosts = owner.plan, owner.record, owner.staff.hosts
         self._step, self._said, self._kind = 0, {}, ""
         self._progress = time.monotonic()
+        self._waits, self._address = Waits(len(self._hosts), self._plan.hang_seconds), address
         self._exits: dict[int, int] = {}
         self._warming: Host | None = None
         self._notice: str | None = None
@@ -79,6 +81,7 @@ class Attempt:
     def _on_event(self, process: int, event: dict) -> None:
         kind = event["event"]
         self._progress = time.monotonic()
+        self._waits.on_event(process, kind)
         if kind == "failed":
             self._said[process] = event
         elif kind == "copied":
@@ -122,9 +125,10 @@ class Attempt:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
             why = f" ({said['text']})" if said else ""
             return Failure(f"{self._name(process)} {how}{why}{after}")
+        if not self._owner.begun:
+            return self._waited_in_vain()
         silent = time.monotonic() - self._progress
-        limit = patience(self._plan, self._kind, self._step) if self._owner.begun else _START
-        if silent > limit:
+        if silent > patience(self._plan, self._kind, self._step):
             quiet = [i for i, answer in enumerate(answers) if answer["silent"] > 3]
             who = " and ".join(self._name(i) for i in quiet)
             where = f"; {who} gave no sign of life" if who else ""
@@ -132,6 +136,20 @@ class Attempt:
                 f"no step came back for {silent:.1f} s, the last was {self._step}{where}"
             )
         self._owner.struck = struck
+        return None
+
+    def _waited_in_vain(self) -> Failure | None:
+        """Before the first step: says from time to time what is waited for, and ends it."""
+        waits = self._waits
+        behind, what = waits.behind()
+        who = " and ".join(self._name(i) for i in behind)
+        if "meet" in what:
+            what += f" at {self._address}{proxy_note()}"
+        if waits.seconds() > waits.limit():
+            return Failure(f"waited {waits.limit():.0f} s in vain for {who} {what}")
+        if waits.due():
+            text = f"waiting for {who} {what}, {waits.seconds():.0f} s so far"
+            self._record("waiting", attempt=self._number, text=text)
         return None
 
     def _ended(self) -> Failure | None:

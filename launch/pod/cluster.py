@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.process import past_proxies
 from pjit_train.errors import UserError
 
 RAY = "2.60.0"
@@ -40,6 +41,7 @@ def local(directory: Path, *, dashboard: bool) -> Iterator[None]:
         "RAY_TMPDIR": str(directory),
     }
     os.environ.pop("RAY_ADDRESS", None)
+    past_proxies(*_LOOPBACK)
     ray = _import_ray()
     with _quiet():
         ray.init(
@@ -79,6 +81,7 @@ def joined(address: str) -> Iterator[None]:
             )
         if host in _LOOPBACK and _unreachable(_own_address(), int(port)) is not None:
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray takes that address
+    past_proxies(*_LOOPBACK, _own_address(), address.rpartition(":")[0])
     ray = _import_ray()
     try:
         with _quiet():

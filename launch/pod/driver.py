@@ -58,6 +58,7 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
     from launch.pod.plan import Plan, default_hosts_per_process
     from launch.pod.record import Record
     from launch.pod.view import View
+    from launch.process import proxy_note
     from pjit_train.record import to_train
     from topology import TPU_V4, Slice
 
@@ -117,7 +118,7 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
             view.say(f"dashboard at http://{url}")
         view.say(
             f"slice {slice}: {slice.num_chips} chips on {slice.num_hosts} hosts in "
-            f"{plan.hosts(slice).processes} processes"
+            f"{plan.hosts(slice).processes} processes{proxy_note()}"
         )
         data.prepare(run.data, record, on_cluster=options["address"] is not None)
         supervisor = Supervisor(plan, record, chips)

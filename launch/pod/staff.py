@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ from ray.util import tpu
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.pod.agent import Agent
+from launch.process import proxy_note
 
 _ANSWER = 5.0  # seconds that an agent has for an answer
 _START = 300.0  # seconds that an agent has to start
 _TRIES = 3  # to have agents made
+_SAY = 10.0  # seconds between two lines that they are waited for
 _END = 10.0  # seconds that a process has to be gone
 
 
@@ -44,10 +47,17 @@ class Staff:
       chips: that an agent takes of the cluster's, by Ray's name of the resource ("TPU" or "GPU");
         empty where devices are emulated.
       topology: of the TPU slice, such as "4x4x8", on whose hosts the agents have to be.
+      say: is told what is waited for.
     """
 
-    def __init__(self, standing: dict[str, Any], chips: dict[str, int], topology: str):
-        self._standing, self._chips = standing, chips
+    def __init__(
+        self,
+        standing: dict[str, Any],
+        chips: dict[str, int],
+        topology: str,
+        say: Callable[[str], None],
+    ):
+        self._standing, self._chips, self._say = standing, chips, say
         self._topology = topology if "TPU" in chips else None
         self._slice = None  # Ray's reservation of a TPU slice
         self._places: list[Host | None] = []  # of the processes, in their order
@@ -73,7 +83,14 @@ class Staff:
                 self._coming.append(self._make())
             if self._places.count(None) <= len(self._spares):
                 break
-            self._arrive(wait=_START)
+            end = time.monotonic() + _START
+            while self._coming and (left := end - time.monotonic()) > 0:
+                self._arrive(wait=min(left, _SAY))
+                if self._coming and left > _SAY:
+                    self._say(
+                        f"waiting for {len(self._coming)} agents that Ray starts, "
+                        f"{_START - left + _SAY:.0f} s of {_START:.0f}{proxy_note()}"
+                    )
         if self._slice is not None:  # JAX numbers the processes of a TPU slice as its hosts are
             self._spares.sort(key=lambda host: host.where["worker"])
         for place, host in enumerate(self._places):

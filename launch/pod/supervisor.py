@@ -46,7 +46,12 @@ class Supervisor:
     def __init__(self, plan: Plan, record: Record, chips: dict[str, int] | None = None):
         self.plan, self.record = plan, record
         self._fence = Fence(plan.directory / "pod" / "attempt.json")
-        self.staff = Staff(plan.standing_orders(), chips or {}, times(plan.slice.shape))
+        self.staff = Staff(
+            plan.standing_orders(),
+            chips or {},
+            times(plan.slice.shape),
+            lambda text: record("waiting", text=text),
+        )
         # On this node: it is there as long as this process.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         manager = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Manager)
@@ -123,7 +128,7 @@ class Supervisor:
                 host.pid = ray.get(ref, timeout=60)
             except ray.exceptions.RayError as error:
                 return Failure(f"a host is gone ({type(error).__name__})", lost=[host])
-        return Attempt(self, number, layout).until_it_ends()
+        return Attempt(self, number, layout, f"{address}:{port}").until_it_ends()
 
     def _orders(self, number: int, layout: Hosts, coordinator: str) -> dict[str, Any]:
         """What an attempt's trainers are told, but for the number of each."""

@@ -155,6 +155,7 @@ def _train(run, standing, orders, tell, go_on, slow, memory) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     print(f"attempt {attempt}", flush=True)
+    tell("ready")
     _join(orders)
     tell("joined")
 
@@ -233,11 +234,14 @@ def _join(orders) -> None:
     import jax
     from jax._src.lib import _jax
 
+    from launch.process import past_proxies
+
     if orders["devices"] is not None:
         jax.config.update("jax_num_cpu_devices", orders["devices"])
     if orders["processes"] == 1:
         return
     coordinator, listen = orders["coordinator"], None
+    past_proxies(coordinator.rpartition(":")[0])
     if coordinator.startswith("127.0.0.1:"):
         listen = coordinator
         make = _jax.make_gloo_tcp_collectives  # would take the address of the machine's name

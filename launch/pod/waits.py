@@ -1,0 +1,56 @@
+"""What an attempt waits for before its first step: said from time to time, and not for ever."""
+
+import time
+
+_WAITS = {  # by the last thing that a process told: what it does next, and how long it may take,
+    # as a multiple of --hang-after
+    "": ("to start, with the tokens", 10),
+    "ready": ("to meet the others", 2),
+    "joined": ("to restore the checkpoint", 5),
+    "begin": ("to compile the step", 5),
+    "compiled": ("to compute the first step", 5),
+}
+_LEAST = 120.0  # seconds that each of them has: a busy machine takes as long to import everything
+_SAY = 10.0  # seconds after which a wait is told, and then each time twice as many
+
+
+class Waits:
+    """The processes of an attempt, until each has computed a step.
+
+    Args:
+      processes: how many.
+      hang_seconds: of --hang-after.
+    """
+
+    def __init__(self, processes: int, hang_seconds: float):
+        self._at, self._hang = [""] * processes, hang_seconds
+        self._since, self._say = time.monotonic(), _SAY
+
+    def on_event(self, process: int, kind: str) -> None:
+        """Notes what a process told; what says nothing of its start is let pass."""
+        if kind in (*_WAITS, "step") and kind != self._at[process]:
+            self._at[process] = kind
+            self._since, self._say = time.monotonic(), _SAY
+
+    def behind(self) -> tuple[list[int], str]:
+        """The processes that are waited for, and what they have to do; ([], "") where all train."""
+        for kind, (what, _) in _WAITS.items():
+            if waited := [process for process, at in enumerate(self._at) if at == kind]:
+                return waited, what
+        return [], ""
+
+    def limit(self) -> float:
+        """Seconds that may pass without a sign of progress."""
+        times = next((times for kind, (_, times) in _WAITS.items() if kind in self._at), 1)
+        return max(_LEAST, times * self._hang)
+
+    def seconds(self) -> float:
+        """That have passed since the last sign of progress."""
+        return time.monotonic() - self._since
+
+    def due(self) -> bool:
+        """Whether it is time to say what is waited for."""
+        if self.seconds() < self._say:
+            return False
+        self._say *= 2
+        return True

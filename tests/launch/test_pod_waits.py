@@ -1,0 +1,82 @@
+"""What an attempt waits for before its first step, by a clock that the tests turn."""
+
+import os
+import time
+
+import pytest
+
+from launch.pod.waits import Waits
+from launch.process import past_proxies, proxy_note
+
+FIRST = "no_grpc_proxy"  # gRPC looks at it before no_proxy
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_who_is_behind_is_waited_for_and_not_for_ever(clock):
+    waits = Waits(3, hang_seconds=100.0)
+    assert waits.behind() == ([0, 1, 2], "to start, with the tokens")
+    assert waits.limit() == 1000.0
+    for process in range(3):
+        waits.on_event(process, "ready")
+    assert waits.behind() == ([0, 1, 2], "to meet the others")
+    assert waits.limit() == 200.0
+    for process in (0, 2):
+        waits.on_event(process, "joined")
+    assert waits.behind() == ([1], "to meet the others")
+    for process, kind in ((1, "joined"), (0, "begin"), (2, "begin"), (0, "compiled")):
+        waits.on_event(process, kind)
+    assert waits.behind() == ([1], "to restore the checkpoint")
+    assert waits.limit() == 500.0
+    clock[0] += 499
+    waits.on_event(0, "compiled")  # said before: no sign of progress
+    assert waits.seconds() == 499
+    waits.on_event(1, "begin")
+    assert waits.seconds() == 0
+    assert waits.behind() == ([1, 2], "to compile the step")
+
+
+def test_a_busy_machine_has_two_minutes_for_each_part(clock):
+    waits = Waits(1, hang_seconds=5.0)
+    for kind in ("", "ready", "joined", "begin", "compiled"):
+        waits.on_event(0, kind)
+        assert waits.limit() == 120.0
+
+
+def test_a_wait_is_told_after_10_seconds_and_then_ever_later(clock):
+    waits, told = Waits(1, hang_seconds=60.0), []
+    for second in range(100):
+        clock[0] = 1000.0 + second
+        if waits.due():
+            told.append(second)
+    assert told == [10, 20, 40, 80]
+    waits.on_event(0, "ready")
+    clock[0] += 9.9
+    assert not waits.due()
+    clock[0] += 0.2
+    assert waits.due()
+
+
+def test_own_addresses_go_past_proxies_and_others_still_do(monkeypatch):
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv(FIRST, "")
+    assert proxy_note() == ""
+    for _ in range(2):  # once is enough
+        past_proxies("127.0.0.1", "10.0.0.1", "127.0.0.1", "")
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1,10.0.0.1"
+    assert os.environ["NO_PROXY"] == "127.0.0.1,10.0.0.1"
+    assert os.environ[FIRST] == ""  # gRPC would not look at the others
+    monkeypatch.setenv(FIRST, "example.com")
+    past_proxies("127.0.0.1")
+    assert os.environ[FIRST] == "example.com,127.0.0.1"
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert proxy_note() == " (HTTPS_PROXY set: own addresses go past that)"
