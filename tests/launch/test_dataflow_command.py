@@ -67,8 +67,6 @@ def test_the_picture_is_written_whole(tmp_path, capsys):
             "too small for one row of 4096 logits: the least that works is 8704",
         ),
         (["--buffer", "much"], "--buffer much: no size; write bytes, or such as 512KiB"),
-        (["--sequence", "0"], "--sequence 0: it must be at least 1"),
-        (["--batch", "-1"], "--batch -1: it must be at least 1"),
         (["--draw", "use.gif"], "--draw use.gif: must end in .png, .svg, .pdf"),
         (["--draw", "no/such/use.png"], "no folder no/such to write in"),
     ],

@@ -87,7 +87,7 @@ WORDS = (
         (["--gin", "run.Run.accumulate = 3"], r"accumulate=3 does not divide batch_size=8"),
         (["--gin", "run.Run.initial_weights = 'nowhere'"], r"nowhere"),
         (["--gin", "transformer.TransformerConfig.num_kv_heads = 3"], r"num_kv_heads=3"),
-        (["--steps", "0"], r"steps=0"),
+        (["--gin", "run.Run.steps = 0"], r"steps=0"),
         ([*WORDS], r"vocab_size >= 400"),
         (["--out", "corpus.txt"], r"corpus\.txt"),
         (["--out", "corpus.txt/run"], r"corpus\.txt"),
