@@ -339,8 +339,13 @@ function draw() {
     set(linkProgram, 0, 0, 1.7 * girth, 0); litLinks.draw();
     set(nodeProgram, 0, 0, 0, scene.radius * 1.2); litNodes.draw();
   }
-  captions.forEach(([element, place]) => {
+  // Of captions that would overlap the first is shown; zooming in brings up the others.
+  const shown = [];
+  captions.forEach(([element, place, wide, high]) => {
     const [x, y] = project(place);
+    const hidden = shown.some(([u, v, w, h]) => Math.abs(x - u) < (wide + w) / 2 && Math.abs(y - v) < (high + h) / 2);
+    element.style.visibility = hidden ? "hidden" : "visible";
+    if (!hidden) shown.push([x, y, wide, high]);
     element.style.transform = `translate(${x.toFixed(1)}px, ${y.toFixed(1)}px) translate(-50%, -50%)`;
   });
   if (!under && held) tell(held, ...project(held.node !== undefined ? at(held.node) : lines[held.link][lines[held.link].length >> 1]));
@@ -354,7 +359,7 @@ const captions = scene.captions.map(([text, ...place]) => {
   element.className = "caption";
   element.textContent = text;
   $("captions").append(element);
-  return [element, place];
+  return [element, place, element.offsetWidth, element.offsetHeight];
 });
 
 // ---- what is under the pointer ---------------------------------------------------------------

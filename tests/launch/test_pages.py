@@ -478,6 +478,29 @@ def test_the_fabric_page_shows_blocks_slices_and_ports(browser, draw):
     assert browser.troubles() == []
 
 
+def test_sixty_slices_are_readable_on_a_narrow_screen(browser, draw):
+    """At 380 px no two captions overlap, nothing is wider than the screen, and every slice is
+    listed."""
+    page = draw("fabric", "--slices", *["4x4x4"] * 60)
+    size = {"deviceScaleFactor": 1, "mobile": False}
+    browser.call("Emulation.setDeviceMetricsOverride", width=380, height=800, **size)
+    try:
+        browser.open(page)
+        boxes = browser.do(
+            "[...document.querySelectorAll('.caption')].filter(e => e.style.visibility != 'hidden')"
+            ".map(e => e.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom])"
+        )
+        assert browser.do("document.documentElement.scrollWidth") <= 380
+        assert browser.do("document.querySelectorAll('table.list td:first-child').length") == 60
+    finally:
+        browser.call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, **size)
+    assert len(boxes) > 5
+    left, top, right, bottom = np.array(boxes).T
+    meet = (left[:, None] < right - 0.5) & (left < right[:, None] - 0.5)
+    meet &= (top[:, None] < bottom - 0.5) & (top < bottom[:, None] - 0.5)
+    assert meet.sum() == len(boxes)  # each meets itself
+
+
 def test_the_picture_beside_the_page_shows_the_same(draw):
     whole = draw("slice", "4x4x4")
     broken = draw("slice", "4x4x4", "--failed", "chip:0,0,0,0")
