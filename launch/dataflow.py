@@ -28,7 +28,12 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS:
         raise UserError(f"--buffer {text}: no size; write bytes, or such as 512KiB, 20MB, 2GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not size <= 2**60:
+        raise UserError(
+            f"--buffer {text if len(text) < 40 else text[:36] + '...'}: 2^60 bytes at most"
+        )
+    return int(size)
 
 
 def report(

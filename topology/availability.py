@@ -21,6 +21,7 @@ from scipy import stats
 
 from topology.fabric import boxes
 from topology.hardware import TPU_V4, Pod
+from topology.numbers import number, whole
 from topology.shapes import times
 
 WORD = 64  # bits of a trial: the blocks of the largest pod that is sampled
@@ -70,6 +71,7 @@ def static_goodput(
         `sample_goodput` answers.
     """
     p, total = block_availability(host_availability, pod), pod.num_blocks
+    block_shape = _shape(block_shape)
     n = _fitting(math.prod(block_shape), total)
     expected = 0.0
     for coefficients in _polynomials(tuple(sorted(block_shape)), pod.block_grid, wraparound):
@@ -110,11 +112,11 @@ def sample_goodput(
       ValueError: as `ocs_goodput`, or the pod has more than 64 blocks.
     """
     p, total = block_availability(host_availability, pod), pod.num_blocks
+    block_shape = _shape(block_shape)
     n = _fitting(math.prod(block_shape), total)
     if total > WORD:
         raise ValueError(f"pod {pod.name}: {total} blocks, at most {WORD} can be sampled")
-    if trials < 2:
-        raise ValueError(f"trials {trials}: an estimate needs at least 2")
+    trials, seed = whole("trials", trials, least=2, most=10**10), whole("seed", seed)
     shape, exact = tuple(sorted(block_shape)), True
     if static:
         places = grid_boxes(shape, pod.block_grid, wraparound)
@@ -245,9 +247,7 @@ def _polynomials(shape, grid, wraparound):
 
 
 def _probability(a):
-    if not 0 <= a <= 1:
-        raise ValueError(f"host availability {a}: is a part of the time, 0 .. 1, like 0.999")
-    return a
+    return number("host_availability", a, most=1, unit="a part of the time, like 0.999")
 
 
 def _blocks_of(pod):
@@ -257,6 +257,10 @@ def _blocks_of(pod):
 
 
 def _fitting(n, total):
-    if not 1 <= n <= total or n != int(n):
-        raise ValueError(f"slice of {n} blocks: the pod has {total}, take 1 .. {total}")
-    return int(n)
+    return whole("slice_blocks", n, least=1, most=total)
+
+
+def _shape(block_shape):
+    if len(block_shape) != 3:
+        raise ValueError(f"block_shape {tuple(block_shape)}: blocks along x, y and z")
+    return tuple(whole("block_shape", k, least=1) for k in block_shape)

@@ -29,6 +29,7 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from topology.groups import Groups, path_links, vectors_between, ways_between
 from topology.hardware import TPU_V4_CHIP
 from topology.loads import lower_bounds as traffic_lower_bounds
+from topology.numbers import number
 from topology.slices import Slice
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
@@ -79,10 +80,8 @@ class Network:
     def __post_init__(self):
         rates = {"bandwidth": self.bandwidth, **self.efficiencies}
         for name, value in rates.items():
-            if not value > 0:
-                raise ValueError(f"network: {name} is {value}; it must be positive")
-        if not self.hop_latency >= 0:
-            raise ValueError(f"network: hop_latency is {self.hop_latency}; it must be 0 or more")
+            number(f"network: {name}", value, above=0)
+        number("network: hop_latency", self.hop_latency, unit="seconds")
 
     def fitted(self, measured: Iterable[tuple[str, "Cost", float, float]]) -> "Network":
         """The network whose efficiencies fit measured times best (least squares of the rates).
@@ -129,6 +128,7 @@ class Cost:
         if efficiency is None:
             known = ", ".join(network.efficiencies)
             raise ValueError(f"strategy {strategy!r}: its efficiency is not known; one of {known}")
+        number("bytes", bytes)
         return self.hops * network.hop_latency + self.load * bytes / network.bandwidth / efficiency
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from topology.hardware import TPU_V4, OpticalSwitch, Pod
-from topology.parts import CHIPS, SWITCHES, Part, Switch
+from topology.numbers import whole
+from topology.parts import CHIPS, SWITCHES, Part, Switch, check_part
 from topology.shapes import BLOCK, legal_shapes, nearest_shape, times
 from topology.slices import Slice
 
@@ -93,6 +94,8 @@ class Changes:
         them by default), a break and a make in one move. That links come up again takes a time
         that is not published; add it where it is known.
         """
+        if at_a_time is not None:
+            whole("at_a_time", at_a_time, least=1)
         moves = [
             max(len(self.breaks.get(s, ())), len(self.makes.get(s, ())))
             for s in self.breaks.keys() | self.makes.keys()
@@ -179,7 +182,11 @@ def place(
     """
     if name in fabric.placements:
         raise ValueError(f"slice {name!r}: the name is taken; release that slice or take another")
-    blocks = choose(fabric, slice, policy) if blocks is None else tuple(int(b) for b in blocks)
+    blocks = (
+        choose(fabric, slice, policy)
+        if blocks is None
+        else tuple(whole("block", b, most=10**9) for b in blocks)
+    )
     if len(set(blocks)) != slice.num_blocks or len(blocks) != slice.num_blocks:
         raise ValueError(
             f"slice {name!r}: {slice} takes {slice.num_blocks} different blocks, "
@@ -281,12 +288,18 @@ def apply(fabric: Fabric, changes: Changes) -> Fabric:
 
 
 def fail(fabric: Fabric, part: Part) -> Fabric:
-    """The fabric with one more part that passes no light; nothing is switched."""
+    """The fabric with one more part that passes no light; nothing is switched.
+
+    Raises:
+      ValueError: the pod has no such part.
+    """
+    check_part(part, fabric.pod)
     return replace(fabric, failed=fabric.failed | {part})
 
 
 def repair(fabric: Fabric, part: Part) -> Fabric:
     """The fabric with a part neither failed nor drained; a drained switch gets its slices back."""
+    check_part(part, fabric.pod)
     fabric = replace(fabric, failed=fabric.failed - {part}, drained=fabric.drained - {part})
     if part.kind != "ocs":
         return fabric
@@ -304,6 +317,9 @@ def patch(fabric: Fabric, part: Part) -> Fabric:
     Raises:
       ValueError: no fibre is at the port, or no spare port of the switch is left.
     """
+    check_part(part, fabric.pod)
+    if part.kind != "port":
+        raise ValueError(f"part {part}: give a port, such as port:x,0,0,17")
     *where, port = part.where
     switch, total = Switch(*where), 2 * fabric.pod.num_blocks
     lost = {p.where[3] for p in fabric.failed if p.kind == "port" and p.where[:3] == switch}
@@ -335,6 +351,7 @@ def drain(fabric: Fabric, part: Part, policy: Policy = lowest_numbered) -> Drain
     Raises:
       ValueError: no block or no spare port is there to move to.
     """
+    check_part(part, fabric.pod)
     if part.kind == "port":
         return Drained(patch(fabric, part), {}, ())
     if part.kind == "ocs":

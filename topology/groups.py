@@ -15,6 +15,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from topology.numbers import whole
 from topology.prices import best_mix
 from topology.routing import short_vectors
 from topology.slices import Slice
@@ -140,7 +141,8 @@ def groups_of_axes(slice: Slice, devices: np.ndarray, axes: Sequence[int]) -> Gr
       devices: int, chip indices in the mesh's shape.
       axes: positions of the axes that it goes over; members are in their row-major order.
     """
-    axes = list(axes)
+    devices = np.asarray(devices)
+    axes = [whole("axes", a, most=devices.ndim - 1) for a in axes]
     n = int(np.prod([devices.shape[a] for a in axes]))
     last = np.moveaxis(devices, axes, range(devices.ndim - len(axes), devices.ndim))
     return Groups(slice, last.reshape(-1, n))

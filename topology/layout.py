@@ -21,6 +21,7 @@ import numpy as np
 from topology.boxes import boxes
 from topology.collectives import Cost, Network, check_kind, collective_cost
 from topology.groups import Groups, groups_of_axes
+from topology.numbers import number, whole
 from topology.routing import short_vectors
 from topology.slices import Slice
 
@@ -46,11 +47,9 @@ class Traffic:
 
     def __post_init__(self):
         check_kind(self.kind)
-        if not self.bytes >= 0 or not self.count >= 0:
-            raise ValueError(
-                f"traffic {self.kind} over {', '.join(self.axes)}: bytes {self.bytes} and count "
-                f"{self.count} must be 0 or more"
-            )
+        name = f"traffic {self.kind} over {', '.join(self.axes)}"
+        number(f"{name}: bytes", self.bytes)
+        number(f"{name}: count", self.count)
         if self.kind == "permute" and len(self.axes) != 1:
             raise ValueError(f"traffic permute over {self.axes}: it goes over one axis")
 
@@ -397,6 +396,10 @@ def _factorisations(sizes, wanted) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 
 def _check_mesh(slice, mesh, traffic):
+    if not mesh:
+        raise ValueError("mesh {}: name its axes, such as {'data': 4}")
+    for axis, size in mesh.items():
+        whole(f"mesh axis {axis}", size, least=1)
     product = math.prod(mesh.values())
     if product != slice.num_chips or min(mesh.values()) < 1:
         raise ValueError(

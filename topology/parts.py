@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 
 from topology.hardware import Pod
+from topology.numbers import whole
 from topology.shapes import BLOCK, DIMENSIONS
 
 CHIPS = BLOCK**3  # of a block
@@ -114,6 +115,16 @@ def _ranges(pod):
         "ocs": switch,
         "port": [*switch, ("port", pod.switch.ports)],
     }
+
+
+def check_part(part: Part, pod: Pod) -> None:
+    """Raises a ValueError where a pod has no such part."""
+    ranges = _ranges(pod).get(part.kind)
+    if ranges is None or len(ranges) != len(part.where):
+        raise ValueError(f"part {tuple(part)}: no such part; for example {_EXAMPLES}")
+    for value, (what, allowed) in zip(part.where, ranges, strict=True):
+        count = allowed if isinstance(allowed, int) else len(allowed)
+        whole(f"part {part.kind} {part.where}: {what}", value, most=count - 1)
 
 
 def chip_in_block(x: int, y: int, z: int) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from topology.checkpoint_interval import daly_interval
 from topology.hardware import TPU_V4, Pod
+from topology.numbers import number
 from topology.pod_report import Event, JobRecord, Report
 from topology.policies import DEFAULT_POLICY, Policy
 from topology.progress import ASSUMED_COSTS, Costs, Progress
@@ -49,8 +50,7 @@ def simulate(
     """
     if pod.block is None:
         raise ValueError(f"pod {pod.name}: is not made of blocks; take TPU v4 or TPU v5p")
-    if not 0 < horizon < float("inf"):
-        raise ValueError(f"horizon {horizon}: seconds, more than 0")
+    number("horizon", horizon, above=0, unit="seconds")
     simulation = _Simulation(policy, costs, rates, pod)
     seen = set()
     for job in jobs:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from topology.availability import grid_boxes
+from topology.numbers import number, whole
 from topology.slices import Slice
 from topology.workload import Job
 
@@ -169,11 +170,9 @@ class Policy:
     interval: float | None = None
 
     def __post_init__(self):
-        if self.spares < 0 or (self.interval is not None and not self.interval > 0):
-            raise ValueError(
-                f"policy: spares {self.spares}, interval {self.interval}: spares are 0 or more, "
-                "the interval is more than 0 seconds"
-            )
+        whole("policy: spares", self.spares)
+        if self.interval is not None:
+            number("policy: interval", self.interval, above=0, unit="seconds", endless=True)
 
 
 DEFAULT_POLICY = Policy()

@@ -4,6 +4,8 @@ pauses that moving, saving and restoring cost."""
 import math
 from dataclasses import dataclass
 
+from topology.numbers import number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -23,8 +25,7 @@ class Costs:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"costs: {name} {value} is negative; seconds, 0 or more")
+            number(f"costs: {name}", value, unit="seconds")
 
 
 ASSUMED_COSTS = Costs()

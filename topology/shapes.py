@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from topology import numbers
+
 BLOCK = 4  # chips along a side of a block, the electrically wired cube
 MAX_BLOCKS = 64  # of a TPU v4 pod
 DIMENSIONS = "xyz"
@@ -23,6 +25,7 @@ def shipped_twist(shape: Shape) -> Twist | None:
     n x n x 2n: both short dimensions shift the long one by n; n x 2n x 2n: the short dimension
     shifts both long ones by n. n is a multiple of 4, and the dimensions may stand in any order.
     """
+    _check_sizes(shape)
     n, twice = min(shape), max(shape)
     if n % BLOCK or twice != 2 * n or not set(shape) <= {n, twice}:
         return None
@@ -31,6 +34,7 @@ def shipped_twist(shape: Shape) -> Twist | None:
 
 def legal_shapes(max_blocks: int = MAX_BLOCKS) -> list[Shape]:
     """All legal shapes, dimensions ascending, the smallest first."""
+    max_blocks = numbers.whole("max_blocks", max_blocks, most=2**16)
     whole = [
         (BLOCK * i, BLOCK * j, BLOCK * k)
         for i in range(1, max_blocks + 1)
@@ -50,6 +54,7 @@ def nearest_shape(shape: Shape, *, whole: bool = False, among=None) -> Shape:
       whole: only shapes of whole blocks.
       among: shapes with ascending dimensions; all legal ones by default.
     """
+    _check_sizes(shape)
     among = [s for s in among or legal_shapes() if s[0] % BLOCK == 0 or not whole]
     sizes = np.sort([min(max(k, 1), 10**9) for k in shape])
     away = np.log(among) - np.log(sizes)
@@ -111,6 +116,13 @@ def shift_order(twist: Twist) -> tuple[int, int, int] | None:
         if not any(twist[d][e] for i, d in enumerate(order) for e in order[: i + 1]):
             return order
     return None
+
+
+def _check_sizes(shape):
+    if len(shape) != 3:
+        raise ValueError(f"shape {times(shape)}: three sizes like 4x4x8")
+    for k in shape:
+        numbers.whole(f"size of the shape {times(shape)}", k, least=-(10**9))
 
 
 def times(shape) -> str:

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from topology.bisection import least_cut_found
+from topology.numbers import whole
 from topology.shapes import (
     BLOCK,
     DIMENSIONS,
@@ -63,18 +64,20 @@ class Slice:
     wrap: tuple[bool, bool, bool] | None = None
 
     def __post_init__(self):
-        shape = tuple(int(k) for k in self.shape)
-        if len(shape) != 3 or min(shape) < 1 or shape != tuple(self.shape):
-            raise ValueError(f"slice {times(self.shape)}: three positive sizes like 4x4x8")
+        if len(self.shape) != 3:
+            raise ValueError(f"slice {times(self.shape)}: shape of three positive sizes like 4x4x8")
+        name = f"slice {times(self.shape)}: three positive sizes like 4x4x8; size of the shape"
+        shape = tuple(whole(name, k, least=1) for k in self.shape)
         check_shape(shape)
-        whole = all(k % BLOCK == 0 for k in shape)
-        wrap = (whole,) * 3 if self.wrap is None else tuple(bool(w) for w in self.wrap)
-        if len(wrap) != 3 or (any(wrap) and not whole):
+        of_blocks = all(k % BLOCK == 0 for k in shape)
+        wrap = (of_blocks,) * 3 if self.wrap is None else tuple(bool(w) for w in self.wrap)
+        if len(wrap) != 3 or (any(wrap) and not of_blocks):
             raise ValueError(
                 f"slice {times(shape)}: wraparound needs every dimension to be a multiple of "
                 f"{BLOCK}; the nearest that wraps is {times(nearest_shape(shape, whole=True))}"
             )
-        twist = tuple(tuple(int(s) for s in row) for row in self.twist)
+        name = f"slice {times(shape)}: shift of the twist"
+        twist = tuple(tuple(whole(name, s, least=-(10**9)) for s in row) for row in self.twist)
         check_twist(shape, twist, wrap)
         for name, value in (("shape", shape), ("twist", twist), ("wrap", wrap)):
             object.__setattr__(self, name, value)
@@ -200,6 +203,7 @@ class Slice:
 
     def hop_distances(self, chip: int = 0) -> np.ndarray:
         """int [N]: links on a shortest path from a chip to every chip."""
+        chip = whole("chip", chip, most=self.num_chips - 1)
         distances = np.full(self.num_chips, -1)
         distances[chip] = 0
         front, hops = np.array([chip]), 0

@@ -19,6 +19,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from topology.flows import Flow, least_max_load
+from topology.numbers import number, whole
 from topology.shapes import BLOCK, shipped_twist
 from topology.slices import DIRECTIONS, Slice
 
@@ -132,7 +133,9 @@ def bytes_per_second_per_chip(slice: Slice, max_link_load: float, bandwidth: flo
       max_link_load: T.
       bandwidth: of a link in one direction, bytes/s.
     """
-    return bandwidth * (slice.num_chips - 1) / max_link_load
+    number("max_link_load", max_link_load, above=0)
+    number("bandwidth", bandwidth)
+    return bandwidth * ((slice.num_chips - 1) / max_link_load)
 
 
 def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
@@ -144,10 +147,11 @@ def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
     Raises:
       ValueError: there is no such switch, or the slice has no optical links in that dimension.
     """
-    if dimension not in (0, 1, 2) or not (0 <= i < BLOCK and 0 <= j < BLOCK):
+    if dimension not in (0, 1, 2) or i not in range(BLOCK) or j not in range(BLOCK):
         raise ValueError(
             f"switch ({dimension}, {i}, {j}): the dimension is 0, 1 or 2, and i and j are 0 to 3"
         )
+    dimension = int(dimension)
     place = np.delete(slice.coordinates % BLOCK, dimension, axis=1)
     last = slice.coordinates[:, dimension] % BLOCK == BLOCK - 1
     chips = np.flatnonzero(last & (place == (i, j)).all(axis=1))
@@ -163,7 +167,7 @@ def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
 
 def both_ways(slice: Slice, link: int) -> np.ndarray:
     """int [2]: the ids of a link and of its reverse, which fail together."""
-    chip, direction = divmod(int(link), 6)
+    chip, direction = divmod(whole("link", link, most=6 * slice.num_chips - 1), 6)
     if not 0 <= chip < slice.num_chips or slice.neighbours[chip, direction] < 0:
         raise ValueError(f"link {link}: {slice} has none of that id, which is 6 * chip + direction")
     return np.array([link, 6 * slice.neighbours[chip, direction] + (direction ^ 1)])
@@ -171,10 +175,10 @@ def both_ways(slice: Slice, link: int) -> np.ndarray:
 
 def _without(slice, failed_links):
     """(neighbours [N, 6] with -1 for failed links, the failed ids in order)."""
-    failed = np.unique(np.fromiter(failed_links, int))
+    ids = [whole("failed link", link, most=6 * slice.num_chips - 1) for link in failed_links]
+    failed = np.unique(np.array(ids, int))
     neighbours = slice.neighbours.copy()
-    outside = (failed < 0) | (failed >= neighbours.size)
-    missing = outside | (neighbours.ravel()[np.where(outside, 0, failed)] < 0)
+    missing = neighbours.ravel()[failed] < 0
     if missing.any():
         raise ValueError(
             f"failed link {failed[missing][0]}: {slice} has none of that id, "

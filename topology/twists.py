@@ -41,6 +41,7 @@ def all_twists(shape: Shape) -> list[Slice]:
     Raises:
       ValueError: the shape has no wraparound, so no twist.
     """
+    Slice(shape=shape)  # or says why there is none
     if any(k % BLOCK for k in shape):
         raise ValueError(
             f"twists of {times(shape)}: every dimension is a multiple of {BLOCK}; the nearest is "

@@ -5,6 +5,7 @@ the same jobs and the same failures; lists from anywhere else (real traces) do a
 seconds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from topology.hardware import TPU_V4, Pod
+from topology.numbers import number, whole
 from topology.parts import SWITCHES, Part
 from topology.shapes import BLOCK
 from topology.slices import Slice
@@ -60,11 +62,11 @@ class Job:
     slowdown: float | None = None
 
     def __post_init__(self):
-        for name, value in (("arrival", self.arrival), ("slowdown", self.slowdown or 0)):
-            if not value >= 0:
-                raise ValueError(f"job {self.name!r}: {name} {value} is negative; 0 or more")
-        if not 0 < self.work < float("inf"):
-            raise ValueError(f"job {self.name!r}: work {self.work}: seconds, more than 0")
+        number(f"job {self.name!r}: arrival", self.arrival, unit="seconds")
+        number(f"job {self.name!r}: work", self.work, above=0, unit="seconds")
+        number(f"job {self.name!r}: priority", self.priority, least=-math.inf)
+        if self.slowdown is not None:
+            number(f"job {self.name!r}: slowdown", self.slowdown)
 
     @property
     def uses_switches(self) -> bool:
@@ -85,7 +87,7 @@ class Outage:
     planned: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.start <= self.end:
+        if not 0 <= self.start <= self.end or math.isinf(self.start):
             raise ValueError(
                 f"outage of {self.part}: from {self.start} to {self.end}; 0 <= start <= end"
             )
@@ -117,8 +119,7 @@ class FailureRates:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"failure rates: {name} {value} is negative; 0 or more")
+            number(f"failure rates: {name}", value)
 
     def repair(self, kind: str) -> float:
         """Mean seconds that a part of a kind (host, link, ocs) is out."""
@@ -166,11 +167,22 @@ def generate_jobs(
       opt_in: part of the jobs that may be rerouted; published: 95 % (NSDI 2024).
       slowdown: of those, between these, evenly; published: 0.5 .. 8.6 % of step time.
     """
-    if load < 0 or mean_work <= 0 or horizon < 0:
-        raise ValueError(
-            f"jobs: load {load}, mean_work {mean_work}, horizon {horizon}: load and horizon are "
-            "0 or more, mean_work more than 0"
-        )
+    number("jobs: load", load)
+    number("jobs: mean_work", mean_work, above=0, unit="seconds")
+    number("jobs: horizon", horizon, unit="seconds")
+    number("jobs: urgent", urgent, most=1)
+    number("jobs: opt_in", opt_in, most=1)
+    seed = whole("jobs: seed", seed)
+    for end in slowdown:
+        number("jobs: slowdown", end)
+    if len(slowdown) != 2 or slowdown[0] > slowdown[1]:
+        raise ValueError(f"jobs: slowdown {slowdown}: the least and the most, in this order")
+    for share, group in sizes.items():
+        number("jobs: share of sizes", share)
+        if not group:
+            raise ValueError(f"jobs: sizes: the share {share} has no slices")
+    if not sum(sizes) > 0:
+        raise ValueError(f"jobs: sizes {sizes}: shares of slices, together more than 0")
     names, chances = [], []
     for share, group in sizes.items():
         weights = np.array([1 / _slice(name).num_blocks for name in group])
@@ -178,7 +190,8 @@ def generate_jobs(
         chances += (share * weights / weights.sum()).tolist()
     chances = np.array(chances) / sum(chances)
     blocks = np.array([_slice(name).num_blocks for name in names])
-    rate = load * pod.num_blocks / (chances @ blocks * mean_work)
+    rate = load * pod.num_blocks / float(chances @ blocks) / mean_work
+    number("jobs: load times horizon / mean_work", rate * horizon, most=_MOST, unit="jobs")
     rng = np.random.default_rng([seed, 1])
     count = rng.poisson(rate * horizon)
     columns = zip(
@@ -210,6 +223,8 @@ def generate_outages(
 
     Each part fails as a Poisson process while it is up, whatever the others do.
     """
+    number("outages: horizon", horizon, unit="seconds")
+    seed = whole("outages: seed", seed)
     blocks = range(pod.num_blocks)
     hosts = [Part("host", (b, h)) for b in blocks for h in range(pod.block.hosts)]
     cables = [Part("link", (b, *cable)) for b in blocks for cable in _CABLES]
@@ -220,16 +235,18 @@ def generate_outages(
     ):
         if not parts:
             continue
+        expected = rate / DAY * len(parts) * horizon
+        number("outages: horizon times rates", expected, most=_MOST, unit="outages")
         rng = np.random.default_rng([seed, 2, key])
-        count = rng.poisson(rate / DAY * len(parts) * horizon)
+        count = rng.poisson(expected)
         starts = np.sort(rng.uniform(0, horizon, count)).tolist()
         which = rng.integers(len(parts), size=count).tolist()
         lasts = rng.exponential(rates.repair(parts[0].kind), count).tolist()
         up_from = {}
-        for start, number, seconds in zip(starts, which, lasts, strict=True):
-            if start >= up_from.get(number, 0.0):  # a part that is out cannot fail
-                up_from[number] = start + seconds
-                found.append(Outage(start, start + seconds, parts[number]))
+        for start, which_part, seconds in zip(starts, which, lasts, strict=True):
+            if start >= up_from.get(which_part, 0.0):  # a part that is out cannot fail
+                up_from[which_part] = start + seconds
+                found.append(Outage(start, start + seconds, parts[which_part]))
     return sorted(found, key=lambda outage: outage.start)
 
 
@@ -237,8 +254,16 @@ def generate_maintenance(
     horizon: float, *, every: float, lasts: float, pod: Pod = TPU_V4
 ) -> list[Outage]:
     """A planned outage of each block in each period of `every` seconds, one block after another."""
+    number("maintenance: horizon", horizon, unit="seconds")
+    number("maintenance: every", every, above=0, unit="seconds")
     if not 0 < lasts <= every:
         raise ValueError(f"maintenance: lasts {lasts} of every {every} seconds; 0 < lasts <= every")
+    number(
+        "maintenance: horizon / every",
+        horizon / every * pod.num_blocks,
+        most=_MOST,
+        unit="outages",
+    )
     turns = range(int(horizon / every * pod.num_blocks) + 1)
     starts = [(turn * every / pod.num_blocks, turn % pod.num_blocks) for turn in turns]
     return [
@@ -246,6 +271,9 @@ def generate_maintenance(
         for start, block in starts
         if start < horizon
     ]
+
+
+_MOST = 1_000_000  # jobs or outages of a simulation, at a kilobyte each
 
 
 @lru_cache

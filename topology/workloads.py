@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from topology.numbers import whole
+
 BATCH = 64  # of the paper
+_MOST, _MOST_MACS = 2**40, 10**18  # of a size, and of an attention's work, that are counted exactly
 SEQUENCES = tuple(512 * 2**i for i in range(8))  # 512 .. 64K
 
 
@@ -45,8 +48,13 @@ class Attention:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         for name in self.__dataclass_fields__:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=1, most=_MOST))
+        if self.macs > _MOST_MACS:
+            raise ValueError(
+                f"batch {self.batch}, heads {self.heads}, rows {self.rows}, columns "
+                f"{self.columns}: {self.macs:.1e} multiplications; at most {_MOST_MACS:.0e} are "
+                "counted"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads"

@@ -73,8 +73,8 @@ def test_attention_counts():
     ("changes", "message"),
     [
         ({"kv_heads": 4}, "4 heads of keys and values do not divide 6 heads"),
-        ({"rows": 0}, "rows is 0; it must be at least 1"),
-        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"rows": 0}, "rows 0: a whole number, 1 .. "),
+        ({"kv_heads": 0}, "kv_heads 0"),
     ],
 )
 def test_wrong_attention(changes, message):

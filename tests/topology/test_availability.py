@@ -195,11 +195,11 @@ def test_other_pods():
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: ocs_goodput(1.2, 4), "host availability 1.2: is a part of the time, 0 .. 1"),
-        (lambda: ocs_goodput(-0.1, 4), "host availability -0.1"),
-        (lambda: ocs_goodput(float("nan"), 4), "host availability nan"),
-        (lambda: ocs_goodput(0.9, 65), "slice of 65 blocks: the pod has 64, take 1 .. 64"),
-        (lambda: static_goodput(0.9, (0, 4, 4)), "slice of 0 blocks"),
+        (lambda: ocs_goodput(1.2, 4), "host_availability 1.2: a part of the time"),
+        (lambda: ocs_goodput(-0.1, 4), "host_availability -0.1"),
+        (lambda: ocs_goodput(float("nan"), 4), "host_availability nan"),
+        (lambda: ocs_goodput(0.9, 65), "slice_blocks 65: a whole number, 1 .. 64"),
+        (lambda: static_goodput(0.9, (0, 4, 4)), "block_shape 0: a whole number, 1 or more"),
         (lambda: sample_goodput(0.9, (2, 2, 2), trials=1), "trials 1"),
     ],
 )

@@ -589,12 +589,12 @@ def test_maintenance_takes_each_block_in_its_turn():
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: FailureRates(host=-1), "failure rates: host -1 is negative"),
-        (lambda: Costs(save=-1), "costs: save -1 is negative"),
+        (lambda: FailureRates(host=-1), "failure rates: host -1: a number, 0 or more"),
+        (lambda: Costs(save=-1), "costs: save -1: seconds, 0 or more"),
         (lambda: Policy(spares=-1), "policy: spares -1"),
         (lambda: Policy(interval=0.0), "interval 0.0"),
         (lambda: job(work=0.0), "job 'a': work 0.0: seconds, more than 0"),
-        (lambda: job(slowdown=-0.1), "job 'a': slowdown -0.1 is negative"),
+        (lambda: job(slowdown=-0.1), "job 'a': slowdown -0.1: a number, 0 or more"),
         (lambda: Outage(5.0, 4.0, HOST), "outage of host:0,5: from 5.0 to 4.0"),
         (lambda: Outage(5.0, 6.0, Part("port", (0, 0, 0, 3))), "outage of port:x,0,0,3"),
         (lambda: simulate([], horizon=0.0), "horizon 0.0: seconds, more than 0"),

@@ -240,7 +240,7 @@ def test_mistakes_are_named():
         Groups(slice, np.array([0, 1, 2, 4, 3, *range(5, 64)]).reshape(16, 4))
     with pytest.raises(ValueError, match="collective 'gather': one of all_gather"):
         collective_cost("gather", whole("4x4x4"))
-    with pytest.raises(ValueError, match="bandwidth is 0; it must be positive"):
+    with pytest.raises(ValueError, match="bandwidth 0: a number, more than 0"):
         Network(bandwidth=0)
     with pytest.raises(ValueError, match="strategy 'fast': its efficiency is not known"):
         collective_cost("all_gather", whole("4x4x4")).seconds(1, Network(), "fast")

@@ -1,0 +1,45 @@
+"""The checks of numbers that the library's functions are given, each in one place."""
+
+import math
+from numbers import Integral, Real
+
+
+def whole(name: str, value, *, least: int = 0, most: int | None = None) -> int:
+    """The value as an int.
+
+    Raises:
+      ValueError: it is no whole number from `least` to `most`; names the argument.
+    """
+    fits = isinstance(value, Integral) or (isinstance(value, Real) and value == value // 1)
+    if not fits or not math.isfinite(value) or value < least or (most is not None and value > most):
+        upto = f"{least} or more" if most is None else f"{least} .. {most}"
+        raise ValueError(f"{name} {value}: a whole number, {upto}")
+    return int(value)
+
+
+def number(
+    name: str,
+    value,
+    *,
+    least: float = 0.0,
+    above: float | None = None,
+    most: float = math.inf,
+    unit: str = "a number",
+    endless: bool = False,
+) -> float:
+    """The value, which is a number in a range.
+
+    Args:
+      above: the value has to be more than this.
+      endless: infinity will do, too.
+
+    Raises:
+      ValueError: it is not; names the argument.
+    """
+    inside = isinstance(value, Real) and least <= value <= most
+    inside = inside and (above is None or value > above) and (endless or math.isfinite(value))
+    if not inside:
+        low = f"{least:g} or more" if above is None else f"more than {above:g}"
+        high = "" if math.isinf(most) else f", {most:g} at most"
+        raise ValueError(f"{name} {value}: {unit}, {low}{high}")
+    return value
