@@ -163,7 +163,9 @@ def test_good_numbers_are_taken():
         function(**arguments)
 
 
-@pytest.mark.parametrize("function", list(dict.fromkeys(f for f, _ in CALLS)), ids=str)
+@pytest.mark.parametrize(
+    "function", list(dict.fromkeys(f for f, _ in CALLS)), ids=lambda f: f.__qualname__
+)
 def test_numbers_out_of_their_meaning_are_named(function):
     for called, arguments, name in spoiled():
         if called != function:
