@@ -24,6 +24,7 @@ _COMMANDS = (
     "completion",
 )
 
+_MOST = 1200  # characters of a message
 _DESCRIPTION = """\
 Torsion trains sparse and quantized language models on a sharded mesh.
 
@@ -66,7 +67,7 @@ def _command(argv: list[str] | None, began: float) -> int:
             use_huge_pages()
         return args.command(args, began)
     except (UserError, TrainingError) as error:
-        print("torsion:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("torsion:", _one_line(str(error)), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # whoever read the output, such as head, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,6 +79,12 @@ def _command(argv: list[str] | None, began: float) -> int:
     except KeyboardInterrupt:  # that a library raises; a signal raises none
         print("torsion: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(text: str) -> str:
+    """A message without control characters, cut in the middle: what it quotes may hold anything."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= _MOST else f"{text[: _MOST * 2 // 3]} ... {text[-_MOST // 3 :]}"
 
 
 def parser():

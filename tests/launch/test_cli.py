@@ -314,3 +314,12 @@ def test_help_imports_nothing_slow():
     assert (done.returncode, done.stderr) == (0, "")
     for command in ("train", "eval", "sample", "tokenizer", "configs/quickstart.gin"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize("text", ["9" * 20000, "\x1b[31m\x00\r\n\u2028", "[" * 5000])
+def test_a_message_is_one_short_line_whatever_it_quotes(capsys, text):
+    assert main(["train", "configs/quickstart.gin", "--mesh", f"fsdp={text}"]) == 2
+    output = capsys.readouterr().err
+    assert len(output) < 1300
+    assert output[:-1].isprintable()
+    assert output.startswith("torsion: --mesh")
