@@ -4,15 +4,14 @@ Gin's state is global; every call clears it first.
 """
 
 import difflib
-import functools
 import importlib.resources
-import pprint
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import gin
 
+from launch import gin_internals
 from launch.bindings import (
     Bindings,
     Configurable,
@@ -25,18 +24,27 @@ from launch.bindings import (
 )
 from launch.explain import IMPORT, explained, missing_parameters, nearest_parameter
 from launch.typecheck import check_types
+from launch.versions import renamed, stamped, upgraded
 from pjit_train.errors import UserError
 from pjit_train.run import Run
 
 SHIPPED = Path(str(importlib.resources.files("launch")))  # holds configs/, in a checkout by a link
 gin.add_config_file_search_path(str(SHIPPED))
-# Of patterns the first that matches counts, so dictionaries are written in their order, not sorted.
-gin.config.pprint = SimpleNamespace(pformat=functools.partial(pprint.pformat, sort_dicts=False))
-# Gin's second reader looks in Python packages, which it imports, and logs what it does not find.
-gin.config._FILE_READERS[1:] = []
+gin_internals.keep_the_order_of_dictionaries()
+gin_internals.read_files_by(lambda path: _Text(path))
 
 # The imports of a gin text hold for it alone, so each binding of the command line gets these.
 _IMPORTS = "\n".join(["from __gin__ import dynamic_registration", *IMPORT.values(), ""])
+
+
+class _Text(io.StringIO):
+    """The text of a gin file for gin, with the names of today, complete where it is of a run."""
+
+    def __init__(self, path: str):
+        text = Path(path).read_text(encoding="utf-8")
+        of_run = Path(path).name == "config.gin"
+        super().__init__(upgraded(text) if of_run else renamed(text))
+        self.name = path  # for gin's messages
 
 
 def build_run(
@@ -51,9 +59,12 @@ def build_run(
       bindings: gin bindings, in which `explain.STANDARD` are imported.
       text: gin text that comes before the files, as this function returns it.
 
+    Names of earlier versions are read as those of today (`versions`).
+
     Returns:
-      The run, and its operative configuration: gin text that binds every parameter in use, defaults
-      too. The run built from that text is the same and so is its text.
+      The run, and its operative configuration: gin text that begins with the version and binds
+      every parameter in use, defaults too. The run built from that text is the same and so is its
+      text.
 
     Raises:
       UserError: a missing file, an unknown name, a value of the wrong type, a binding without any
@@ -61,16 +72,17 @@ def build_run(
     """
     gin.clear_config()
     with explained(what := " ".join(files) or "the run's configuration"):
-        gin.parse_config(text)
+        gin.parse_config(renamed(text))
     for file in files:
         path = _find_file(file)
         with explained(path):
             gin.parse_config_file(path)
             _check_file(path, ())
-    for binding in bindings:
+    given = {binding: renamed(_IMPORTS + binding) for binding in bindings}
+    for binding, now in given.items():
         with explained(source := f"--gin {binding!r}", _in_use()):
-            gin.parse_config(_IMPORTS + binding)
-            check_said_once([_IMPORTS + binding], source)
+            gin.parse_config(now)
+            check_said_once([now], source)
     with explained(what):
         gin.parse_config(_IMPORTS)
         bound = parse_bindings(gin.config_str())
@@ -82,12 +94,12 @@ def build_run(
             raise UserError(missing_parameters(name, ["model", "data", "optimizer", "steps"]))
         run = gin.get_configurable(Run)()
         operative = parse_bindings(gin.operative_config_str()).values
-    for binding in bindings:
-        for key in parse_bindings(_IMPORTS + binding).values:
+    for binding, now in given.items():
+        for key in parse_bindings(now).values:
             if not any(_holds(key, other) for other in operative):
                 name = str(key).removesuffix(f".{key.parameter}")
                 raise UserError(f"--gin {binding!r}: this run does not use {name}")
-    return run, format_bindings(operative)
+    return run, stamped(format_bindings(operative))
 
 
 def _find_file(file: str) -> str:

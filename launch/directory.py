@@ -5,7 +5,9 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
+from launch import __version__
 from launch.bindings import Key, format_value, parse_bindings
+from launch.versions import is_default, upgraded, written_by_newer
 from pjit_train import record
 from pjit_train.errors import UserError
 from pjit_train.files import write_whole
@@ -118,24 +120,27 @@ def configuration(directory: Path) -> tuple[str, list[str]]:
         kept = record.read(directory)
     except UserError as error:
         kept, said = None, [str(error)]
+    then = None if kept is None else upgraded(kept.config)
     try:
-        written = parse_bindings(text := path.read_text(encoding="utf-8")).values
+        written = parse_bindings(text := upgraded(path.read_text(encoding="utf-8"))).values
     except _UNREADABLE as error:
-        if kept is None:
+        if then is None:
             raise UserError(_no_way(path)) from error
         what = "cannot be read" if path.exists() else "is missing"
-        return kept.config, [f"{path} {what}; its copy in {directory / record.FILE} is used"]
-    if kept is None:
+        return then, [f"{path} {what}; its copy in {directory / record.FILE} is used"]
+    if newer := written_by_newer(text):
+        said.append(f"{path} was written by torsion {newer}, and this is {__version__}")
+    if then is None:
         return text, said
-    trained = parse_bindings(kept.config).values
+    trained = parse_bindings(then).values
     changed = _changes(trained, written)
     if not changed:
         return text, said
     _, key, old, new = changed[0]
     what = f"{path} has {_show(key, new)}; the run was trained with {_show(key, old)}"
     if all(_may_change(key) or _is_of_text(key) for _, key, _, _ in changed):
-        return text, [what]
-    return kept.config, [f"{what}, which is used"]
+        return text, [*said, what]
+    return then, [*said, f"{what}, which is used"]
 
 
 def restore_configuration(file: str) -> None:
@@ -177,7 +182,7 @@ def check_directory(directory: Path, config_text: str) -> None:
                 "use another --out"
             )
         return
-    before = _read(path) if kept is None else parse_bindings(kept.config).values
+    before = _read(path) if kept is None else parse_bindings(upgraded(kept.config)).values
     by_digest = record.corpus_of(directory) is not None  # the tokens are compared later
     changed = [
         change
@@ -197,7 +202,7 @@ def steps_before(directory: Path) -> int | None:
     kept, path = record.read(directory), directory / "config.gin"
     if kept is None and not path.exists():
         return None
-    before = _read(path) if kept is None else parse_bindings(kept.config).values
+    before = _read(path) if kept is None else parse_bindings(upgraded(kept.config)).values
     steps = (value for key, value in before.items() if str(key) == "run.Run.steps")
     return next(steps, None)
 
@@ -216,7 +221,7 @@ def _has_checkpoints(directory: Path) -> bool:
 
 def _read(path: Path) -> dict[Key, Any]:
     try:
-        return parse_bindings(path.read_text(encoding="utf-8")).values
+        return parse_bindings(upgraded(path.read_text(encoding="utf-8"))).values
     except _UNREADABLE as error:
         raise UserError(_no_way(path)) from error
 
@@ -231,11 +236,17 @@ def _no_way(path: Path) -> str:
 def _changes(before: dict[Key, Any], now: dict[Key, Any]) -> list[tuple[bool, Key, Any, Any]]:
     """(whether it came or went, key, old value, new value) of what differs.
 
+    A parameter that came later is not bound before; its default of today says the same.
+
     First come those that are in both: a reference that changed tells more than the parameters that
     came or went with it.
     """
     pairs = [(k, before.get(k, _UNBOUND), now.get(k, _UNBOUND)) for k in before.keys() | now.keys()]
-    changed = [(_UNBOUND in (old, new), k, old, new) for k, old, new in pairs if old != new]
+    changed = [
+        (_UNBOUND in (old, new), key, old, new)
+        for key, old, new in pairs
+        if old != new and not (old is _UNBOUND and is_default(key, new))
+    ]
     return sorted(changed, key=lambda change: change[:2])
 
 
