@@ -1,14 +1,13 @@
 """`torsion dataflow`: attention on an accelerator, by three dataflows."""
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from launch.slices import check_folder
 from pjit_train.errors import UserError
-from pjit_train.signals import deferred
+from pjit_train.files import replacing
 from topology import accelerator as accelerators
 from topology import dataflow_curves as curves
 from topology import workloads
@@ -180,15 +179,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         "curves": found["curves"],
         "mark": found["buffer"],
     }
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with deferred():
-            curves.draw_curves([panel], beside)
-            os.replace(beside, path)
+        with replacing(path) as new:
+            curves.draw_curves([panel], new)
     except OSError as error:
         raise UserError(f"--draw {path}: cannot be written ({error.strerror})") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _seconds(seconds: float) -> str:

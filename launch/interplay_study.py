@@ -21,6 +21,7 @@ from launch.study import (
 from launch.study_files import write
 from pjit_train.compressed_tensors import export
 from pjit_train.errors import UserError
+from pjit_train.files import write_whole
 from pjit_train.interplay_study import (
     BOTH,
     DENSE,
@@ -39,7 +40,6 @@ from pjit_train.interplay_study import (
 )
 from pjit_train.interplay_table import draw, make_table
 from pjit_train.run import Run
-from pjit_train.signals import deferred
 
 SIZES = {
     "small": "configs/studies/interplay_small.gin",
@@ -148,10 +148,7 @@ def read_figures(directory: Path) -> dict:
 
 
 def write_figures(directory: Path, figures: dict) -> None:
-    new = directory / f"{FIGURES}.new"
-    with deferred():
-        new.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-        new.rename(directory / FIGURES)
+    write_whole(directory / FIGURES, json.dumps(figures) + "\n")
 
 
 def done(parts: list[Part], out: Path) -> list[tuple[Part, Run]]:

@@ -1,7 +1,6 @@
 """What a study leaves in its directory: table.md, results.json and its figures."""
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.errors import UserError
-from pjit_train.signals import deferred
+from pjit_train.files import replacing
 
 Draw = Callable[[dict[str, Any], Path], Any]
 
@@ -67,11 +66,8 @@ def write(out: Path, table: str, results: dict[str, Any], figures: Mapping[str, 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets a file be written beside its place, and then puts it there."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # commands may end at once
     try:
-        with deferred():
-            write(beside)
-            os.replace(beside, path)
+        with replacing(path) as new:
+            write(new)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from error

@@ -24,7 +24,7 @@ import numpy as np
 from pjit_train.attention_masks import Mask
 from pjit_train.attention_rows import Tiles, attend_rows
 from pjit_train.data.cache import default_cache_dir
-from pjit_train.signals import deferred
+from pjit_train.files import replacing
 
 _RUNS = 5  # of each side
 _CLEARLY = 0.95  # of the default's time, or the default stays
@@ -117,12 +117,7 @@ def _processor() -> str:
 
 
 def _keep(path: Path, document: dict) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with deferred():
-            beside.write_text(json.dumps(document, indent=1))
-            beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+        with replacing(path) as new:
+            new.write_text(json.dumps(document, indent=1))

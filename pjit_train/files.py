@@ -1,8 +1,10 @@
 """Files that are written whole or not at all, and digests that tell what has been changed."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,42 @@ from pjit_train.signals import deferred
 SUMS = "SHA256SUMS"  # the digests of a folder's files
 
 
+@contextlib.contextmanager
+def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """Gives a path to write at, and puts what is there in the place of `path` when this ends.
+
+    A signal waits meanwhile. After an error what was there before still is, and nothing else.
+
+    Args:
+      path: of the file.
+      beside: where to write; by default a name of this process's own, with the suffix of `path`.
+    """
+    beside = beside or path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        with deferred():
+            yield beside
+            os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
 def write_whole(path: Path, content: str) -> None:
     """Writes a file of UTF-8 text whole or not at all, also where the machine stops meanwhile.
 
     Raises:
       UserError: it cannot be written; what was there before still is.
     """
-    new = path.with_name(path.name + ".new")
     try:
-        with deferred():
-            with new.open("w", encoding="utf-8", newline="") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-    except BaseException as error:
-        new.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        with (
+            replacing(path, path.with_name(path.name + ".new")) as new,
+            new.open("w", encoding="utf-8", newline="") as file,
+        ):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; make room for it") from error
 
 

@@ -164,7 +164,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 def _parse(line: bytes) -> Row | None:
     """The row of a line; None where it is none."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -155,10 +155,12 @@ def deferred() -> Iterator[None]:
         yield
         return
     late: list[int] = []
-    with taken(late.append):
-        yield
-    for number in late:
-        _takers[-1](number)
+    try:
+        with taken(late.append):
+            yield
+    finally:
+        for number in late:
+            _takers[-1](number)
 
 
 class Asked:

@@ -4,11 +4,11 @@ Every change is on disk, whole, before it is told, so another manager goes on wh
 """
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pjit_train.files import write_whole
 from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, light, throughput
 from topology.shapes import times
 
@@ -102,9 +102,7 @@ class Manager:
 
     def _keep(self, new):
         self._fabric = new
-        written = self._file.with_name(self._file.name + ".new")
-        written.write_text(json.dumps(self.state()))
-        os.replace(written, self._file)
+        write_whole(self._file, json.dumps(self.state()))
 
 
 def _kept(pod, placement):

@@ -1,12 +1,12 @@
 """The page after a run: where its time went, attempt by attempt."""
 
 import html
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.pod.goodput import CAUSES, Account, account, expected_goodput
+from pjit_train.files import write_whole
 from pjit_train.run import Run
 
 _COLOURS = {
@@ -24,9 +24,7 @@ _WIDTH, _ROW = 1000, 22  # pixels
 
 def write(events: Sequence[dict], file: Path) -> None:
     """Writes the page, whole: one HTML file that needs no other."""
-    new = file.with_name(file.name + ".new")
-    new.write_text(page(events))
-    os.replace(new, file)
+    write_whole(file, page(events))
 
 
 def page(events: Sequence[dict]) -> str:

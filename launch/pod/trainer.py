@@ -19,6 +19,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from pjit_train import signals
+from pjit_train.files import write_whole
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BEAT = 1.0  # seconds between signs of life
@@ -36,9 +37,7 @@ class Fence:
         self._file = file
 
     def raise_to(self, attempt: int) -> None:
-        new = self._file.with_name(self._file.name + ".new")
-        new.write_text(json.dumps({"attempt": attempt}))
-        os.replace(new, self._file)
+        write_whole(self._file, json.dumps({"attempt": attempt}))
 
     def current(self) -> int:
         """0 before the first attempt."""

@@ -32,6 +32,7 @@ import numpy as np
 
 from pjit_train.data import checked
 from pjit_train.errors import UserError
+from pjit_train.files import json_sha256
 from pjit_train.signals import unfinished
 
 log = logging.getLogger("torsion")
@@ -132,8 +133,7 @@ def open_cache(
       UserError: an unusable source, a split with no text, a directory that cannot be written.
     """
     key = {"format": FORMAT, "source": source.key(cache_dir), "tokenizer": tokenizer.digest()}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_dir / f"tokens-{digest[:16]}"
+    path = cache_dir / f"tokens-{json_sha256(key)[:16]}"
     if (splits := _load(path, key)) is not None:
         return splits
     if not keep and (error := _unwritable(cache_dir)) is not None:
@@ -147,9 +147,8 @@ def open_cache(
             atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
             path = cache_dir / path.name
     with locked(path):
-        if (
-            splits := _load(path, key)
-        ) is None:  # else another process built it while this one waited
+        splits = _load(path, key)  # another process may have built it while this one waited
+        if splits is None:
             _build(path, key, source, tokenizer, cache_dir, tokenize)
             splits = _load(path, key)
     return splits
@@ -169,7 +168,7 @@ def _load(path: Path, key: Any) -> dict[str, TokenSplit] | None:
     """Maps the cache at `path`; None if it is missing, cut short, unreadable or of another key."""
     try:
         meta = json.loads((path / "cache.json").read_text())
-        if meta.pop("sha256") != _sha256(meta) or meta["key"] != json.loads(json.dumps(key)):
+        if meta.pop("sha256") != json_sha256(meta) or meta["key"] != json.loads(json.dumps(key)):
             return None
         splits = {}
         for split in SPLITS:
@@ -188,7 +187,7 @@ def _load(path: Path, key: Any) -> dict[str, TokenSplit] | None:
                 largest=entry["largest"],
             )
         return splits
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -217,7 +216,7 @@ def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path, tokenize) -
                         f"the {split} split of {source} has no text: give it at least one document"
                     )
             meta = {"key": key, "dtype": np.dtype(dtype).name, "splits": splits}
-            meta["sha256"] = _sha256(meta)
+            meta["sha256"] = json_sha256(meta)
             (temporary / "cache.json").write_text(json.dumps(meta, indent=1))
             if _load(path, key) is None:  # else a host that shares the directory was faster
                 if path.exists():
@@ -226,10 +225,6 @@ def _build(path: Path, key: Any, source, tokenizer, cache_dir: Path, tokenize) -
                 temporary.rename(path)
     except OSError as error:
         raise UserError(f"the token cache {str(path)!r} cannot be built: {error}") from error
-
-
-def _sha256(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def id_type(vocab_size: int) -> type[np.unsignedinteger]:

@@ -7,7 +7,7 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from pjit_train.signals import deferred
+from pjit_train.files import write_whole
 
 VERSION = "1.0.0"  # raised when the choice of files changes
 
@@ -66,7 +66,4 @@ def select_files(root: Path) -> list[StdlibFile]:
 def write_manifest(files: list[StdlibFile], path: Path) -> None:
     """Writes the list of the files as JSON: path, split and sha256 of each."""
     rows = [{"path": f.path, "split": f.split, "sha256": f.sha256} for f in files]
-    temporary = path.with_name(path.name + ".tmp")
-    with deferred():
-        temporary.write_text(json.dumps(rows, indent=1))
-        temporary.replace(path)
+    write_whole(path, json.dumps(rows, indent=1))

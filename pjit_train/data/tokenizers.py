@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pjit_train.errors import UserError
-from pjit_train.signals import deferred
+from pjit_train.files import replacing
 
 # What the common tokenizer files call the token between two documents, most likely first.
 KNOWN_SEPARATORS = (
@@ -252,13 +252,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
     if not seen:
         raise UserError("the corpus of the tokenizer is empty: give at least one document of text")
 
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with deferred():
-            temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            temporary.replace(target)
+        with replacing(target) as new:
+            new.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"tokenizer path {path!r} cannot be written: {error.strerror}") from error
     return TokenizerJson(path=str(target))
 

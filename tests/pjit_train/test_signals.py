@@ -111,6 +111,22 @@ open('more', 'w')
     assert (tmp_path / "file").read_text() == "x" * 40
 
 
+def test_a_signal_is_not_lost_where_the_writing_fails():
+    got = []
+
+    def write():
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            assert got == []
+            raise OSError("full")
+
+    with signals.taken(got.append):
+        with pytest.raises(OSError, match="full"):
+            write()
+        assert got == [signal.SIGTERM]
+
+
 def test_a_signal_is_not_lost_in_an_exec():
     code = """
 signals.hold_back()

@@ -126,6 +126,14 @@ def garble(path):
     path.write_text("{")
 
 
+def nest(path):
+    path.write_text("[" * 200_000)
+
+
+def retype(path):
+    path.write_text('"of another type"')
+
+
 def claim(path):
     """Changes a figure that nothing else holds."""
     text = path.read_text()
@@ -141,6 +149,8 @@ def claim(path):
         (remove, "train.starts"),
         (remove, "cache.json"),
         (garble, "cache.json"),
+        (nest, "cache.json"),
+        (retype, "cache.json"),
         (remove, "validation.tokens.crc32"),
         (truncate, "train.starts.crc32"),
         (claim, "cache.json"),
