@@ -78,7 +78,10 @@ def train(
         batches.check_vocabulary(run.model.vocab_size)
         _check_corpus(directory, batches.digest)
         if jax.process_index() == 0:
+            new = not directory.exists()
             stack.enter_context(held(directory, ".lock", "another process"))
+            if new:
+                stack.callback(_remove_if_never_begun, directory)
         checkpoints = Checkpoints(directory / "checkpoints", run.checkpoints)
         stack.enter_context(checkpoints)
         if program.packs and steps_before not in (None, run.steps) and checkpoints.steps():
@@ -100,9 +103,9 @@ def train(
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
             return
         watch("begin", {"step": 0 if restored is None else restored[0]})
-        if jax.process_index() == 0:
-            keep(config_text)
         start, state = (0, program.new_state()) if restored is None else restored
+        if jax.process_index() == 0:  # now that nothing of what the run is made from was refused
+            keep(config_text)
         written = checkpoints.rows(start) if start else None
         metrics = stack.enter_context(contextlib.closing(Metrics(directory, start, written)))
         display = stack.enter_context(contextlib.closing(Display(start, run.steps)))
@@ -287,6 +290,15 @@ class _Loop:
             jax.profiler.stop_trace()
             self.display.say(f"profile of steps {first} to {last} in {self.directory / 'profile'}")
         self.profiling = asked
+
+
+def _remove_if_never_begun(directory: Path) -> None:
+    """Removes a new directory in which no record was written: its lock and empty folders."""
+    if not (directory / record.FILE).exists():
+        (directory / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is something else
+            (directory / "checkpoints").rmdir()
+            directory.rmdir()
 
 
 def _check_corpus(directory: Path, digest: str) -> None:

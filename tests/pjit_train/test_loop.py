@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from pjit_train import record
+from pjit_train import huggingface, record
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import Batches, TextData
@@ -22,8 +23,9 @@ from pjit_train.lock import held
 from pjit_train.loop import train
 from pjit_train.metrics import Metrics, read_rows
 from pjit_train.optimizers import AdamW, Schedule
+from pjit_train.program import Program
 from pjit_train.run import Run, Samples
-from pjit_train.sharding import MeshShape
+from pjit_train.sharding import MeshShape, make_mesh
 from pjit_train.transformer import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -319,6 +321,25 @@ def test_a_mistake_is_told_before_anything_is_written(run, tmp_path, change, say
         train(dataclasses.replace(run, **change), tmp_path / "out", config_text="")
     assert str(error.value) == says
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("holds", [(), ("notes.txt",)])
+def test_nothing_is_left_of_a_start_whose_weights_are_refused(run, tmp_path, holds):
+    """What a weight file holds is known when it is read, which is after the run has its place."""
+    state = Program(run, make_mesh(run.mesh)).new_state()
+    params = jax.tree.map(np.array, state["params"])
+    params["embedding"][7, 3] = np.nan
+    huggingface.save(tmp_path / "folder", MODEL, params)
+    out = tmp_path / "out"
+    for name in holds:  # what was there before stays
+        out.mkdir()
+        (out / name).write_text("mine")
+    again = dataclasses.replace(run, initial_weights=str(tmp_path / "folder"))
+    with pytest.raises(UserError, match=r"holds nan at \[7, 3\]"):
+        train(again, out, config_text="")
+    assert not (out / "config.gin").exists()
+    assert not (out / record.FILE).exists()
+    assert out.exists() == bool(holds)
 
 
 def test_samples_come_after_validations_and_at_the_end(run, tmp_path, capsys):
