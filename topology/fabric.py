@@ -24,10 +24,22 @@ class Placement:
     """A slice and its blocks, row-major over `slice.block_shape`.
 
     A slice that is a part of a block takes the block, from its chip (0, 0, 0) on.
+
+    Raises:
+      ValueError: the blocks are not whole numbers, different, or as many as the slice has.
     """
 
     slice: Slice
     blocks: tuple[int, ...]
+
+    def __post_init__(self):
+        blocks = tuple(whole(f"blocks of {self.slice}: block", b, most=10**9) for b in self.blocks)
+        if len(set(blocks)) != self.slice.num_blocks or len(blocks) != self.slice.num_blocks:
+            raise ValueError(
+                f"blocks {_listed(blocks)}: {self.slice} takes {self.slice.num_blocks} different "
+                f"blocks, {len(set(blocks))} given"
+            )
+        object.__setattr__(self, "blocks", blocks)
 
     @property
     def chips(self) -> np.ndarray:
@@ -47,6 +59,9 @@ class Fabric:
       patches: {(switch, port by the wiring rule): the spare port to which the fibre was moved}.
       failed: parts that pass no light.
       drained: blocks and switches out of use for maintenance.
+
+    Raises:
+      ValueError: the pod is not made of blocks, or has no such block, switch, port or part.
     """
 
     pod: Pod = TPU_V4
@@ -55,6 +70,26 @@ class Fabric:
     patches: Mapping[tuple[Switch, int], int] = field(default_factory=dict)
     failed: frozenset[Part] = frozenset()
     drained: frozenset[Part] = frozenset()
+
+    def __post_init__(self):
+        if self.pod.block is None:
+            raise ValueError(f"pod {self.pod.name}: is not made of blocks; take TPU v4 or TPU v5p")
+        for name, placement in self.placements.items():
+            for block in placement.blocks:
+                whole(f"slice {name!r}: block", block, most=self.pod.num_blocks - 1)
+        for switch, held in self.connects.items():
+            self._check_ports(switch, {*held, *held.values()})
+        for (switch, port), spare in self.patches.items():
+            self._check_ports(switch, {port, spare})
+        for name in ("failed", "drained"):
+            parts = frozenset(check_part(part, self.pod) for part in getattr(self, name))
+            object.__setattr__(self, name, parts)
+
+    def _check_ports(self, switch, ports):
+        check_part(Part("ocs", tuple(switch)), self.pod)
+        there = range(self.pod.switch.ports)
+        if wrong := [port for port in ports if port not in there]:
+            raise ValueError(f"ocs {switch}: no port {wrong[0]}; there are 0 .. {len(there) - 1}")
 
     @property
     def unhealthy_blocks(self) -> set[int]:
@@ -182,24 +217,14 @@ def place(
     """
     if name in fabric.placements:
         raise ValueError(f"slice {name!r}: the name is taken; release that slice or take another")
-    blocks = (
-        choose(fabric, slice, policy)
-        if blocks is None
-        else tuple(whole("block", b, most=10**9) for b in blocks)
-    )
-    if len(set(blocks)) != slice.num_blocks or len(blocks) != slice.num_blocks:
-        raise ValueError(
-            f"slice {name!r}: {slice} takes {slice.num_blocks} different blocks, "
-            f"{len(set(blocks))} given"
-        )
+    placement = Placement(slice, choose(fabric, slice, policy) if blocks is None else blocks)
     free = fabric.free_blocks
-    for block in blocks:
+    for block in placement.blocks:
         if block not in free:
             raise ValueError(
                 f"slice {name!r}: block {block} {_why_not(fabric, block)}; "
                 f"free and healthy are {_listed(free)}"
             )
-    placement = Placement(slice, blocks)
     fabric = apply(fabric, Changes({}, connects_of(fabric, placement)))
     return replace(fabric, placements={**fabric.placements, name: placement})
 
@@ -224,6 +249,8 @@ def replace_block(
       ValueError: the slice does not have the block, or no free healthy one is there.
     """
     placement = placement_of(fabric, name)
+    last = fabric.pod.num_blocks - 1
+    old = whole(f"slice {name!r}: block", old, most=last)
     if old not in placement.blocks:
         raise ValueError(
             f"slice {name!r}: block {old} is not one of its blocks {_listed(placement.blocks)}"
@@ -231,6 +258,7 @@ def replace_block(
     if new is None:
         one = Slice(shape=(BLOCK,) * 3)
         new = choose(fabric, one, policy)[0]
+    new = whole(f"slice {name!r}: block", new, most=last)
     free = [b for b in fabric.free_blocks if b != old]
     if new not in free:
         raise ValueError(
@@ -269,14 +297,11 @@ def apply(fabric: Fabric, changes: Changes) -> Fabric:
             if connects.get(switch, {}).get(out) != into:
                 raise ValueError(f"ocs {switch}: ports {out} and {into} are not joined")
             del connects[switch][out]
-    ports = fabric.pod.switch.ports
     for switch, made in changes.makes.items():
         held = connects.setdefault(switch, {})
         joined = dict(held) | {into: out for out, into in held.items()}
         for out, into in made.items():
             for port, other in ((out, into), (into, out)):
-                if not 0 <= port < ports:
-                    raise ValueError(f"ocs {switch}: no port {port}; there are 0 .. {ports - 1}")
                 if port in joined or out == into:
                     raise ValueError(
                         f"ocs {switch}: port {port} is already joined to {joined.get(port, port)}; "
@@ -293,13 +318,12 @@ def fail(fabric: Fabric, part: Part) -> Fabric:
     Raises:
       ValueError: the pod has no such part.
     """
-    check_part(part, fabric.pod)
-    return replace(fabric, failed=fabric.failed | {part})
+    return replace(fabric, failed=[*fabric.failed, part])
 
 
 def repair(fabric: Fabric, part: Part) -> Fabric:
     """The fabric with a part neither failed nor drained; a drained switch gets its slices back."""
-    check_part(part, fabric.pod)
+    part = check_part(part, fabric.pod)
     fabric = replace(fabric, failed=fabric.failed - {part}, drained=fabric.drained - {part})
     if part.kind != "ocs":
         return fabric
@@ -317,7 +341,7 @@ def patch(fabric: Fabric, part: Part) -> Fabric:
     Raises:
       ValueError: no fibre is at the port, or no spare port of the switch is left.
     """
-    check_part(part, fabric.pod)
+    part = check_part(part, fabric.pod)
     if part.kind != "port":
         raise ValueError(f"part {part}: give a port, such as port:x,0,0,17")
     *where, port = part.where
@@ -351,7 +375,7 @@ def drain(fabric: Fabric, part: Part, policy: Policy = lowest_numbered) -> Drain
     Raises:
       ValueError: no block or no spare port is there to move to.
     """
-    check_part(part, fabric.pod)
+    part = check_part(part, fabric.pod)
     if part.kind == "port":
         return Drained(patch(fabric, part), {}, ())
     if part.kind == "ocs":
@@ -375,11 +399,21 @@ def boxes(block_shape: Sequence[int], grid: Sequence[int]) -> np.ndarray:
 
     Blocks of the grid are numbered row-major. This is what a pod without optical switches has to
     choose from; B is 0 where the box does not fit.
+
+    Raises:
+      ValueError: a shape or a grid is not three whole numbers from 1.
     """
+    block_shape = tuple(whole("block_shape", k, least=1, most=256) for k in block_shape)
+    grid = tuple(whole("grid", k, least=1, most=256) for k in grid)
+    for name, sizes in (("block_shape", block_shape), ("grid", grid)):
+        if len(sizes) != 3:
+            raise ValueError(f"{name} {sizes}: blocks along x, y and z")
     found = set()
-    for shape in {tuple(np.array(block_shape)[list(o)]) for o in _ORDERS}:
+    for shape in {tuple(block_shape[d] for d in order) for order in _ORDERS}:
+        if any(s > g for s, g in zip(shape, grid, strict=True)):
+            continue
         inside = np.indices(shape).reshape(3, -1).T
-        for corner in np.ndindex(*(max(0, g - s + 1) for g, s in zip(grid, shape, strict=True))):
+        for corner in np.ndindex(*(g - s + 1 for g, s in zip(grid, shape, strict=True))):
             found.add(tuple(np.ravel_multi_index(tuple((inside + corner).T), grid).tolist()))
     return np.array(sorted(found), int).reshape(len(found), int(np.prod(block_shape)))
 

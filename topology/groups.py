@@ -38,12 +38,18 @@ class Groups:
     members: np.ndarray
 
     def __post_init__(self):
-        members, chips = np.array(self.members), np.arange(self.slice.num_chips)
-        if members.ndim != 2 or not np.array_equal(np.sort(members.ravel()), chips):
+        chips = np.arange(self.slice.num_chips)
+        try:
+            members = np.array(self.members)
+        except ValueError:  # rows of different lengths
+            members = np.zeros(0)
+        is_of_numbers = members.ndim == 2 and members.dtype.kind in "iuf"
+        if not is_of_numbers or not np.array_equal(np.sort(members.ravel()), chips):
             raise ValueError(
-                f"groups of {self.slice}: every chip 0 .. {self.slice.num_chips - 1} belongs to "
-                "one group; give int [groups, members]"
+                f"groups of {self.slice}: members: every chip 0 .. {self.slice.num_chips - 1} "
+                "belongs to one group; give int [groups, members]"
             )
+        members = members.astype(int)
         object.__setattr__(self, "members", members)
         coordinates = self.slice.coordinates[members]
         relative = self.slice.reduce(coordinates - coordinates[:, :1])
@@ -140,9 +146,14 @@ def groups_of_axes(slice: Slice, devices: np.ndarray, axes: Sequence[int]) -> Gr
     Args:
       devices: int, chip indices in the mesh's shape.
       axes: positions of the axes that it goes over; members are in their row-major order.
+
+    Raises:
+      ValueError: there is no such axis, one stands twice, or as `Groups`.
     """
     devices = np.asarray(devices)
     axes = [whole("axes", a, most=devices.ndim - 1) for a in axes]
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axes {axes}: each once")
     n = int(np.prod([devices.shape[a] for a in axes]))
     last = np.moveaxis(devices, axes, range(devices.ndim - len(axes), devices.ndim))
     return Groups(slice, last.reshape(-1, n))

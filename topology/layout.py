@@ -399,9 +399,9 @@ def _check_mesh(slice, mesh, traffic):
     if not mesh:
         raise ValueError("mesh {}: name its axes, such as {'data': 4}")
     for axis, size in mesh.items():
-        whole(f"mesh axis {axis}", size, least=1)
+        whole(f"mesh axis {axis}", size, least=1, most=slice.num_chips)
     product = math.prod(mesh.values())
-    if product != slice.num_chips or min(mesh.values()) < 1:
+    if product != slice.num_chips:
         raise ValueError(
             f"mesh {','.join(f'{a}={n}' for a, n in mesh.items())}: makes {product} devices, "
             f"slice {slice} has {slice.num_chips} chips; let the product be {slice.num_chips}"

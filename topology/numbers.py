@@ -1,6 +1,7 @@
 """The checks of numbers that the library's functions are given, each in one place."""
 
 import math
+import sys
 from numbers import Integral, Real
 
 
@@ -11,9 +12,9 @@ def whole(name: str, value, *, least: int = 0, most: int | None = None) -> int:
       ValueError: it is no whole number from `least` to `most`; names the argument.
     """
     fits = isinstance(value, Integral) or (isinstance(value, Real) and value == value // 1)
-    if not fits or not math.isfinite(value) or value < least or (most is not None and value > most):
+    if isinstance(value, bool) or not fits or value < least or (most is not None and value > most):
         upto = f"{least} or more" if most is None else f"{least} .. {most}"
-        raise ValueError(f"{name} {value}: a whole number, {upto}")
+        raise ValueError(f"{name} {shown(value)}: a whole number, {upto}")
     return int(value)
 
 
@@ -36,10 +37,18 @@ def number(
     Raises:
       ValueError: it is not; names the argument.
     """
-    inside = isinstance(value, Real) and least <= value <= most
-    inside = inside and (above is None or value > above) and (endless or math.isfinite(value))
-    if not inside:
+    inside = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    inside = inside and (above is None or value > above)
+    if not inside or not (abs(value) <= sys.float_info.max or (endless and value == math.inf)):
         low = f"{least:g} or more" if above is None else f"more than {above:g}"
         high = "" if math.isinf(most) else f", {most:g} at most"
-        raise ValueError(f"{name} {value}: {unit}, {low}{high}")
+        raise ValueError(f"{name} {shown(value)}: {unit}, {low}{high}")
     return value
+
+
+def shown(value) -> str:
+    """The value in a message; Python writes no int of thousands of digits."""
+    try:
+        return f"{value}"
+    except ValueError:
+        return "of thousands of digits"

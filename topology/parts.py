@@ -74,7 +74,7 @@ class Part(NamedTuple):
         values = []
         for name, (what, allowed) in zip(names, ranges, strict=True):
             if isinstance(allowed, int):
-                value = int(name) if re.fullmatch(r"\d{1,6}", name) else -1
+                value = int(name) if re.fullmatch(r"[0-9]{1,6}", name) else -1
                 has = f"0 .. {allowed - 1}"
                 value = value if value < allowed else -1
             else:
@@ -117,14 +117,22 @@ def _ranges(pod):
     }
 
 
-def check_part(part: Part, pod: Pod) -> None:
-    """Raises a ValueError where a pod has no such part."""
-    ranges = _ranges(pod).get(part.kind)
+def check_part(part: Part, pod: Pod) -> Part:
+    """The part, its numbers as ints.
+
+    Raises:
+      ValueError: the pod has no such part.
+    """
+    if not isinstance(part, Part) or not isinstance(part.where, tuple):
+        raise ValueError(f"part {part!r}: is no Part; Part.parse reads for example {_EXAMPLES}")
+    ranges = next((r for kind, r in _ranges(pod).items() if kind == part.kind), None)
     if ranges is None or len(ranges) != len(part.where):
         raise ValueError(f"part {tuple(part)}: no such part; for example {_EXAMPLES}")
+    where = []
     for value, (what, allowed) in zip(part.where, ranges, strict=True):
         count = allowed if isinstance(allowed, int) else len(allowed)
-        whole(f"part {part.kind} {part.where}: {what}", value, most=count - 1)
+        where.append(whole(f"part {part.kind} {part.where}: {what}", value, most=count - 1))
+    return Part(part.kind, tuple(where))
 
 
 def chip_in_block(x: int, y: int, z: int) -> int:

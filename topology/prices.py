@@ -26,6 +26,8 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csc_array, csr_array, hstack, vstack
 
+from topology.numbers import number, whole
+
 _PATIENCE = 3  # rounds that an unused way stays in the master program
 _LEAST_PRICE = 1e-7  # of the mean price: between paths that cost alike, the shorter
 
@@ -82,6 +84,9 @@ def best_mix(
       smoothing: how far new prices stay with the best ones. Rounds fall about threefold where there
         are many classes; with three of them 0 takes fewer.
     """
+    max_rounds = whole("max_rounds", max_rounds, least=1)
+    number("tolerance", tolerance)
+    number("time_limit", time_limit, unit="seconds", endless=True)
     began = time.monotonic()
     sizes = np.asarray(class_sizes, float)
     moves = csc_array((len(sizes), 0)) if moves is None else csc_array(moves)

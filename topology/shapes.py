@@ -127,4 +127,4 @@ def _check_sizes(shape):
 
 def times(shape) -> str:
     """(4, 4, 8) -> "4x4x8"."""
-    return "x".join(map(str, shape))
+    return "x".join(map(numbers.shown, shape))

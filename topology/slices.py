@@ -35,6 +35,8 @@ from topology.shapes import (
 DIRECTIONS = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])
 """The columns of `Slice.neighbours`: +x, -x, +y, -y, +z, -z."""
 
+_LARGEST = 10**9  # size or shift that a message is given about
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
@@ -67,17 +69,22 @@ class Slice:
         if len(self.shape) != 3:
             raise ValueError(f"slice {times(self.shape)}: shape of three positive sizes like 4x4x8")
         name = f"slice {times(self.shape)}: three positive sizes like 4x4x8; size of the shape"
-        shape = tuple(whole(name, k, least=1) for k in self.shape)
+        shape = tuple(whole(name, k, least=1, most=_LARGEST) for k in self.shape)
         check_shape(shape)
         of_blocks = all(k % BLOCK == 0 for k in shape)
-        wrap = (of_blocks,) * 3 if self.wrap is None else tuple(bool(w) for w in self.wrap)
-        if len(wrap) != 3 or (any(wrap) and not of_blocks):
+        wrap = (of_blocks,) * 3 if self.wrap is None else self.wrap
+        if np.shape(wrap) != (3,) or not all(w in (0, 1) for w in wrap):
+            raise ValueError(f"slice {times(shape)}: wrap {wrap}: True or False for x, y and z")
+        wrap = tuple(bool(w) for w in wrap)
+        if any(wrap) and not of_blocks:
             raise ValueError(
                 f"slice {times(shape)}: wraparound needs every dimension to be a multiple of "
                 f"{BLOCK}; the nearest that wraps is {times(nearest_shape(shape, whole=True))}"
             )
         name = f"slice {times(shape)}: shift of the twist"
-        twist = tuple(tuple(whole(name, s, least=-(10**9)) for s in row) for row in self.twist)
+        twist = tuple(
+            tuple(whole(name, s, least=-_LARGEST, most=_LARGEST) for s in row) for row in self.twist
+        )
         check_twist(shape, twist, wrap)
         for name, value in (("shape", shape), ("twist", twist), ("wrap", wrap)):
             object.__setattr__(self, name, value)
@@ -92,10 +99,10 @@ class Slice:
         gives the three rows of any other; `_wrap:xy` wraps only those dimensions, `_wrap:` none.
         """
         names = r"(\d{1,6})x(\d{1,6})x(\d{1,6})(_twisted)?(?:_twist:([-\d,/]+))?(?:_wrap:([xyz]*))?"
-        match = re.fullmatch(names, text.strip())
+        match = re.fullmatch(names, text.strip(), re.ASCII)
         rows = match and match[5] and [row.split(",") for row in match[5].split("/")]
         wrong_rows = rows and ([len(row) for row in rows] != [3] * 3 or match[4])
-        numbers = all(re.fullmatch(r"-?\d{1,6}", s) for row in rows or [] for s in row)
+        numbers = all(re.fullmatch(r"-?[0-9]{1,6}", s) for row in rows or [] for s in row)
         if not match or wrong_rows or not numbers:
             raise ValueError(
                 f"slice {text!r}: not a slice; write for example 4x4x8, 4x4x8_twisted, "

@@ -147,11 +147,8 @@ def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
     Raises:
       ValueError: there is no such switch, or the slice has no optical links in that dimension.
     """
-    if dimension not in (0, 1, 2) or i not in range(BLOCK) or j not in range(BLOCK):
-        raise ValueError(
-            f"switch ({dimension}, {i}, {j}): the dimension is 0, 1 or 2, and i and j are 0 to 3"
-        )
-    dimension = int(dimension)
+    dimension = whole("switch: dimension", dimension, most=2)
+    i, j = whole("switch: i", i, most=BLOCK - 1), whole("switch: j", j, most=BLOCK - 1)
     place = np.delete(slice.coordinates % BLOCK, dimension, axis=1)
     last = slice.coordinates[:, dimension] % BLOCK == BLOCK - 1
     chips = np.flatnonzero(last & (place == (i, j)).all(axis=1))

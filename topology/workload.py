@@ -87,9 +87,11 @@ class Outage:
     planned: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.start <= self.end or math.isinf(self.start):
+        number(f"outage of {self.part}: start", self.start, unit="seconds")
+        number(f"outage of {self.part}: end", self.end, unit="seconds", endless=True)
+        if self.end < self.start:
             raise ValueError(
-                f"outage of {self.part}: from {self.start} to {self.end}; 0 <= start <= end"
+                f"outage of {self.part}: from {self.start} to {self.end}; start is before end"
             )
         if self.part.kind == "port":
             raise ValueError(
@@ -256,8 +258,7 @@ def generate_maintenance(
     """A planned outage of each block in each period of `every` seconds, one block after another."""
     number("maintenance: horizon", horizon, unit="seconds")
     number("maintenance: every", every, above=0, unit="seconds")
-    if not 0 < lasts <= every:
-        raise ValueError(f"maintenance: lasts {lasts} of every {every} seconds; 0 < lasts <= every")
+    number("maintenance: lasts", lasts, above=0, most=every, unit="seconds of every")
     number(
         "maintenance: horizon / every",
         horizon / every * pod.num_blocks,

@@ -268,7 +268,7 @@ def test_mistakes_are_named():
         lay_mesh(slice, mesh, [Traffic(kind="all_gather", axes=("model",), bytes=1.0)])
     with pytest.raises(ValueError, match="it goes over one axis"):
         Traffic(kind="permute", axes=("data", "tensor"), bytes=1.0)
-    with pytest.raises(ValueError, match="bytes -1 and count"):
+    with pytest.raises(ValueError, match="bytes -1: a number, 0 or more"):
         Traffic(kind="all_gather", axes=("data",), bytes=-1)
     with pytest.raises(ValueError, match=r"devices of shape \(64,\): the mesh is \(16, 4\)"):
         traffic_seconds(slice, mesh, np.arange(64), [])

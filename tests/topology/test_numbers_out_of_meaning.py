@@ -22,6 +22,7 @@ from topology import (
     Part,
     Policy,
     Slice,
+    Switch,
     Traffic,
     availability,
     checkpoint_interval,
@@ -31,7 +32,7 @@ from topology import (
     workload,
 )
 from topology.fabric import Changes
-from topology.numbers import number, whole
+from topology.numbers import number, shown, whole
 from topology.progress import Costs
 from topology.workloads import Attention
 
@@ -93,7 +94,16 @@ CALLS = [
     (topology.collective_cost, {"kind": "all_gather", "groups": Groups(ONE, DEVICES)}),
     (Slice, {"shape": (4, 4, 8), "twist": ((0, 0, 4), (0, 0, 4), (0, 0, 0))}),
     (BLOCKS.hop_distances, {"chip": 5}),
-    (topology.all_to_all, {"slice": ONE, "failed_links": (0, 1)}),
+    (
+        topology.all_to_all,
+        {
+            "slice": ONE,
+            "failed_links": (0, 1),
+            "tolerance": 1e-3,
+            "max_rounds": 5,
+            "time_limit": 9.0,
+        },
+    ),
     (throughput.all_to_all_kept, {"slice": ONE, "failed_links": (0, 1)}),
     (throughput.is_cut, {"slice": ONE, "failed_links": (0, 1)}),
     (throughput.both_ways, {"slice": ONE, "link": 7}),
@@ -107,6 +117,8 @@ CALLS = [
     (topology.shipped_twist, {"shape": (4, 4, 8)}),
     (topology.all_twists, {"shape": (4, 4, 8)}),
     (topology.ranked_twists, {"shape": (4, 4, 8)}),
+    (fabric.Placement, {"slice": BLOCKS, "blocks": (2, 3)}),
+    (fabric.boxes, {"block_shape": (1, 1, 2), "grid": (4, 4, 4)}),
     (fabric.place, {"fabric": POD, "name": "b", "slice": BLOCKS, "blocks": (2, 3)}),
     (fabric.replace_block, {"fabric": POD, "name": "it", "old": 1, "new": 5}),
     (Changes({}, {}).seconds, {"switch": topology.TPU_V4.switch, "at_a_time": 2}),
@@ -118,10 +130,10 @@ CALLS = [
 # Public names that take no numbers of a caller's: data, modules, and what only holds arrays.
 EXEMPT = {
     *("DIRECTIONS", "PODS", "SWITCHES", "TPU_V3", "TPU_V4", "TPU_V5P"),
-    *("Changes", "Cost", "Fabric", "Groups", "Layout", "Part", "Placement", "Switch"),
+    *("Changes", "Cost", "Fabric", "Groups", "Layout", "Part", "Switch"),
     *("dimension_rings", "hamiltonian_ring", "replay", "schedule"),
 }
-BAD = [math.nan, math.inf, -math.inf, -1, 0, 0.5, -0.5, 10**30, 1e300, 5e-324]
+BAD = [math.nan, math.inf, -math.inf, -1, 0, 0.5, -0.5, 10**30, 1e300, 5e-324, 10**400, 10**5000]
 
 
 def spoiled():
@@ -176,12 +188,12 @@ def test_numbers_out_of_their_meaning_are_named(function):
         except ValueError as error:
             said = str(error)
         except Exception as error:
-            pytest.fail(f"{function} with {name} {arguments[name]}: {error!r}")
+            pytest.fail(f"{function} with {name} {shown(arguments[name])}: {error!r}")
         if said is not None:
             words = {name, name.rstrip("s"), name.replace("_", " "), *SAYS.get(name, ())}
-            assert any(word in said for word in words), (arguments[name], said)
+            assert any(word in said for word in words), (shown(arguments[name]), said)
             assert "\n" not in said
-        assert not any(map(math.isnan, numbers_in(answer))), (name, arguments[name], answer)
+        assert not any(map(math.isnan, numbers_in(answer))), (name, shown(arguments[name]), answer)
 
 
 # Other words by which a message names an argument.
@@ -213,6 +225,10 @@ SAYS = {
         Part("ocs", (3, 0, 0)),
         Part("port", (0, 0, 0, 136)),
         Part("rack", (0,)),
+        Part("block", None),
+        Part(["block"], (0,)),
+        "block:1",
+        None,
     ],
     ids=repr,
 )
@@ -220,6 +236,60 @@ SAYS = {
 def test_parts_that_do_not_exist_are_named(function, part):
     with pytest.raises(ValueError, match="part"):
         function(POD, part)
+    with pytest.raises(ValueError, match="part"):
+        topology.Fabric(failed=[part])
+    with pytest.raises(ValueError, match="part"):
+        topology.Fabric(drained=[part])
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"placements": {"a": fabric.Placement(ONE, (64,))}}, "slice 'a': block 64: .* 0 .. 63"),
+        ({"connects": {Switch(3, 0, 0): {0: 64}}}, "part ocs .3, 0, 0.: dimension 3"),
+        ({"connects": {Switch(0, 0, 0): {0: 136}}}, "ocs x,0,0: no port 136; there are 0 .. 135"),
+        ({"connects": {Switch(0, 0, 0): {0.5: 64}}}, "ocs x,0,0: no port 0.5"),
+        ({"patches": {(Switch(0, 0, 4), 0): 128}}, "part ocs .0, 0, 4.: place in a face 4"),
+        ({"patches": {(Switch(0, 0, 0), 0): math.nan}}, "ocs x,0,0: no port nan"),
+        ({"pod": topology.TPU_V3}, "pod TPU v3: is not made of blocks"),
+    ],
+)
+def test_a_fabric_of_what_does_not_exist_is_named(made, says):
+    with pytest.raises(ValueError, match=says):
+        topology.Fabric(**made)
+
+
+@pytest.mark.parametrize("blocks", [(0,), (0, 0), (0, 1, 2), (-1, 0), (0.5, 1), (math.nan, 0)])
+def test_blocks_of_a_placement_are_named(blocks):
+    with pytest.raises(ValueError, match="blocks"):
+        fabric.Placement(BLOCKS, blocks)
+    assert fabric.Placement(BLOCKS, (0.0, np.int64(1))).blocks == (0, 1)
+
+
+def test_members_of_groups_are_whole_numbers():
+    assert Groups(ONE, DEVICES.astype(float)).steps.tolist() == Groups(ONE, DEVICES).steps.tolist()
+    wrong = np.where(DEVICES == 1, math.nan, DEVICES)
+    for members in (DEVICES + 0.5, wrong, DEVICES > 0, DEVICES.astype(str), [[0, 1], [2]], None):
+        with pytest.raises(ValueError, match="members"):
+            Groups(ONE, members)
+    with pytest.raises(ValueError, match="axes"):
+        topology.groups_of_axes(ONE, DEVICES, [0, 0])
+
+
+def test_shifts_that_no_integer_holds_are_no_floats():
+    with pytest.raises(ValueError, match="shift of the twist"):
+        Slice(shape=(4, 4, 8), twist=((0, 0, 2**63), (0, 0, 4), (0, 0, 0)))
+    for wrap in ("xyz", 5, (math.nan, 0, 0), (True, True)):
+        with pytest.raises(ValueError, match="wrap"):
+            Slice(shape=(4, 4, 8), wrap=wrap)
+
+
+@pytest.mark.parametrize("digit", ["\u0664", "\uff14"])  # 4 in Arabic, and at full width
+def test_other_digits_are_none(digit):
+    with pytest.raises(ValueError, match="not a slice"):
+        Slice.parse(f"4x4x{digit}")
+    with pytest.raises(ValueError, match="no block"):
+        Part.parse(f"block:{digit}", topology.TPU_V4)
 
 
 def test_an_empty_pod_does_nothing():

@@ -261,9 +261,10 @@ def test_bytes_per_second():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: switch_links(s, 3, 0, 0), "switch (3, 0, 0): the dimension is 0, 1 or 2"),
-        (lambda s: switch_links(s, 0, 4, 0), "i and j are 0 to 3"),
-        (lambda s: all_to_all(s, [6 * s.num_chips]), "which is 6 * chip + direction"),
+        (lambda s: switch_links(s, 3, 0, 0), "switch: dimension 3: a whole number, 0 .. 2"),
+        (lambda s: switch_links(s, 0, 4, 0), "switch: i 4: a whole number, 0 .. 3"),
+        (lambda s: all_to_all(s, [6 * s.num_chips]), "failed link 384: a whole number, 0 .. 383"),
+        (lambda s: all_to_all(Slice.parse("2x2x2"), [0, 1]), "which is 6 * chip + direction"),
         (lambda s: both_ways(s, -1), "link -1"),
         (lambda s: all_to_all(s, range(6)), "a destination cannot be reached"),
         (lambda s: switch_links(Slice.parse("2x2x2"), 0, 0, 0), "has no optical link"),
