@@ -104,7 +104,7 @@ class Attempt:
         after = f", found {time.monotonic() - struck:.1f} s after it was made" if struck else ""
         if lost:
             text = " and ".join(self._name(i) for i in lost)
-            state = ray.get(self._owner.manager.state.remote())
+            state = self._owner.ask("state")
             placement = managers.placement_of(state)
             parts = self._failing or [  # what failed is known only where it was asked for
                 str(self._layout.part(placement, host))
@@ -191,18 +191,18 @@ class Attempt:
 
     def _fail_sigterm(self, fault: Fault) -> None:
         process = int(fault.what) % len(self._hosts)
-        state = ray.get(self._owner.manager.state.remote())
+        state = self._owner.ask("state")
         host = self._layout.hosts_of(process)[0]
         self._notice = str(self._layout.part(managers.placement_of(state), host))
         self._signal(fault, "SIGTERM")
 
     def _signal(self, fault: Fault, name: str) -> None:
         host = self._hosts[int(fault.what) % len(self._hosts)]
-        ray.get(host.agent.signal.remote(self._number, name))
+        ray.get(host.agent.signal.remote(self._number, name), timeout=60)
 
     def _fail_host(self, fault: Fault) -> None:
         host = int(fault.what) % self._slice.num_hosts
-        state = ray.get(self._owner.manager.state.remote())
+        state = self._owner.ask("state")
         self._failing = [str(self._layout.part(managers.placement_of(state), host))]
         self._hosts[host // self._layout.hosts_per_process].agent.die.remote()
 
@@ -211,7 +211,7 @@ class Attempt:
 
     def _fail_block(self, fault: Fault) -> None:
         """All hosts of the block are gone."""
-        state = ray.get(self._owner.manager.state.remote())
+        state = self._owner.ask("state")
         part = f"block:{state['blocks'][int(fault.what) % len(state['blocks'])]}"
         self._failing = [part]
         placement = managers.placement_of(state)
@@ -219,7 +219,7 @@ class Attempt:
             self._hosts[process].agent.die.remote()
 
     def _fail_ocs(self, fault: Fault) -> None:
-        state = ray.get(self._owner.manager.fail.remote(f"ocs:{fault.what}"))
+        state = self._owner.ask("fail", f"ocs:{fault.what}")
         if not state["hit"]:
             self._record("part", text=f"ocs:{fault.what}: the slice does not pass it")
             return
@@ -240,7 +240,7 @@ class Attempt:
 
     def _fail_manager(self, fault: Fault) -> None:
         ray.kill(self._owner.manager, no_restart=False)
-        state = ray.get(self._owner.manager.state.remote())
+        state = self._owner.ask("state")
         self._record(
             "part",
             text=f"the pod manager died and is back: slice {state['slice']} on blocks "

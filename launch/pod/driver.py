@@ -19,6 +19,8 @@ from pjit_train import signals
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.lock import held
 
+_RAY = 300.0  # seconds that Ray has to start, or a cluster to answer
+
 
 def main() -> int:
     # The keeper tells, and ends what is left; until there is something to save, at once.
@@ -36,7 +38,7 @@ def _main(options: dict) -> int:
 
         process.prepare()
         with contextlib.ExitStack() as stack:
-            _drive(options, out, stack)
+            _drive(options, out, problems, stack)
         return ENDED
     except (UserError, TrainingError) as error:
         print("torsion:", " ".join(str(error).splitlines()), file=problems, flush=True)
@@ -51,10 +53,10 @@ def _main(options: dict) -> int:
         return ENDED + 1
 
 
-def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
+def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     from launch.configure import build_run
     from launch.directory import check_directory
-    from launch.pod import cluster, faults, timeline
+    from launch.pod import faults, timeline
     from launch.pod.plan import Plan, default_hosts_per_process
     from launch.pod.record import Record
     from launch.pod.view import View
@@ -102,8 +104,8 @@ def _drive(options: dict, out, stack: contextlib.ExitStack) -> None:
     plan.config.write_text(text)
     record = stack.enter_context(contextlib.closing(Record(directory / "pod" / "events.jsonl")))
     view = stack.enter_context(contextlib.closing(View(plan, record, out)))
-    with _ray(options, cluster):
-        from launch.pod import data
+    with _ray(options, record, problems):
+        from launch.pod import cluster, data
         from launch.pod.supervisor import Supervisor
 
         chips = {}
@@ -140,10 +142,29 @@ def _duplicate(fd: int):
     return os.fdopen(os.dup(fd), "w", buffering=1)
 
 
-def _ray(options, cluster):
-    if options["address"] is not None:
-        return cluster.joined(options["address"])
-    return cluster.local(Path(options["private"]), dashboard=options["dashboard"])
+@contextlib.contextmanager
+def _ray(options, record, problems):
+    """The Ray of the pod, which has a time to answer; what is waited for is told."""
+    from launch.pod import cluster
+    from launch.process import proxy_note
+    from pjit_train.waiting import told
+
+    if options["address"] is None:
+        ray = cluster.local(Path(options["private"]), dashboard=options["dashboard"])
+        what = f"Ray to start here{proxy_note()}"
+    else:
+        ray = cluster.joined(options["address"])
+        what = f"the Ray at {options['address']} to take this process in{proxy_note()}"
+
+    def in_vain() -> None:  # Ray has no limit of its own; the keeper tries again, or says the end
+        print(f"torsion: waited {_RAY:.0f} s in vain for {what}", file=problems, flush=True)
+        os._exit(RAY_LOST)
+
+    with contextlib.ExitStack() as stack:
+        say = lambda text: record("waiting", text=text)
+        with told(what, say=say, limit=_RAY, in_vain=in_vain):
+            stack.enter_context(ray)
+        yield
 
 
 if __name__ == "__main__":

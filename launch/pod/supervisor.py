@@ -21,9 +21,11 @@ from launch.pod.record import Record
 from launch.pod.staff import Staff
 from launch.pod.trainer import Fence
 from pjit_train.errors import TrainingError, UserError
+from pjit_train.waiting import told
 from topology import Slice
 from topology.shapes import times
 
+_ANSWER = 300.0  # seconds that the manager has for an answer, with its start
 _FRUITLESS = 3  # attempts in a row that reach no new step, after which the run is given up
 
 
@@ -35,7 +37,7 @@ class Supervisor:
 
     Attributes:
       staff: the agents.
-      manager: the actor that holds the fabric.
+      manager: the actor that holds the fabric; `ask` asks it.
       done: the failures that were made, as texts.
       slow: what going around failed switches adds to a step, as a part of it.
       struck: `time.monotonic()` of the last failure that was made and is not yet found.
@@ -50,7 +52,7 @@ class Supervisor:
             plan.standing_orders(),
             chips or {},
             times(plan.slice.shape),
-            lambda text: record("waiting", text=text),
+            self._say_wait,
         )
         # On this node: it is there as long as this process.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -94,6 +96,18 @@ class Supervisor:
         """Ends all that it started; returns when it is gone."""
         self.staff.close()
         ray.kill(self.manager)
+
+    def ask(self, method: str, *args) -> Any:
+        """What the pod manager answers, whom Ray starts again where it dies.
+
+        Raises:
+          RayError: it raised an error, or does not answer in time.
+        """
+        with told("the pod manager to answer", say=self._say_wait):
+            return ray.get(getattr(self.manager, method).remote(*args), timeout=_ANSWER)
+
+    def _say_wait(self, text: str) -> None:
+        self.record("waiting", text=text)
 
     def _attempt(self) -> Failure | None:
         """Runs an attempt; None where the run is over, and what ended it otherwise."""
@@ -154,7 +168,7 @@ class Supervisor:
         if self.plan.elastic:
             smaller = [text for text in smaller_shapes(self.plan.slice) if self._can_take(text)]
         try:
-            state = ray.get(self.manager.place.remote(str(self.plan.slice), smaller))
+            state = self.ask("place", str(self.plan.slice), smaller)
         except ray.exceptions.RayTaskError as error:
             hint = "" if self.plan.elastic else "; --elastic goes on on a smaller one"
             raise TrainingError(f"{error.cause}{hint}") from error
@@ -178,12 +192,12 @@ class Supervisor:
         """Ends what is left of the attempt, and takes out of use what was lost with it."""
         self.staff.release(failure.lost, self._fence.current())
         for part in failure.parts:
-            state = ray.get(self.manager.fail.remote(part))
+            state = self.ask("fail", part)
         if failure.parts:
             parts, free = shown(failure.parts, 3), state["free"]
             self.record("part", text=f"out of use: {parts}; {free} blocks are free")
         if failure.notice:
-            ray.get(self.manager.drain.remote(failure.notice))
+            self.ask("drain", failure.notice)
 
     def _newest_checkpoint(self) -> int | None:
         names = [path.name for path in (self.plan.directory / "checkpoints").glob("*")]
