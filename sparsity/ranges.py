@@ -66,12 +66,17 @@ def check_number(name: str, value: Any, hint: Any, error: type[ValueError] = Val
         if value is not None:  # the other part of the union
             check_number(name, value, arguments[0], error)
     elif origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise error(f"{name}={_shown(value)}; use a mapping to numbers")
         for key, item in value.items():
             check_number(f"{name}[{key!r}]", item, arguments[1], error)
     elif origin in (tuple, Sequence):
+        count = len(arguments) if origin is tuple else None
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise error(f"{name}={_shown(value)}; use {count or 'a list of'} numbers")
         each = arguments if origin is tuple else arguments * len(value)
-        if not isinstance(value, Sequence) or len(value) != len(each):
-            raise error(f"{name}={value!r}; use {len(each)} numbers")
+        if len(value) != len(each):
+            raise error(f"{name}={_shown(value)}; use {count} numbers")
         for i, (item, of_item) in enumerate(zip(value, each, strict=True)):
             check_number(f"{name}[{i}]", item, of_item, error)
     elif not _fits(value, hint):

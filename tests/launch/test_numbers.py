@@ -110,14 +110,14 @@ def bad_values(hint: Any) -> list[Any]:
         return [x for x in bad_values(ranged) if x not in allowed]
     if origin is tuple:
         good = [example(part) for part in arguments]
-        return [
+        return [0.5, good[1:]] + [
             (*good[:i], x, *good[i + 1 :])
             for i, part in enumerate(arguments)
             for x in bad_values(part)
         ]
     if origin is collections.abc.Mapping:
-        return [{("a", "kernel"): x} for x in bad_values(arguments[1])]
-    return [[x] for x in bad_values(arguments[0])]
+        return [0.5, *({("a", "kernel"): x} for x in bad_values(arguments[1]))]
+    return [0.5, "0.5", *([x] for x in bad_values(arguments[0]))]
 
 
 FIELDS = [
