@@ -1,10 +1,13 @@
 """What an attempt waits for before its first step, by a clock that the tests turn."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
+from launch.pod.keeper import RAY_LOST
 from launch.pod.waits import Waits
 from launch.process import past_proxies, proxy_note
 
@@ -80,3 +83,26 @@ def test_own_addresses_go_past_proxies_and_others_still_do(monkeypatch):
     assert os.environ[FIRST] == "example.com,127.0.0.1"
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     assert proxy_note() == " (HTTPS_PROXY set: own addresses go past that)"
+
+
+def test_a_ray_that_never_starts_is_waited_for_until_its_limit():
+    code = """
+import contextlib, sys, time
+from launch.pod import cluster, driver
+
+@contextlib.contextmanager
+def local(directory, *, dashboard):
+  time.sleep(60)
+  yield
+
+cluster.local, driver._RAY = local, 0.2
+options = {"address": None, "private": ".", "dashboard": False}
+with driver._ray(options, print, sys.stderr):
+  pass
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=50
+    )
+    assert ended.returncode == RAY_LOST
+    assert ended.stderr == "torsion: waited 0 s in vain for Ray to start here\n"
