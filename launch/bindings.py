@@ -113,14 +113,15 @@ def parse_bindings(text: str) -> Bindings:
 
 
 def check_said_once(texts: Iterable[str], source: str, *, numbered: bool = False) -> None:
-    """Refuses what gin takes without a word: numbers that overflow, and texts against themselves.
+    """Refuses what gin takes without a word: numbers that overflow, NUL, texts against themselves.
 
     Args:
       texts: gin texts that stand for one, such as a file, or all that a command line binds.
       source: of the texts, for messages; `numbered` adds the number of the line.
 
     Raises:
-      UserError: a float is not finite, as 1e400 is; or something is bound twice, to two values.
+      UserError: a float is not finite, as 1e400 is; a string has a NUL character; or something is
+        bound twice, to two values.
     """
     said: dict[Key | str, Any] = {}
     for text in texts:
@@ -137,6 +138,8 @@ def check_said_once(texts: Iterable[str], source: str, *, numbered: bool = False
             where = f"{source}:{location.line_num}" if numbered else source
             if any(isinstance(x, float) and not math.isfinite(x) for x in _leaves(value)):
                 raise UserError(f"{where}: {key} = {format_value(value)}: want a finite number")
+            if any(isinstance(x, str) and "\0" in x for x in _leaves(value)):  # no path has one
+                raise UserError(f"{where}: {key} = {format_value(value)}: want a text without NUL")
             if said.setdefault(key, value) != value:
                 first, second = format_value(said[key]), format_value(value)
                 raise UserError(f"{where}: {key} is bound to {first} and to {second}; bind it once")

@@ -41,17 +41,21 @@ def read(directory: Path) -> Record | None:
     """The record of a run directory; None where it has none.
 
     Raises:
-      UserError: it is damaged.
+      UserError: it cannot be read, or is damaged.
     """
     path = directory / FILE
     try:
-        body = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        body = json.loads(content)
         if body.pop("sha256") != json_sha256(body):
             raise ValueError
         return Record(**body)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: it does not have the digest that it holds; remove it, and "
             "config.gin alone counts"

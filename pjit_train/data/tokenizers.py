@@ -29,6 +29,7 @@ KNOWN_SEPARATORS = (
     "<bos>",
     "[SEP]",
 )
+LARGEST_VOCABULARY = 1 << 24  # to train: the library takes 70 bytes for each token asked for
 _NO_TOKEN = "\ufdd0"  # a noncharacter, which no vocabulary has
 
 
@@ -219,7 +220,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
       The tokenizer, whose `vocab_size` says how many ids there are.
 
     Raises:
-      UserError: a vocabulary too small, no text, or a path that cannot be written.
+      UserError: a vocabulary too small or too large, no text, or a path that cannot be written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -227,6 +228,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
         raise UserError(
             f"vocab_size={vocab_size} is too small: 256 bytes and a separator need at least 257"
         )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size={vocab_size} is too large: use {LARGEST_VOCABULARY} at most")
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise UserError(f"tokenizer path {path!r}: the folder {str(target.parent)!r} is missing")

@@ -172,6 +172,7 @@ def test_ranges_say_and_hold_what_they_mean():
         ("run.Run.steps = 9" + "9" * 30, "Run.steps=9999"),
         ("run.Run.steps = 9" + "9" * 5000, "run.Run.steps"),
         ("run.Run.seed = -1", "Run.seed=-1; use a whole number from 0"),
+        ("text.TextData.cache_dir = 'a\\0b'", r"cache_dir = 'a\\x00b': want a text without NUL"),
     ],
 )
 def test_a_binding_of_no_number_is_told_as_such(binding, says):

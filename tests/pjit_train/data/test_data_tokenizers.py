@@ -230,6 +230,7 @@ def test_bad_input_is_one_line(tmp_path, capfd):
         (lambda: TokenizerJson(path=plain).separator, "separator_token"),
         (lambda: TokenizerJson(path=plain, separator_token="<x>").separator, "<x>"),
         (lambda: train_tokenizer(["a"], vocab_size=256, path=str(tmp_path / "t")), "257"),
+        (lambda: train_tokenizer(["a"], vocab_size=2**31, path=str(tmp_path / "t")), "16777216"),
         (lambda: train_tokenizer([], vocab_size=300, path=str(tmp_path / "t")), "empty"),
         (lambda: train_tokenizer(["a"], vocab_size=300, path="absent/t.json"), "absent"),
         (lambda: train_tokenizer(["a"], vocab_size=300, path=str(tmp_path)), str(tmp_path)),
