@@ -163,8 +163,10 @@ def past_proxies(*hosts: str) -> None:
     """Has addresses of the run's own reached without a proxy, by this process and its children.
 
     gRPC, which JAX's processes meet by, honours the variables of a proxy for any address, and would
-    wait for good.
+    wait for good. Where none is set there is nothing to do, and JAX would warn of `no_proxy`.
     """
+    if not any(os.environ.get(name) for name in _PROXIES):
+        return
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         before = [host for host in os.environ.get(name, "").split(",") if host]
         if name != "no_grpc_proxy" or before:  # it hides no_proxy

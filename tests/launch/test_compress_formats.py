@@ -141,6 +141,7 @@ def test_a_run_trained_in_formats_is_compressed_from_what_it_trains(capsys):
     Path("int4.gin").write_text(text)
     shutil.copytree("dense", "int4")  # what training in these formats holds looks like that
     Path("int4/config.gin").write_text(build_run(["int4.gin"])[1])
+    Path("int4/checkpoints/run.json").unlink()  # which says that it was trained without
     trained, read = masters("int4"), kernels("int4")
     names = ATTENTION[0], FEED_FORWARD[0], FEED_FORWARD[1]
     assert [np.array_equal(trained[n], read[n]) for n in names] == [False, False, True]
@@ -249,7 +250,7 @@ def bound(quantization: str, name: str) -> tuple[Path, list[str]]:
     run, text = build_run([f"{name}.gin"])
     Path(f"{name}-config.gin").write_text(text)
     compression = Compression(formats={ATTENTION[0]: "int8"}, activations="int8")
-    return Path(f"{name}-config.gin"), _bindings(run, Path(f"{name}-config.gin"), compression)
+    return Path(f"{name}-config.gin"), _bindings(run, text, compression)
 
 
 def test_a_run_with_the_default_formats_goes_on_in_them():

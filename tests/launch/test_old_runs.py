@@ -70,4 +70,7 @@ def test_an_old_run_resumes_bit_for_bit(folder, kind):
     now, later = rows(folder / kind / "metrics.jsonl"), rows(folder / f"{kind}.later.jsonl")
     assert sorted(now) == list(range(1, 21))
     for step, row in later.items():
-        assert {name: now[step].get(name) for name in row} == row, step
+        for name, value in row.items():
+            if name == "mask_flips" or name.startswith("sparsity/"):  # counted in integers since
+                value = pytest.approx(value, rel=1e-6)
+            assert now[step][name] == value, (step, name)

@@ -103,6 +103,8 @@ def head():
 
 def start(folder: Path, out: str, *options: str, more: dict | None = None) -> subprocess.Popen:
     code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    pairs = zip(OPTIONS[::2], OPTIONS[1::2], strict=True)
+    usual = [word for pair in pairs if pair[0] not in options for word in pair]
     paths = [path for path in sys.path if path]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -112,7 +114,7 @@ def start(folder: Path, out: str, *options: str, more: dict | None = None) -> su
     env |= dict.fromkeys(("http_proxy", "HTTPS_PROXY", "grpc_proxy"), "http://127.0.0.1:9")
     env |= {"TMPDIR": str((folder / "t").resolve())} | (more or {})
     return subprocess.Popen(
-        [sys.executable, "-c", code, "pod", "run.gin", *OPTIONS, "--out", out, *options],
+        [sys.executable, "-c", code, "pod", "run.gin", *usual, "--out", out, *options],
         cwd=folder,
         env=env,
         stdout=subprocess.PIPE,

@@ -72,7 +72,10 @@ def test_own_addresses_go_past_proxies_and_others_still_do(monkeypatch):
     monkeypatch.setenv("no_proxy", "example.org")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv(FIRST, "")
+    past_proxies("127.0.0.1")
+    assert os.environ["no_proxy"] == "example.org"  # there is no proxy to go past
     assert proxy_note() == ""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     for _ in range(2):  # once is enough
         past_proxies("127.0.0.1", "10.0.0.1", "127.0.0.1", "")
     assert os.environ["no_proxy"] == "example.org,127.0.0.1,10.0.0.1"
@@ -81,7 +84,6 @@ def test_own_addresses_go_past_proxies_and_others_still_do(monkeypatch):
     monkeypatch.setenv(FIRST, "example.com")
     past_proxies("127.0.0.1")
     assert os.environ[FIRST] == "example.com,127.0.0.1"
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     assert proxy_note() == " (HTTPS_PROXY set: own addresses go past that)"
 
 
