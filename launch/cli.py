@@ -88,7 +88,9 @@ def _one_line(text: str) -> str:
 
 
 def parser():
-    """The argparse.ArgumentParser of the command line; `args.command` is a command's function."""
+    """The argparse.ArgumentParser of the command line; `args.command` is a command's function,
+    and `args.parser` this parser.
+    """
     import argparse
     import functools
     import importlib
@@ -105,6 +107,7 @@ def parser():
         epilog="torsion COMMAND --help tells the options of a command.",
     )
     top.add_argument("--version", action="version", version=f"torsion {__version__}")
+    top.set_defaults(parser=top)  # which `completion` completes
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         importlib.import_module(f"launch.commands.{name}").add(commands)

@@ -1,6 +1,5 @@
 """The process that a command computes in: devices, other processes, compilation cache, quiet."""
 
-import contextlib
 import logging
 import os
 import socket
@@ -8,8 +7,8 @@ import sys
 import time
 import warnings
 
+from launch.jax_internals import write_compilations_whole
 from pjit_train.errors import UserError
-from pjit_train.files import replacing
 from pjit_train.signals import hold_back
 
 log = logging.getLogger("torsion")
@@ -68,7 +67,7 @@ def prepare(devices: int | None = None) -> None:
     warnings.filterwarnings(
         "ignore", message="Error (reading|writing) persistent compilation cache"
     )
-    _write_compilations_whole()
+    write_compilations_whole()
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     if devices is not None:
         if devices < 1:
@@ -82,28 +81,6 @@ def prepare(devices: int | None = None) -> None:
             os.environ["XLA_FLAGS"] = f"{flags} {_ONE_COLLECTIVE_AT_A_TIME}".strip()
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
-
-
-def _write_compilations_whole() -> None:
-    """Has JAX write an entry of its cache of compilations whole, and in place of an unreadable one.
-
-    JAX writes it where it is read, and once: one that a kill cut short would be compiled anew at
-    each start. This is of JAX's inside, so where that is another, nothing changes.
-    """
-    with contextlib.suppress(ImportError, AttributeError):
-        from jax._src import compilation_cache, lru_cache
-
-        suffix, base = lru_cache._CACHE_SUFFIX, lru_cache.LRUCache
-
-        class Cache(base):
-            def put(self, key: str, value: bytes) -> None:
-                if self.eviction_enabled:  # which keeps more than a file of an entry
-                    return super().put(key, value)
-                with replacing(self.path / f"{key}{suffix}") as new:
-                    new.write_bytes(value)
-
-        if hasattr(compilation_cache, "LRUCache"):
-            compilation_cache.LRUCache = Cache
 
 
 def check_processes(coordinator: str | None, process_id: int | None, num: int | None) -> None:

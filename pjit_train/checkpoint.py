@@ -14,10 +14,8 @@ import json
 import logging
 import math
 import re
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from pjit_train import orbax_internals
 from pjit_train.digest import digests
 from pjit_train.errors import UserError
 from pjit_train.files import json_sha256
@@ -34,8 +33,6 @@ from pjit_train.signals import unfinished
 from sparsity.ranges import Count, Positive, Whole, check_fields
 
 log = logging.getLogger("torsion")
-_HALF_WRITTEN = ".orbax-checkpoint-tmp"
-_hook_before = sys.unraisablehook
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +69,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be written.
         """
-        logging.getLogger("absl").addFilter(_not_orbax)
-        sys.unraisablehook = _unraisable
+        orbax_internals.say_less()
         self.directory = Path(directory).absolute()
         self.config = config
         try:
@@ -164,7 +160,7 @@ class Checkpoints:
         }
         self._saving = step
         if jax.process_index() == 0:
-            half = self.directory / f"{step}{_HALF_WRITTEN}"
+            half = self.directory / f"{step}{orbax_internals.HALF_WRITTEN}"
             self._half_written.enter_context(unfinished(half))
         self._losses[step] = body["metrics"].get("loss")
         try:
@@ -237,7 +233,7 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps or 'none'}")
         if not being_written:
-            for half in sorted(self.directory.glob(f"*{_HALF_WRITTEN}")):
+            for half in sorted(self.directory.glob(f"*{orbax_internals.HALF_WRITTEN}")):
                 _warn(f"checkpoint {half} is half-written: its save was cut off; ignored")
         for candidate in reversed(steps) if step is None else [step]:
             wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
@@ -357,15 +353,10 @@ def _warn(line: str) -> None:
         log.warning("%s", line)
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs whole tracebacks of what is reported here in one line."""
-    return "orbax" not in record.pathname
-
-
 def _agreed(read):
     """`read()`; _BrokenError on every process if it raises on any of them."""
     result = problem = None
-    with _quiet():
+    with orbax_internals.quiet():
         try:
             result = read()
         except _BrokenError as error:
@@ -383,25 +374,6 @@ def _agreed(read):
     if problem is not None:
         raise _BrokenError(problem)
     return result
-
-
-def _unraisable(event) -> None:
-    """Reads in flight when another one failed end later, and find the loop of orbax closed."""
-    if str(event.exc_value) != "Event loop is closed":
-        _hook_before(event)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Drops what the coroutines say that a failed read of orbax leaves behind."""
-    hook, chatter = sys.unraisablehook, logging.getLogger("asyncio")
-    sys.unraisablehook, chatter.disabled = lambda _: None, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.unraisablehook, chatter.disabled = hook, False
 
 
 def _describe(tree: Any, found: Any = None) -> dict[str, dict]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import argparse_internals
 from launch.cli import main, parser
 from launch.configure import build_run
 
@@ -240,9 +241,9 @@ def assert_options(words: list[str]) -> None:
     at = parser()
     for word in words:
         if word.startswith("-"):
-            assert word.partition("=")[0] in at._option_string_actions, words
-        for action in at._actions:
-            if isinstance(action.choices, dict) and word in action.choices:
-                at = action.choices[word]
-                break
+            known = [
+                option for a in argparse_internals.arguments(at) for option in a.option_strings
+            ]
+            assert word.partition("=")[0] in known, words
+        at = argparse_internals.commands(at).get(word, at)
     assert at.prog != "torsion", words

@@ -8,6 +8,7 @@ import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.argparse_internals import arguments
 from pjit_train.errors import UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -33,11 +34,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if found := re.match(r"(.*invalid choice: '([^']*)') \(choose from ", message):
-            known = [x for action in self._actions for x in action.choices or ()]
+            known = [x for action in arguments(self) for x in action.choices or ()]
             if near := _nearest(found[2], known):
                 message = found[1] + near
         elif found := re.match("unrecognized arguments: (-[^ =]*)", message):
-            known = [option for action in self._actions for option in action.option_strings]
+            known = [option for action in arguments(self) for option in action.option_strings]
             message += _nearest(found[1], known)
         self.exit(2, f"torsion: {message}; see {self.prog} --help\n")
 

@@ -1,11 +1,12 @@
 """`torsion completion`: the completion script of a shell."""
 
+from launch.argparse_internals import arguments, commands
 from launch.commands.common import add_command
 
 
-def add(commands) -> None:
+def add(to) -> None:
     completion = add_command(
-        commands,
+        to,
         run,
         "completion",
         "print the completion script of a shell",
@@ -17,18 +18,14 @@ def add(commands) -> None:
 def run(args, began: float) -> int:
     import shtab
 
-    from launch.cli import parser  # which knows this command, too
-
-    top = parser()
-    [commands] = [action for action in top._actions if isinstance(action.choices, dict)]
     kinds = {"configs": shtab.FILE, "files": shtab.FILE}
     kinds |= {"run": shtab.DIRECTORY, "folder": shtab.DIRECTORY}
-    for name, sub in commands.choices.items():
-        for action in sub._actions:
+    for name, sub in commands(args.parser).items():
+        for action in arguments(sub):
             if action.dest == "out":
                 folder = name in ("train", "compress", "study")
                 action.complete = shtab.DIRECTORY if folder else shtab.FILE
             elif action.dest in kinds:
                 action.complete = kinds[action.dest]
-    print(shtab.complete(top, args.shell))
+    print(shtab.complete(args.parser, args.shell))
     return 0

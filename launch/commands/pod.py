@@ -69,7 +69,8 @@ def add(commands) -> None:
 def run(args, began: float) -> int:
     from launch.pod.keeper import keep
 
-    options = {name: value for name, value in vars(args).items() if name != "command"}
+    own = ("command", "parser")  # of the command line
+    options = {name: value for name, value in vars(args).items() if name not in own}
     return keep(
         options
         | {

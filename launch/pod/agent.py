@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.pod import memory_copy
+from launch.pod import memory_copy, ray_internals
 
 
 class _Child:
@@ -192,7 +192,7 @@ class Agent:
             if child is not None and child.process.poll() is None:
                 child.process.kill()
         if node:
-            os.kill(os.getppid(), signal.SIGKILL)  # the raylet, which started this process
+            os.kill(ray_internals.raylet(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.pod import ray_internals
 from launch.process import past_proxies
 from pjit_train.errors import UserError
 
-RAY = "2.60.0"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -23,8 +23,8 @@ def private_directory() -> Path:
 
 
 @contextlib.contextmanager
-def local(directory: Path, *, dashboard: bool) -> Iterator[None]:
-    """A Ray that is started here and ends with this process.
+def local(directory: Path, *, dashboard: bool) -> Iterator[str | None]:
+    """A Ray that is started here and ends with this process; gives HOST:PORT of its dashboard.
 
     It listens on the loopback interface only, and answers who knows its token, which is in
     `directory`.
@@ -35,35 +35,35 @@ def local(directory: Path, *, dashboard: bool) -> Iterator[None]:
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        # Without clusters Ray takes the loopback address, on every system; its name is historical.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": str(directory),
+        **ray_internals.LOOPBACK,
     }
     os.environ.pop("RAY_ADDRESS", None)
     past_proxies(*_LOOPBACK)
-    ray = _import_ray()
+    ray = ray_internals.import_ray()
     with _quiet():
-        ray.init(
+        context = ray.init(
             address="local",
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(directory),
             num_cpus=1,
             object_store_memory=128 * 2**20,
             log_to_driver=False,
             configure_logging=False,
+            **ray_internals.own(directory),
         )
     try:
-        yield
+        yield context.dashboard_url or None
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def joined(address: str) -> Iterator[None]:
-    """A cluster that runs already; what this process made there goes when it leaves.
+def joined(address: str) -> Iterator[str | None]:
+    """A cluster that runs already; gives HOST:PORT of its dashboard, None where it has none.
+
+    What this process made there goes when it leaves.
 
     Raises:
       UserError: nobody answers there, or a Ray of another version.
@@ -80,20 +80,20 @@ def joined(address: str) -> Iterator[None]:
                 "`ray start --head`, or leave --address out to emulate a pod here"
             )
         if host in _LOOPBACK and _unreachable(_own_address(), int(port)) is not None:
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray takes that address
+            os.environ |= ray_internals.LOOPBACK  # else Ray takes that address
     past_proxies(*_LOOPBACK, _own_address(), address.rpartition(":")[0])
-    ray = _import_ray()
+    ray = ray_internals.import_ray()
     try:
         with _quiet():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            context = ray.init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--address {address}: Ray {RAY} cannot join ({line}); the cluster needs the same Ray "
-            "and Python, and the token of RAY_AUTH_TOKEN_PATH"
+            f"--address {address}: Ray {ray.__version__} cannot join ({line}); the cluster needs "
+            "the same Ray and Python, and the token of RAY_AUTH_TOKEN_PATH"
         ) from error
     try:
-        yield
+        yield context.dashboard_url or None
     finally:
         ray.shutdown()
 
@@ -117,13 +117,6 @@ def chips(hosts_per_process: int) -> dict[str, int]:
     return {"GPU": 4 * hosts_per_process} if there.get("GPU") else {}
 
 
-def dashboard() -> str | None:
-    """HOST:PORT of the dashboard of the Ray that this process is connected to, if it has one."""
-    import ray
-
-    return ray._private.worker.global_worker.node.webui_url or None
-
-
 def _unreachable(host: str, port: int) -> str | None:
     """Why nobody answers there; None if somebody does."""
     try:
@@ -139,17 +132,6 @@ def _own_address() -> str:
         probe.connect(("192.0.2.1", 9))  # sends nothing; an address for examples (RFC 5737)
         return probe.getsockname()[0]
     return "127.0.0.1"
-
-
-def _import_ray():
-    import ray
-
-    if ray.__version__ != RAY:
-        raise UserError(
-            f"Ray {ray.__version__} is installed and pods were made with {RAY}; "
-            f"pip install 'ray[default]=={RAY}'"
-        )
-    return ray
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     plan.config.write_text(text)
     record = stack.enter_context(contextlib.closing(Record(directory / "pod" / "events.jsonl")))
     view = stack.enter_context(contextlib.closing(View(plan, record, out)))
-    with _ray(options, record, problems):
+    with _ray(options, record, problems) as dashboard:
         from launch.pod import cluster, data
         from launch.pod.supervisor import Supervisor
 
@@ -116,8 +116,8 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
             from launch.pod.dashboard import publish
 
             publish(record)
-        if url := cluster.dashboard():
-            view.say(f"dashboard at http://{url}")
+        if dashboard:
+            view.say(f"dashboard at http://{dashboard}")
         view.say(
             f"slice {slice}: {slice.num_chips} chips on {slice.num_hosts} hosts in "
             f"{plan.hosts(slice).processes} processes{proxy_note()}"
@@ -144,7 +144,10 @@ def _duplicate(fd: int):
 
 @contextlib.contextmanager
 def _ray(options, record, problems):
-    """The Ray of the pod, which has a time to answer; what is waited for is told."""
+    """The Ray of the pod, which has a time to answer; what is waited for is told.
+
+    Gives HOST:PORT of its dashboard, None where it has none.
+    """
     from launch.pod import cluster
     from launch.process import proxy_note
     from pjit_train.waiting import told
@@ -163,8 +166,8 @@ def _ray(options, record, problems):
     with contextlib.ExitStack() as stack:
         say = lambda text: record("waiting", text=text)
         with told(what, say=say, limit=_RAY, in_vain=in_vain):
-            stack.enter_context(ray)
-        yield
+            dashboard = stack.enter_context(ray)
+        yield dashboard
 
 
 if __name__ == "__main__":

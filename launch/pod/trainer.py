@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from pjit_train import signals
@@ -126,13 +125,13 @@ def _warm(standing: dict[str, Any]):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_timeout_seconds={_DAY} "
         f"--xla_cpu_collective_call_terminate_timeout_seconds={_DAY}"
     )
-    from launch import process
+    from launch import jax_internals, process
 
     process.prepare(standing["devices"])
     import jax
 
     if standing["devices"] is not None:
-        _every_process_caches()
+        jax_internals.every_process_caches()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
@@ -214,25 +213,11 @@ def _train(run, standing, orders, tell, go_on, slow, memory) -> None:
     tell("ended")
 
 
-def _every_process_caches() -> None:
-    """Lets each process write the compilation cache, not only process 0.
-
-    The key of what is compiled for emulated devices differs from process to process, so that the
-    others would compile anew at each attempt.
-    """
-    from jax._src import compiler
-
-    write = compiler._cache_write
-    first = SimpleNamespace(global_state=SimpleNamespace(process_id=0))
-    names = {**write.__globals__, "distributed": first}
-    compiler._cache_write = FunctionType(write.__code__, names, write.__name__, write.__defaults__)
-
-
 def _join(orders) -> None:
     """Joins the other processes of the attempt; on one machine over the loopback interface only."""
     import jax
-    from jax._src.lib import _jax
 
+    from launch.jax_internals import gloo_listens_on
     from launch.process import past_proxies
 
     if orders["devices"] is not None:
@@ -243,10 +228,7 @@ def _join(orders) -> None:
     past_proxies(coordinator.rpartition(":")[0])
     if coordinator.startswith("127.0.0.1:"):
         listen = coordinator
-        make = _jax.make_gloo_tcp_collectives  # would take the address of the machine's name
-        _jax.make_gloo_tcp_collectives = lambda distributed_client: make(
-            distributed_client=distributed_client, hostname="127.0.0.1"
-        )
+        gloo_listens_on("127.0.0.1")
     jax.distributed.initialize(
         coordinator,
         num_processes=orders["processes"],

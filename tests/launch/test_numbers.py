@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from launch import argparse_internals
 from launch.cli import main, parser
 from launch.configure import build_run
 from launch.explain import STANDARD
@@ -214,11 +215,10 @@ def numeric_options():
     """(words of the command, option, its converter) of every option that takes a number."""
 
     def walk(words, of):
-        for action in of._actions:
-            if isinstance(action.choices, dict):
-                for name, sub in action.choices.items():
-                    yield from walk((*words, name), sub)
-            elif action.type is not None:
+        for name, sub in argparse_internals.commands(of).items():
+            yield from walk((*words, name), sub)
+        for action in argparse_internals.arguments(of):
+            if action.type is not None:
                 yield words, action, of
 
     return list(walk((), parser()))

@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.pod import ray_internals
 from launch.pod.cluster import private_directory
 from launch.pod.data import tokenize_on_cluster
 from pjit_train.data import Bytes, TextFiles, TokenizerJson
@@ -71,7 +72,7 @@ token.write_text("0" * 64)
 os.environ |= {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN_PATH": str(token),
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    **ray_internals.LOOPBACK,
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 import ray
@@ -82,8 +83,7 @@ ray.init(
     num_cpus=3,
     object_store_memory=100 * 2**20,
     log_to_driver=False,
-    _node_ip_address="127.0.0.1",
-    _temp_dir=str(directory),
+    **ray_internals.own(directory),
 )
 try:
     for line in sys.stdin:
