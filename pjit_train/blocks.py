@@ -99,6 +99,20 @@ class BlockConfig:
     def residual_std(self) -> float:
         return self.init_std / (math.sqrt(2 * self.num_layers) if self.scale_residual_init else 1)
 
+    @property
+    def num_norm_params(self) -> int:
+        """Elements of the parameters of one norm."""
+        return self.d_model * (2 if self.norm == "layernorm" else 1)
+
+    @property
+    def num_block_params(self) -> int:
+        """Elements of the parameters of one block."""
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        wide = 2 if self.activation == "swiglu" else 1  # matmuls into the feed-forward width
+        kernels = self.d_model * (2 * query + 2 * kv + (wide + 1) * self.d_ff)
+        biases = query + 2 * kv + wide * self.d_ff + 2 * self.d_model if self.use_bias else 0
+        return kernels + biases + 2 * self.num_norm_params
+
 
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016), computed in float32."""

@@ -56,7 +56,7 @@ class Program:
     """
 
     def __init__(self, run: Run, mesh: Mesh):
-        run.check_mesh(mesh)
+        run.check_mesh(mesh.shape)
         run.model.check_data(vocab_size=run.data.tokenizer.vocab_size, seq_len=run.data.seq_len)
         self.run, self.mesh = run, mesh
         self._observe = None

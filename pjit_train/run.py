@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pjit_train.checkpoint import CheckpointConfig
@@ -152,16 +153,16 @@ class Run:
             options["scored"] = quantizer.scored
         return self.sparsity.build(params, **options)
 
-    def check_mesh(self, mesh) -> None:
-        """Raises a UserError where the mesh does not divide a batch."""
+    def check_mesh(self, sizes: Mapping[str, int]) -> None:
+        """Raises a UserError where a mesh of these sizes, by axis, does not divide a batch."""
         rows = self.data.batch_size // self.accumulate
         for what, size, axes in (
             ("batch_size / accumulate", rows, self.rules.batch),
             ("seq_len", self.data.seq_len, self.rules.length),
         ):
-            ways = math.prod(mesh.shape[axis] for axis in axes)
+            ways = math.prod(sizes[axis] for axis in axes)
             if size % ways:
-                shown = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                shown = " * ".join(f"{axis}={sizes[axis]}" for axis in axes)
                 raise UserError(
                     f"mesh: {what} = {size} is not divisible by {shown} = {ways}; "
                     f"use a multiple of {ways}, or a smaller mesh"

@@ -96,6 +96,15 @@ class TransformerConfig(BlockConfig):
     def build(self, key: jax.Array, rules: Rules) -> "Transformer":
         return Transformer(self, key, rules)
 
+    @property
+    def num_params(self) -> int:
+        """Elements of all parameters, as `count_params` counts them in the built model."""
+        tables = self.vocab_size * (1 if self.tie_head else 2)
+        if self.positions == "learned":
+            tables += self.max_len + self.position_offset
+        blocks = self.num_layers * self.num_block_params
+        return tables * self.d_model + blocks + self.num_norm_params
+
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations per token of a training step: 3 forward passes, no remat.
 

@@ -48,6 +48,15 @@ class ViTConfig(BlockConfig):
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_params(self) -> int:
+        """Elements of all parameters of the built model."""
+        pixels = self.patch_size**2 * self.channels
+        tokens = self.num_patches + 1 + 1  # their positions, and the class token
+        ends = self.d_model * (pixels + tokens + self.num_classes)
+        ends += self.d_model + self.num_classes if self.use_bias else 0
+        return ends + self.num_layers * self.num_block_params + self.num_norm_params
+
     def build(self, key: jax.Array, rules: Rules) -> "ViT":
         return ViT(self, key, rules)
 

@@ -99,7 +99,7 @@ def traffic_of(run: Run, mesh: Mapping[str, int]) -> list[Traffic]:
     `tensor`, keys and values gathered over `sequence`.
     """
     model, rows = run.model, run.data.batch_size / (mesh["data"] * mesh["fsdp"])
-    parameters = 4 * model.flops_per_token(run.data.seq_len) / 6 / mesh["tensor"]
+    parameters = 4 * model.num_params / mesh["tensor"]
     activations = 4 * rows * run.data.seq_len / mesh["sequence"] * model.d_model
     entries = [
         ("all_gather", "fsdp", parameters, 2),
@@ -127,9 +127,5 @@ def check_mesh(run: Run, slice: Slice) -> dict[str, int]:
             f"--slice {slice}: has {slice.num_chips} chips and the mesh {shown} takes "
             f"{math.prod(sizes.values())}; let one axis of --mesh be -1, or take another slice"
         )
-
-    class Sizes:
-        shape = sizes
-
-    run.check_mesh(Sizes)
+    run.check_mesh(sizes)
     return sizes

@@ -98,7 +98,7 @@ class Plan:
         """
         hosts, sizes = self.hosts(self.slice), check_mesh(self.run, self.slice)
         processes = hosts.processes
-        parameters = 4 * self.run.model.flops_per_token(self.run.data.seq_len) / 6
+        parameters = 4 * self.run.model.num_params
         gathered = parameters / sizes["tensor"]
         data, model = self.run.data, self.run.model
         # In unrolled layers XLA:CPU undoes what `remat` asks for.

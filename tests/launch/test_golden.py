@@ -25,6 +25,7 @@ CONFIGS = {path.stem: path for path in sorted(TESTS.parent.glob("configs/**/*.gi
 BASE = CONFIGS.pop("base")
 
 
+@functools.cache
 def build(name: str):
     """A model is run with the shared defaults, a recipe with them and the tiny model besides; every
     other configuration is a run by itself.
@@ -87,5 +88,14 @@ def _parameters(part):
 )
 def test_models_have_the_published_number_of_parameters(name, published):
     model = build(name)[0].model
+    assert model.num_params == built_params(model) == published
+
+
+def built_params(model) -> int:
     built = nnx.eval_shape(functools.partial(model.build, jax.random.key(0), Rules()))
-    assert count_params(nnx.state(built, nnx.Param)) == published
+    return count_params(nnx.state(built, nnx.Param))
+
+
+def test_every_model_has_as_many_parameters_as_it_says():
+    for model in {build(name)[0].model for name in CONFIGS}:
+        assert model.num_params == built_params(model), model

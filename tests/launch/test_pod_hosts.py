@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.pod.hosts import Hosts, check_mesh
+from launch.configure import build_run
+from launch.pod.hosts import Hosts, check_mesh, traffic_of
 from launch.pod.plan import default_hosts_per_process
 from pjit_train.errors import UserError
 from pjit_train.sharding import MeshShape
@@ -80,12 +81,21 @@ def test_by_default_there_are_at_most_four_processes():
     ]
 
 
+def test_all_parameters_are_gathered_and_their_gradients_scattered():
+    """Of Llama 3 8B, the 8,030,261,248 float32 numbers, over two `tensor` parts."""
+    run, _ = build_run(["configs/base.gin", "configs/models/llama3_8b.gin"])
+    traffic = traffic_of(run, {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 2})
+    over_fsdp = {one.kind: (one.bytes, one.count) for one in traffic if one.axes == ("fsdp",)}
+    half = 4 * 8_030_261_248 / 2
+    assert over_fsdp == {"all_gather": (half, 2), "reduce_scatter": (half, 1)}
+
+
 class FakeRun:
     def __init__(self, **sizes):
         self.mesh = MeshShape(**sizes)
 
-    def check_mesh(self, mesh):
-        assert set(mesh.shape) == {"data", "fsdp", "sequence", "tensor"}
+    def check_mesh(self, sizes):
+        assert set(sizes) == {"data", "fsdp", "sequence", "tensor"}
 
 
 def test_a_mesh_takes_all_chips_of_the_slice():

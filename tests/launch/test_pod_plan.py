@@ -60,6 +60,17 @@ def test_what_a_large_batch_takes_is_what_the_compiler_says(layers, remat, accum
     assert 0.7 < said / measured < 1.4
 
 
+def test_a_head_of_its_own_takes_as_much_as_the_embedding():
+    """Parameters, gradients and two moments on each of 4 devices, and the parameters in use."""
+    sizes = ["run.Run.eval_every = 0", "sharding.MeshShape.data = 4"]
+    tied, own = (
+        plan(*sizes, *SMALL, f"transformer.TransformerConfig.tie_head = {tie}")
+        for tie in (True, False)
+    )
+    table = 4 * own.run.model.vocab_size * 64
+    assert own.memory() - tied.memory() == 4 * (4 + 1) * table
+
+
 def test_a_pod_that_takes_the_batch_in_parts_fits_where_the_whole_does_not():
     """1024 rows of 256 through 4 layers of 192: 30 * 4 * 192 floats a token are 22.5 GiB."""
     large = ["text.TextData.batch_size = 1024"]
