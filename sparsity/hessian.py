@@ -10,8 +10,9 @@ import numpy as np
 
 from sparsity.rounding import MAGNITUDE, bits_of, float_of, lift, power, split
 
-# Terms of a sum, few enough that BLAS and LAPACK do not divide it in a way that depends on threads.
-_PANEL = 64
+# BLAS divides the rows and columns of a product among threads. Where it cuts a tile of its kernel,
+# other instructions sum what is left of it; of whole numbers of these sides it cuts none.
+_TILE = 64
 
 
 def transposed_product(a_TI: jax.Array, b_TO: jax.Array) -> jax.Array:
@@ -152,8 +153,10 @@ def inverse_factor(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.
     check_damping(damping)
     inputs = len(hessian)
     _, exponent = np.frexp(np.diagonal(hessian).max(initial=0))
-    hessian = np.ldexp(hessian, -int(exponent))
-    diagonal = np.einsum("ii->i", hessian)  # a view
+    whole = np.eye(-(-inputs // _TILE) * _TILE)  # what fills it up stands by itself
+    whole[:inputs, :inputs] = np.ldexp(hessian, -int(exponent))
+    hessian = whole[:inputs, :inputs]
+    diagonal = np.einsum("ii->i", hessian)  # a view, as `hessian` is
     dead = diagonal == 0
     mean = diagonal.mean() if inputs else 0.0
     hessian[dead] = 0
@@ -161,46 +164,41 @@ def inverse_factor(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.
     diagonal[dead] = 1
     diagonal += damping * mean
     # H = R R^T with R upper triangular, by Cholesky's factor of H read backwards; then U = R^-1.
-    upper = _cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    pivots = np.diagonal(upper) ** 2 > 4 * max(inputs, 1) * np.finfo(np.float64).eps * diagonal
+    upper = _cholesky(whole[::-1, ::-1])[::-1, ::-1]
+    least = 4 * max(inputs, 1) * np.finfo(np.float64).eps * diagonal
+    pivots = np.diagonal(upper)[:inputs] ** 2 > least
     if not pivots.all():  # NaN among them
         raise ValueError(
             f"hessian_II: not positive definite with damping={damping}; "
             "use X^T X, and more damping, such as 0.01"
         )
-    return _inverse(upper).astype(np.float32), dead
+    return _inverse(upper)[:inputs, :inputs].astype(np.float32), dead
 
 
-def _cholesky(a: np.ndarray) -> np.ndarray:
+def _cholesky(a: np.ndarray, panel: int = 4 * _TILE) -> np.ndarray:
     """The lower triangular factor of a symmetric matrix; NaN where it is not positive definite."""
-    a = np.tril(a)
-    for start in range(0, len(a), _PANEL):
-        here, after = slice(start, start + _PANEL), slice(start + _PANEL, None)
+    if len(a) <= _TILE:
         try:
-            a[here, here] = np.linalg.cholesky(a[here, here] + np.tril(a[here, here], -1).T)
+            return np.linalg.cholesky(a)
         except np.linalg.LinAlgError:
-            a[...] = np.nan
-            return a
-        a[after, here] = a[after, here] @ np.linalg.inv(a[here, here]).T
-        for first in range(start + _PANEL, len(a), 8 * _PANEL):
-            columns = slice(first, first + 8 * _PANEL)
+            return np.full_like(a, np.nan)
+    a = np.tril(a)
+    for start in range(0, len(a), panel):
+        end = start + panel
+        here = slice(start, end)
+        a[here, here] = _cholesky(a[here, here], _TILE)
+        a[end:, here] = a[end:, here] @ _inverse(a[here, here].T)
+        for first in range(end, len(a), 8 * _TILE):
+            columns = slice(first, first + 8 * _TILE)
             a[first:, columns] -= a[first:, here] @ a[columns, here].T
     return np.tril(a)
 
 
 def _inverse(upper: np.ndarray) -> np.ndarray:
     """The inverse of an upper triangular matrix, by halves: numpy's own inverts any matrix."""
-    if len(upper) <= _PANEL:
+    if len(upper) <= _TILE:
         return np.linalg.inv(upper)
-    h = len(upper) // 2
+    h = -(-len(upper) // (2 * _TILE)) * _TILE
     first, last = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
-    corner = -_product(_product(first, upper[:h, h:]), last)
+    corner = -(first @ upper[:h, h:]) @ last
     return np.block([[first, corner], [np.zeros_like(upper[h:, :h]), last]])
-
-
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b in panels of the sum."""
-    found = np.zeros((a.shape[0], b.shape[1]))
-    for first in range(0, a.shape[1], 2 * _PANEL):
-        found += a[:, first : first + 2 * _PANEL] @ b[first : first + 2 * _PANEL]
-    return found

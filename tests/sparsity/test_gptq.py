@@ -215,7 +215,7 @@ def test_inputs_that_were_always_zero_inflate_no_scale(name, order):
 @pytest.mark.parametrize(
     ("format", "says"),
     [
-        ("int5", "unknown format 'int5'; use one of int4, int8"),
+        ("int9", "unknown format 'int9'; use one of int4, int8"),
         (Int(bits=4, block=36), "48 entries are not cut into blocks of 36; .* such as 12"),
         ("nvfp4x", "unknown format"),
     ],
