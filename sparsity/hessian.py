@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity.ranges import Count, NonNegative, check_number
 from sparsity.rounding import MAGNITUDE, bits_of, float_of, lift, power, split
 
 # BLAS divides the rows and columns of a product among threads. Where it cuts a tile of its kernel,
@@ -120,14 +121,12 @@ def check_hessian(hessian_II, inputs: int) -> np.ndarray:
 
 def check_damping(damping: float) -> None:
     """Raises a ValueError where a damping is no finite number from 0."""
-    if not (isinstance(damping, int | float | np.number) and 0 <= damping < float("inf")):
-        raise ValueError(f"damping={damping!r}; use a number from 0, such as 0.01")
+    check_number("damping", damping, NonNegative)
 
 
 def check_block_size(block_size: int) -> None:
     """Raises a ValueError where a number of inputs is no int from 1."""
-    if not isinstance(block_size, int | np.integer) or block_size < 1:
-        raise ValueError(f"block_size={block_size!r}; use an int from 1, such as 128")
+    check_number("block_size", block_size, Count)
 
 
 def inverse_factor(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:

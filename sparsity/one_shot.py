@@ -59,7 +59,7 @@ def parse_pattern(pattern: Pattern) -> NByM | float:
     is_number = re.fullmatch(r"[-+.0-9eE]+", str(pattern))  # float() takes "1_0" and other digits
     try:
         fraction = float(pattern) if is_number else -1.0
-    except ValueError:
+    except (OverflowError, ValueError):
         fraction = -1.0
     if not 0 <= fraction < 1:
         raise ValueError(
@@ -142,9 +142,7 @@ def wanda_mask(
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _wanda_mask(kernel_IO, norms_I, pattern, transposable):
-    unit_IO, _ = to_unit(
-        kernel_IO.astype(jnp.float32)
-    )  # whose products neither over- nor underflow
+    unit_IO, _ = to_unit(kernel_IO.astype(jnp.float32))  # products neither over- nor underflow
     scores = wanda_scores(unit_IO, to_unit(norms_I)[0])
     return _select(scores, pattern, transposable, per_output=True)
 

@@ -4,6 +4,7 @@ Xiao et al., 2023: y = x W = (x / s) (s W), with s chosen per input, and 1 / s f
 makes x, so that the model computes the same. Letters in names: I inputs, O outputs.
 """
 
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -31,7 +32,8 @@ def smoothing_scales(
       ValueError: the strength is not from 0 to 1, the maxima are not finite and from 0, or a kernel
         is no finite matrix with as many inputs.
     """
-    if not 0 <= strength <= 1:
+    is_number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
+    if not is_number or not 0 <= strength <= 1:
         raise ValueError(f"smoothing: strength {strength}; use 0 to 1, such as 0.5")
     if not len(kernels_IO):
         raise ValueError("kernels_IO: there are none; give those that read the inputs")

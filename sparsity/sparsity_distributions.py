@@ -6,11 +6,14 @@ not pruned. It looks at keys and shapes only.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from sparsity.ranges import Count, NonNegative, Whole, check_number
 from sparsity.utils import key_of
 
 FilterFnType = Callable[[tuple, Any], bool]
@@ -149,14 +152,23 @@ def get_sparsities_erdos_renyi(
       erk_power_scale: exponent of sum / prod; below 1 it is nearer to uniform.
       copies: how many layers of the shape there are, by key; 1 where not given.
 
+    A parameter without entries has nothing to prune: its sparsity is 0. One of a single entry, and
+    so of no axes, counts as of an axis of 1; without `include_kernel` a lone axis is n_out, n_in 1.
+
     Raises:
-      ValueError: no shapes, or a sparsity outside [0, 1).
+      ValueError: no shapes, a size that is no whole number from 0, a sparsity outside [0, 1), or a
+        power or a number of copies out of its meaning.
     """
     if not var_shape_dict:
         raise ValueError("Variable shape dictionary is empty: no parameter passes the filter")
     check_sparsity(default_sparsity, "Default sparsity")
     custom = {k: s for k, s in _checked(custom_sparsity_map).items() if k in var_shape_dict}
     copies = copies or {}
+    check_number("erk_power_scale", erk_power_scale, NonNegative)
+    for key, shape in var_shape_dict.items():
+        check_number(f"copies[{key!r}]", copies.get(key, 1), Count)
+        for size in shape:
+            check_number(f"var_shape_dict[{key!r}]={shape}: size", size, Whole)
     sizes = {k: math.prod(shape) * copies.get(k, 1) for k, shape in var_shape_dict.items()}
 
     def kept(key):
@@ -165,13 +177,15 @@ def get_sparsities_erdos_renyi(
 
     def proportion(shape):
         if include_kernel:
+            shape = shape or (1,)
             return (sum(shape) / math.prod(shape)) ** erk_power_scale
-        n_in, n_out = shape[-2:]
+        n_in, n_out = (1, 1, *shape)[-2:]
         return (n_in + n_out) / (n_in * n_out)
 
-    free = {k: proportion(shape) for k, shape in var_shape_dict.items() if k not in custom}
+    dense = {k for k in var_shape_dict if not sizes[k] and k not in custom}
+    others = [k for k in var_shape_dict if k not in custom and k not in dense]
+    free = {k: proportion(var_shape_dict[k]) for k in others}
     budget = sum(map(kept, free))
-    dense = set()
     while free:
         epsilon = budget / sum(p * sizes[k] for k, p in free.items())
         largest = max(free.values())
@@ -189,12 +203,19 @@ def get_sparsities_erdos_renyi(
 
 
 def check_sparsity(sparsity: Any, what: str = "sparsity") -> None:
-    """Raises a ValueError where a number is outside [0, 1)."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{what}={sparsity}; use a fraction of zeros in [0, 1)")
+    """Raises a ValueError where what should be a number from 0 to below 1 is none."""
+    is_number = (
+        isinstance(sparsity, numbers.Real | jax.Array | np.ndarray) and np.ndim(sparsity) == 0
+    )
+    if not is_number or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise ValueError(f"{what}={sparsity!r}; use a fraction of zeros in [0, 1)")
 
 
 def _checked(custom_sparsity_map):
+    if custom_sparsity_map is not None and not hasattr(custom_sparsity_map, "items"):
+        raise ValueError(
+            f"custom_sparsity_map={custom_sparsity_map!r}; use a mapping of keys to sparsities"
+        )
     for key, sparsity in (custom_sparsity_map or {}).items():
         if sparsity is not None:
             check_sparsity(sparsity, f"custom_sparsity_map[{key!r}]")

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity.ranges import Fraction, check_number
+
 
 def order_key(scores: jax.Array) -> jax.Array:
     """Integers that stand in the order of the scores: -0 = +0, and NaN is less than all else.
@@ -100,8 +102,7 @@ def keep_count(size: int, sparsity) -> Any:
     if size >= 1 << 31:
         raise ValueError(f"size={size} entries; fewer than 2^31 can be counted together")
     if not isinstance(sparsity, jax.Array):
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"sparsity={sparsity}; use a fraction from 0 to 1")
+        check_number("sparsity", sparsity, Fraction)
         return max(1, round(size * (1 - float(sparsity))))
     sparsity = sparsity.astype(jnp.float32)
     fraction = jnp.round(sparsity * 2.0**32)

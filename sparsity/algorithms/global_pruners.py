@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sparsity import topk
 from sparsity.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from sparsity.base_updater import BaseUpdater
+from sparsity.hessian import to_unit
 from sparsity.mask_calculator import MASK_DTYPE
 from sparsity.ranges import Decay, NonNegative
 from sparsity.sparsity_distributions import (
@@ -31,8 +32,10 @@ class GlobalPruningMixin(BaseUpdater):
     Attributes:
       custom_sparsity_map: sparsities of single parameters by keys, which stay out of the order.
       filter_fn: which parameters are pruned; of a stack it sees one layer.
-      normalization_eps: added to the norms.
-      use_normalization: divide the scores of each layer by their l2 norm.
+      use_normalization: divide the scores of each layer by their l2 norm. The power of two that
+        brings the greatest of a layer to [1, 2) is taken out before: no scale changes a mask.
+      normalization_eps: added to the norms of what is left (JaxPruner adds it to those of the
+        scores themselves, and so weighs layers of tiny ones less).
       sparsity: fraction of zeros in all pruned parameters together, in [0, 1).
 
     Raises:
@@ -102,10 +105,15 @@ class GlobalPruningMixin(BaseUpdater):
     def _normalized(self, score, stacked):
         if not self.use_normalization:
             return score
-        score = score.astype(jnp.float32)
-        axes = tuple(range(stacked, score.ndim))
-        norm = jnp.sqrt(jnp.sum(jnp.square(score), axis=axes, keepdims=True))
-        return score / (norm + self.normalization_eps)
+        layer = self._normalized_layer
+        for _ in range(stacked):
+            layer = jax.vmap(layer)
+        return layer(score.astype(jnp.float32))
+
+    def _normalized_layer(self, score):
+        unit, _ = to_unit(score)  # of which no square overflows
+        norm = jnp.sqrt(jnp.sum(jnp.square(unit)))
+        return unit / jnp.where(norm > 0, norm + self.normalization_eps, 1)
 
 
 @dataclasses.dataclass

@@ -105,14 +105,55 @@ def test_keys_of_flax_variables():
     assert shares == {"attention": {"query": None, "value": 0.5}}
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
+@pytest.mark.parametrize("include_kernel", [True, False])
+def test_erk_of_layers_without_entries_or_axes(include_kernel):
+    """They take nothing from the others, and a lone entry is as dense as any density allows."""
+    plain = {"a": (4, 6), "b": (16, 8)}
+    expected = get_sparsities_erdos_renyi(plain, 0.7, include_kernel=include_kernel)
+    shapes = plain | {"none": (0, 4), "scalar": ()}
+    found = get_sparsities_erdos_renyi(shapes, 0.7, include_kernel=include_kernel)
+    assert found["none"] == 0
+    assert found["scalar"] == 0  # its p, 1 or more, is the greatest
+    for key in plain:
+        assert found[key] == pytest.approx(expected[key], abs=0.02)  # one entry more is kept
+    nothing = {"none": (0, 4), "empty": (0,)}
+    assert get_sparsities_erdos_renyi(nothing, 0.7, include_kernel=include_kernel) == {
+        "none": 0,
+        "empty": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"erk_power_scale": float("nan")}, "erk_power_scale=nan"),
+        ({"erk_power_scale": float("inf")}, "erk_power_scale=inf"),
+        ({"erk_power_scale": -1.0}, "erk_power_scale=-1.0"),
+        ({"copies": {"a": 0}}, r"copies\['a'\]=0"),
+        ({"var_shape_dict": {"a": (-1, 4)}}, r"var_shape_dict\['a'\].*size=-1"),
+        ({"var_shape_dict": {"a": (1.5, 4)}}, r"var_shape_dict\['a'\].*size=1.5"),
+        ({"custom_sparsity_map": [0.5]}, "custom_sparsity_map"),
+    ],
+)
+def test_numbers_of_erk_are_named(given, says):
+    with pytest.raises(ValueError, match=says):
+        get_sparsities_erdos_renyi(
+            **({"var_shape_dict": {"a": (4, 4)}, "default_sparsity": 0.5} | given)
+        )
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), None, "0.5", True, [0.5]])
 def test_sparsities_outside_the_range(sparsity):
     tree = {"a": np.zeros((2, 2))}
     for distribution in (uniform, erk):
         with pytest.raises(ValueError, match=r"use a fraction of zeros in \[0, 1\)"):
             distribution(tree, sparsity)
         with pytest.raises(ValueError, match=r"custom_sparsity_map\[\('a',\)\]"):
-            distribution(tree, 0.5, custom_sparsity_map={("a",): sparsity})
+            distribution(
+                tree,
+                0.5,
+                custom_sparsity_map={("a",): sparsity} if sparsity is not None else {("a",): 2},
+            )
 
 
 def test_erk_needs_something_to_prune():

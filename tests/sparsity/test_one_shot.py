@@ -275,7 +275,7 @@ def test_outputs_that_4_does_not_divide_are_not_transposable():
         (lambda h: np.ones_like(h) - np.eye(len(h)) / 2, {}, "hessian_II: not positive definite"),
         (lambda h: h, {"damping": float("nan")}, "damping=nan; use a number from 0"),
         (lambda h: h, {"damping": -1}, "damping=-1; use"),
-        (lambda h: h, {"block_size": 0}, "block_size=0; use an int from 1"),
+        (lambda h: h, {"block_size": 0}, "block_size=0; use a whole number from 1"),
     ],
 )  # fmt: skip
 def test_a_hessian_that_cannot_be_is_told_in_one_line(hessian, options, says):

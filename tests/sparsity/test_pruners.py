@@ -111,6 +111,23 @@ def test_global_saliency_with_a_custom_layer_and_a_filter():
     np.testing.assert_array_equal(masks["b"], [[0, 1]])
 
 
+@pytest.mark.parametrize("exponent", [-110, -30, 30, 120])
+def test_no_scale_changes_the_masks_of_global_pruners(exponent):
+    """Squares of float32 numbers beyond 2^64 are infinite, and below 2^-75 nothing."""
+    params = {"a": normal(1, 8, 6), "b": 3 * normal(2, 5, 4), "zero": jnp.zeros((3, 2))}
+    grads = jax.tree.map(jnp.ones_like, params)
+    moved = {k: jnp.asarray(np.ldexp(np.asarray(v), exponent)) for k, v in params.items()}
+    one = params | {"a": moved["a"]}  # the norms take out what one layer is scaled by
+    for kind in (sparsity.GlobalMagnitudePruning, sparsity.GlobalSaliencyPruning):
+        updater = kind(sparsity=0.6)
+        expected = updater.instant_sparsify(params, grads)[1]
+        for scaled in (moved, one):
+            masks = updater.instant_sparsify(scaled, grads)[1]
+            for key in params:
+                np.testing.assert_array_equal(masks[key], expected[key])
+    assert sum(int(mask.sum()) for mask in expected.values()) == round(0.4 * 74)
+
+
 def test_global_norms_are_those_of_layers():
     """The layers of a stack differ by a factor: each has its own norm and is pruned alike."""
     layer = normal(0, 6, 6)

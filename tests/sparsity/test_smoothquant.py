@@ -58,7 +58,19 @@ def test_inputs_and_weights_of_zero_are_left(strength):
     np.testing.assert_array_equal(found[:2], 1)
 
 
-@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize(("inputs", "weights"), [(80, 0), (-80, 40), (0, 80), (10, -100)])
+def test_a_scale_of_inputs_and_weights_is_one_of_the_scales(strength, inputs, weights):
+    """By x^a / w^(1 - a): a power of two of either comes out as that power of it."""
+    rng = np.random.default_rng(2)
+    maxima, kernel = np.exp(rng.normal(size=6)), rng.normal(size=(6, 4))
+    plain = np.asarray(smoothing_scales(maxima, [kernel], strength))
+    moved = smoothing_scales(np.ldexp(maxima, inputs), [np.ldexp(kernel, weights)], strength)
+    factor = 2.0 ** (inputs * strength - weights * (1 - strength))
+    np.testing.assert_allclose(np.asarray(moved, np.float64) / factor, plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), None, True])
 def test_a_strength_out_of_range_is_one_line(strength):
     with pytest.raises(ValueError, match=r"^smoothing: strength .*; use 0 to 1, such as 0.5$"):
         smoothing_scales(np.ones(2), [np.ones((2, 2))], strength)

@@ -134,7 +134,7 @@ def test_keep_count():
     assert keep_count(0, 0.5) == 1
     with pytest.raises(ValueError, match="fewer than 2"):
         keep_count(1 << 31, 0.5)
-    with pytest.raises(ValueError, match=r"sparsity=1.5; use a fraction from 0 to 1"):
+    with pytest.raises(ValueError, match=r"sparsity=1.5; use a number from 0 to 1"):
         keep_count(10, 1.5)
 
 
