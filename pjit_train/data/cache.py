@@ -34,6 +34,7 @@ from pjit_train.data import checked
 from pjit_train.errors import UserError
 from pjit_train.files import json_sha256
 from pjit_train.signals import unfinished
+from pjit_train.waiting import told
 
 log = logging.getLogger("torsion")
 SPLITS = ("train", "validation")
@@ -98,7 +99,11 @@ def locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process, so a kill leaves nothing locked
+        try:  # the lock falls with the process, so a kill leaves nothing locked
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with told(f"another process, which makes {path}"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise UserError(
             f"cache directory {str(path.parent)!r} cannot be written ({error.strerror}): "

@@ -1,11 +1,14 @@
 """The token cache: what is on disk, and what kills, truncation and rivals do to it."""
 
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from pjit_train.data import (
     TokenizerJson,
     train_tokenizer,
 )
-from pjit_train.data.cache import open_cache
+from pjit_train.data.cache import locked, open_cache
 from pjit_train.errors import UserError
 
 DOCUMENTS = ["first document", "der zweite für sich", "3"]
@@ -204,6 +207,26 @@ def test_of_processes_at_once_one_tokenizes_and_all_read_the_same(tmp_path):
     assert all(process.returncode == 0 for process in processes)
     assert len({lines[-1] for lines in outputs}) == 1
     assert sum(lines.count("tokenizing") for lines in outputs) == 2  # one process, two splits
+
+
+def test_who_waits_for_another_that_builds_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("pjit_train.waiting._SAY", 0.05)
+    caplog.set_level("INFO", logger="torsion")
+    monkeypatch.setattr(logging.getLogger("torsion"), "propagate", True)
+    entered = threading.Event()
+
+    def wait():
+        with locked(tmp_path / "tokens-1"):
+            entered.set()
+
+    with locked(tmp_path / "tokens-1"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        assert not entered.is_set()
+    waiting.join(timeout=10)
+    assert entered.is_set()
+    assert f"another process, which makes {tmp_path / 'tokens-1'}" in caplog.text
 
 
 def test_an_error_while_building_leaves_nothing(tmp_path):
