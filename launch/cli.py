@@ -3,7 +3,6 @@
 Whatever is slow to import (JAX, gin, the data libraries) is imported by the command that needs it.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -49,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     from pjit_train import signals
 
     taken = signals.taken(signals.end_unless_saved)
-    with contextlib.ExitStack() as stack:
-        taken.__enter__()
-        if argv is not None:
-            stack.push(taken)
+    if argv is None:
+        taken.__enter__()  # until the process has ended
+        return _command(argv, began)
+    with taken:
         return _command(argv, began)
 
 

@@ -40,7 +40,8 @@ class Attempt:
         self._plan, self._record, self._hosts = owner.plan, owner.record, owner.staff.hosts
         self._step, self._said, self._kind = 0, {}, ""
         self._progress = time.monotonic()
-        self._waits, self._address = Waits(len(self._hosts), self._plan.hang_seconds), address
+        where = f" at {address}{proxy_note()}"
+        self._waits = Waits(len(self._hosts), self._plan.hang_seconds, where)
         self._exits: dict[int, int] = {}
         self._warming: Host | None = None
         self._notice: str | None = None
@@ -143,8 +144,6 @@ class Attempt:
         waits = self._waits
         behind, what = waits.behind()
         who = " and ".join(self._name(i) for i in behind)
-        if "meet" in what:
-            what += f" at {self._address}{proxy_note()}"
         if waits.seconds() > waits.limit():
             return Failure(f"waited {waits.limit():.0f} s in vain for {who} {what}")
         if waits.due():

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.files import write_whole
-from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, light, throughput
+from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, light, scene, throughput
 from topology.shapes import times
 
 _NAME = "run"  # of the one slice that the pod holds
-_KEPT_SECONDS = 20.0  # for the best routing around failed switches
 
 
 class Manager:
@@ -109,7 +108,7 @@ def _kept(pod, placement):
     switches = [part for part in pod.failed if part.kind == "ocs"]
     links = {link for part in switches for link in _links(pod, part)}
     return float(
-        throughput.all_to_all_kept(placement.slice, sorted(links), time_limit=_KEPT_SECONDS)
+        throughput.all_to_all_kept(placement.slice, sorted(links), time_limit=scene.TIME_LIMIT)
     )
 
 

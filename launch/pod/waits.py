@@ -5,7 +5,7 @@ import time
 _WAITS = {  # by the last thing that a process told: what it does next, and how long it may take,
     # as a multiple of --hang-after
     "": ("to start, with the tokens", 10),
-    "ready": ("to meet the others", 2),
+    "ready": ("to meet the others{where}", 2),
     "joined": ("to restore the checkpoint", 5),
     "begin": ("to compile the step", 5),
     "compiled": ("to compute the first step", 5),
@@ -20,10 +20,11 @@ class Waits:
     Args:
       processes: how many.
       hang_seconds: of --hang-after.
+      where: they meet, in words, such as " at 10.0.0.1:1234".
     """
 
-    def __init__(self, processes: int, hang_seconds: float):
-        self._at, self._hang = [""] * processes, hang_seconds
+    def __init__(self, processes: int, hang_seconds: float, where: str = ""):
+        self._at, self._hang, self._where = [""] * processes, hang_seconds, where
         self._since, self._say = time.monotonic(), _SAY
 
     def on_event(self, process: int, kind: str) -> None:
@@ -36,7 +37,7 @@ class Waits:
         """The processes that are waited for, and what they have to do; ([], "") where all train."""
         for kind, (what, _) in _WAITS.items():
             if waited := [process for process, at in enumerate(self._at) if at == kind]:
-                return waited, what
+                return waited, what.format(where=self._where)
         return [], ""
 
     def limit(self) -> float:

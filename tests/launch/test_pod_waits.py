@@ -22,16 +22,16 @@ def clock(monkeypatch):
 
 
 def test_who_is_behind_is_waited_for_and_not_for_ever(clock):
-    waits = Waits(3, hang_seconds=100.0)
+    waits = Waits(3, hang_seconds=100.0, where=" at 10.0.0.1:9")
     assert waits.behind() == ([0, 1, 2], "to start, with the tokens")
     assert waits.limit() == 1000.0
     for process in range(3):
         waits.on_event(process, "ready")
-    assert waits.behind() == ([0, 1, 2], "to meet the others")
+    assert waits.behind() == ([0, 1, 2], "to meet the others at 10.0.0.1:9")
     assert waits.limit() == 200.0
     for process in (0, 2):
         waits.on_event(process, "joined")
-    assert waits.behind() == ([1], "to meet the others")
+    assert waits.behind() == ([1], "to meet the others at 10.0.0.1:9")
     for process, kind in ((1, "joined"), (0, "begin"), (2, "begin"), (0, "compiled")):
         waits.on_event(process, kind)
     assert waits.behind() == ([1], "to restore the checkpoint")
