@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := test
 ARGS ?=
 
-.PHONY: setup train test lint wheel format test-oracle bench clean
+.PHONY: setup train test lint wheel docs format test-oracle bench clean
 
 setup: .venv/.ready
 
@@ -44,9 +44,19 @@ wheel: setup
 	rm -rf dist
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
+# MkDocs reads the sources and imports none of them, so its environment holds nothing else.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "the documentation is in build/site/index.html"
+
+.venv-docs/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
 bench: setup
 	$(BIN)/python tests/bench/step.py
 	$(BIN)/python tests/bench/trainer.py
 
 clean:
-	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oracle .venv-docs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

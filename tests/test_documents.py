@@ -1,8 +1,9 @@
 """What README, BUILD and docs tell a user to run: it runs, shortened.
 
 A block says by its language what it is: `sh` is run line by line, `gin` beside the quickstart,
-`text` is shown. Commands run in one folder, one after another, on a tiny model in the quickstart's
-place. Training that nothing after it reads is built and not run; so are studies and pods.
+`python` as it is, `text` is shown. Commands run in one folder, one after another, on a tiny model
+in the quickstart's place. Training that nothing after it reads is built and not run; so are studies
+and pods.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import sparsity
+import topology
 from launch import argparse_internals
 from launch.cli import main, parser
 from launch.configure import build_run
@@ -49,7 +52,15 @@ NAMES = {"RUN": "runs/quickstart", "FOLDER": "folder", "CONFIG.gin": "configs/qu
 NAMES |= {"DIR": "runs/by_hand", "/shared/runs/a": "runs/shared"}
 # Read by later commands, so made; what else is trained or compressed is checked to its last step.
 MADE = ("runs/quickstart", "runs/sparse", "runs/quickstart-compressed-sparsegpt-int4")
-SHORT = {"--steps": "4", "--finetune": "2", "--sequence": "512", "--tokens": "8"}
+PODS = ("runs/quiet", "runs/failing")  # likewise
+MADE += ("runs/small", *PODS)
+SHORT = {
+    "--steps": "4",
+    "--finetune": "2",
+    "--sequence": "512",
+    "--sequences": "4",
+    "--tokens": "8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +85,8 @@ def blocks() -> list[Block]:
     return found
 
 
-def of_language(language: str):
-    return [pytest.param(block, id=str(block)) for block in blocks() if block.language == language]
+def of_language(*languages: str):
+    return [pytest.param(block, id=str(block)) for block in blocks() if block.language in languages]
 
 
 class Enough(Exception):
@@ -122,7 +133,7 @@ def here(tmp_path_factory, quick_compiles):
 
 
 def check_pod(options: dict) -> int:
-    """What `launch.pod.driver` does before it starts a pod."""
+    """What `launch.pod.driver` does before it starts a pod; a run that is read is trained here."""
     from launch.pod.faults import Fault
     from launch.pod.plan import Plan, default_hosts_per_process
     from topology import Slice
@@ -141,6 +152,8 @@ def check_pod(options: dict) -> int:
         faults=tuple(map(Fault.parse, options["fail"])),
         emulate=True,
     )
+    if options["out"] in PODS:
+        return main(["train", *options["configs"], "--steps", "4", "--out", options["out"]])
     return 0
 
 
@@ -160,7 +173,7 @@ def shortened(words: list[str]) -> list[str]:
     for i, word in enumerate(named[:-1]):
         if word in SHORT and not (word == "--sequence" and named[0] != "dataflow"):
             named[i + 1] = SHORT[word]
-    if named[0] == "compress":
+    if named[0] == "compress" and "--sequences" not in named:
         named += ["--sequences", "4"]
     if named[0] == "pod" and "--mesh" not in named:
         named += ["--mesh", "data=-1"]  # as the quickstart's own
@@ -170,16 +183,19 @@ def shortened(words: list[str]) -> list[str]:
 
 
 def test_every_block_says_what_it_is():
-    assert {block.language for block in blocks()} == {"sh", "gin", "text"}
+    assert {block.language for block in blocks()} == {"sh", "gin", "python", "text"}
     shown = [block for block in blocks() if block.language == "text"]
     assert len(shown) == 4, "is another block really shown, and not to be run?"
 
 
-# README first, whose runs the others read.
-@pytest.mark.parametrize("block", of_language("sh"))
+# README first, whose runs the others read; the blocks of a page in their order.
+@pytest.mark.parametrize("block", of_language("sh", "python"))
 def test_commands_run(block, here, capfd):
-    for words in commands(block):
-        run_command(words, block)
+    if block.language == "python":
+        exec(compile(block.text, str(block), "exec"), {})
+    else:
+        for words in commands(block):
+            run_command(words, block)
     capfd.readouterr()
 
 
@@ -234,6 +250,15 @@ def test_commands_in_sentences_have_the_options_that_they_name():
             else:
                 assert_options(words[1:])
     assert count > 30
+
+
+@pytest.mark.parametrize("library", [sparsity, topology], ids=lambda library: library.__name__)
+def test_the_site_has_every_public_name(library):
+    name = library.__name__
+    page = (ROOT / "docs" / "api" / f"{name}.md").read_text()
+    shown = re.findall(rf"^::: {name}\.(\w+)$", page, re.MULTILINE)
+    assert set(library.__all__) <= set(shown)
+    assert len(set(shown)) == len(shown)
 
 
 def assert_options(words: list[str]) -> None:

@@ -105,8 +105,9 @@ def sample_goodput(
     at the first place that is free and up: a lower bound, and the estimate says so.
 
     Args:
-      block_shape, wraparound: as in `static_goodput`.
+      block_shape: as in `static_goodput`.
       static: static wiring; optical switches otherwise.
+      wraparound: as in `static_goodput`.
 
     Raises:
       ValueError: as `ocs_goodput`, or the pod has more than 64 blocks.

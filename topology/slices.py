@@ -48,7 +48,7 @@ class Slice:
 
     Attributes:
       shape: chips along x, y and z.
-      twist: [3][3]; row d is the shift (in chips) that a step +d past the end of dimension d adds
+      twist: `[3][3]`; row d is the shift (in chips) that a step +d past the end of dimension d adds
         when it wraps. A shift that itself carries a coordinate past its end adds that dimension's
         shift too: coordinates are reduced modulo L. Multiples of 4, because the optical wiring
         keeps a chip's place in its block's face; and x, y and z have an order in which every

@@ -76,7 +76,8 @@ class TextData:
         """Opens the token cache of each source, tokenized first if it is not there.
 
         Args:
-          tokenize, keep: as `cache.open_cache` takes them.
+          tokenize: makes the tokens of a source, as `cache.open_cache` takes it.
+          keep: whether a cache that has to be built must be kept, likewise.
 
         Raises UserError for an option that makes no sense and for a corpus that cannot be read.
         """
