@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from pjit_train.blocks import BlockConfig
+from pjit_train.block_config import BlockConfig
 from pjit_train.errors import UserError
 from pjit_train.projection import contraction_axes
 from pjit_train.run import Run

@@ -21,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pjit_train import huggingface
-from pjit_train.blocks import BlockConfig
+from pjit_train.block_config import BlockConfig
 from pjit_train.calibrate import calibration_batches, input_maxima
 from pjit_train.compress_kernels import (
     load_scales,

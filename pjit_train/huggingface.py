@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pjit_train.blocks import BlockConfig
+from pjit_train.block_config import BlockConfig
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
 from pjit_train.errors import UserError
 from pjit_train.files import check_sums, write_sums

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pjit_train.blocks import BlockConfig
+from pjit_train.block_config import BlockConfig
 from pjit_train.errors import UserError
 from pjit_train.huggingface_families import FAMILIES, REQUIRED, ROPE_SCALING, Family, Key
 from pjit_train.transformer import TransformerConfig

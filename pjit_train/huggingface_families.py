@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pjit_train.blocks import BlockConfig
+from pjit_train.block_config import BlockConfig
 from pjit_train.transformer import TransformerConfig
 from pjit_train.vit import ViTConfig
 

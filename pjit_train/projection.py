@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from pjit_train.block_config import BlockConfig
 from pjit_train.parameters import (
     Initializer,
     gathered,
@@ -26,9 +26,6 @@ from pjit_train.sharding import (
     spec_of,
 )
 from sparsity.quantized_kernels import Losses, QuantizedKernel
-
-if TYPE_CHECKING:
-    from pjit_train.blocks import BlockConfig
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
@@ -175,7 +172,7 @@ class Dense(nnx.Module):
         bias: tuple[tuple[int, ...], Axes] | None,
         out_axes: Axes,
         std: float,
-        config: "BlockConfig",
+        config: BlockConfig,
         init: Initializer,
     ):
         self.equation, self.out_axes, self.config, self.rules = (

@@ -15,13 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from pjit_train.blocks import (
-    Block,
-    BlockConfig,
-    Norm,
-    rotary_angles,
-    run_layers,
-)
+from pjit_train.block_config import BlockConfig
+from pjit_train.blocks import Block, Norm, rotary_angles, run_layers
 from pjit_train.errors import UserError
 from pjit_train.parameters import Initializer, gathered, gathered_for_tokens
 from pjit_train.projection import straight_through

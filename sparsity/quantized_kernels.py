@@ -6,18 +6,16 @@ of them or an array. What is read is made anew wherever it is read, and kept now
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from sparsity.formats import NVFP4, Format
 from sparsity.kernels import Kernel, MaskedKernel, dense
-from sparsity.native import codes_of
+from sparsity.native import Matmul, codes_of
 from sparsity.quantization import clipped, fake_quantize
-
-if TYPE_CHECKING:
-    from sparsity.quantized import MatmulFormats
+from sparsity.rounding import Rounding
 
 Order = Literal["sparsify_then_quantize", "quantize_then_sparsify"]
 Axes = tuple[int, ...]
@@ -29,6 +27,23 @@ the greatest value of their block, and the number of all. A sum of some is that 
 _WEIGHTS, _TURNED, _INPUTS, _INPUTS_BY_TOKENS, _GRADIENTS, _GRADIENTS_BY_TOKENS, _PRODUCTS = range(
     7
 )
+
+
+class Formats(Protocol):
+    """Number formats of a matmul's operands: what a resolved `quantized.MatmulFormats` has."""
+
+    @property
+    def weights(self) -> Format | None: ...
+    @property
+    def activations(self) -> Format | None: ...
+    @property
+    def gradients(self) -> Format | None: ...
+    @property
+    def rounding(self) -> Rounding: ...
+    @property
+    def gradient_rounding(self) -> Rounding: ...
+    @property
+    def matmul(self) -> Matmul: ...
 
 
 @functools.partial(
@@ -47,7 +62,7 @@ class QuantizedKernel(Kernel):
       kernel: an array, a `MaskedKernel` or a `PackedKernel`.
       key: uint32 [stacked layers, 2], data of the key of stochastic rounding; None rounds to
         nearest even instead, which is for evaluation.
-      formats: objects of `sparsity.formats`, or None, in each field.
+      formats: of the operands, and how they are rounded.
       axes: that the matmul sums over, adjacent and negative; taken as one.
       rank: number of axes of one layer's kernel; those before it stack layers.
       order: whether the mask is applied before quantizing, or after it.
@@ -56,7 +71,7 @@ class QuantizedKernel(Kernel):
 
     kernel: Any
     key: jax.Array | None
-    formats: "MatmulFormats"
+    formats: Formats
     axes: Axes
     rank: int
     order: Order

@@ -6,7 +6,7 @@ forward pass only reads bits. Nothing is retraced when a phase or a stage change
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,36 @@ import optax
 
 from sparsity import packed_state
 from sparsity.autoswitch import AutoSwitch
-from sparsity.decay import Hard
+from sparsity.decay import Decay, Hard
 from sparsity.kernel_plan import KernelPlan
 from sparsity.kernels import MaskedKernel, dense_tree
 from sparsity.layers import listed
 from sparsity.packed_state import PackedState
 from sparsity.validity import Validity, by_name, nm_validity
 
-if TYPE_CHECKING:
-    from sparsity.recipes import Recipe
-
 DENSE, DECAY, FINE_TUNE = 0, 1, 2
 """The phases of a recipe, as `settings` numbers them."""
+
+
+class Phases(Protocol):
+    """Fields of a `recipes.Recipe` that say what its phases do; it tells what they mean."""
+
+    @property
+    def decay(self) -> Decay: ...
+    @property
+    def gradient(self) -> Literal["straight_through", "masked"]: ...
+    @property
+    def sr_ste(self) -> float: ...
+    @property
+    def sr_ste_where(self) -> Literal["gradient", "decoupled"]: ...
+    @property
+    def variance(self) -> AutoSwitch | None: ...
+    @property
+    def update_every(self) -> int: ...
+    @property
+    def freeze(self) -> bool: ...
+    @property
+    def packed(self) -> bool: ...
 
 
 class RecipeState(NamedTuple):
@@ -59,7 +77,7 @@ class RecipeUpdater:
       scored: see `Recipe.build`.
     """
 
-    recipe: "Recipe"
+    recipe: Phases
     treedef: jax.tree_util.PyTreeDef
     plans: tuple[KernelPlan | None, ...]
     dense_steps: int

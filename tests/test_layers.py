@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,73 @@ def test_every_module_imports_with_the_upper_packages_hidden(package):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def modules() -> dict[str, Path]:
+    """The file of each module, by its name; of a package, the one of its `__init__`."""
+    found = {}
+    for path in (path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")):
+        *parents, name = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parents if name == "__init__" else (*parents, name))] = path
+    return found
+
+
+def imported(tree: ast.Module, known: Collection[str]) -> set[str]:
+    """The known modules that one imports, wherever it does: in functions and for types only, too.
+
+    Not the packages that these are in, though Python imports them with it.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                found |= {alias.name for alias in aliases}
+            case ast.ImportFrom(module=module, names=aliases, level=0):
+                names = {f"{module}.{alias.name}" for alias in aliases}
+                found |= {name if name in known else module for name in names}
+            case ast.ImportFrom():
+                raise AssertionError(f"line {node.lineno}: imports are by full names here")
+            case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.JoinedStr() as name]):
+                prefix = name.values[0].value
+                found |= {module for module in known if module.startswith(prefix)}
+    return found & set(known)
+
+
+def cycle(imports: dict[str, set[str]]) -> list[str] | None:
+    """Modules of which each imports the next, the last one the first; None where there are none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return None
+
+
+def test_no_modules_import_each_other():
+    files = modules()
+    imports = {name: imported(ast.parse(path.read_text()), files) for name, path in files.items()}
+    assert {"launch.commands.train", "launch.commands.completion"} <= imports["launch.cli"]
+    assert "sparsity.recipe_updater" in imports["sparsity.recipes"]
+    assert cycle(imports) is None, " -> ".join(cycle(imports))
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import a.one",
+        "from a import one",
+        "from a.one import thing",
+        "def later():\n    from a.one import thing",
+        "if TYPE_CHECKING:\n    from a.one import Thing",
+        "importlib.import_module(f'a.{name}')",
+    ],
+)
+def test_a_cycle_is_found_however_a_module_is_imported(back):
+    known = {"a", "a.one", "a.three"}
+    imports = {"a.one": imported(ast.parse("from a import two\nimport a.three"), known | {"a.two"})}
+    imports |= {"a.two": imported(ast.parse(back), known), "a.three": set(), "a": set()}
+    assert imports["a.one"] == {"a.two", "a.three"}
+    assert set(cycle(imports)) == {"a.one", "a.two"}
+    assert cycle(imports | {"a.two": set()}) is None
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
