@@ -32,8 +32,8 @@ CHANGEABLE = (
     "pjit_train.run.Samples",
     "pjit_train.sharding.MeshShape",
     "pjit_train.sharding.Rules",
-    "pjit_train.transformer.TransformerConfig.layers",
-    "pjit_train.transformer.TransformerConfig.remat",
+    "pjit_train.models.transformer.TransformerConfig.layers",
+    "pjit_train.models.transformer.TransformerConfig.remat",
 )
 # What may differ, too, where the digest of the tokens says that the text is the same.
 OF_TEXT = (
@@ -96,7 +96,7 @@ def _what_it_is(path: Path) -> str:
 
 def _architecture(path: Path) -> str:
     """The class of model that a Hugging Face configuration names, in brackets; "" for none."""
-    from pjit_train.huggingface_config import read_json
+    from pjit_train.huggingface.config import read_json
 
     try:
         [name] = read_json(path)["architectures"]

@@ -19,9 +19,9 @@ from launch.study import (
     train_members,
 )
 from launch.study_files import write
-from pjit_train.compressed_tensors import export
 from pjit_train.errors import UserError
 from pjit_train.files import write_whole
+from pjit_train.huggingface.compressed_tensors import export
 from pjit_train.interplay_study import (
     BOTH,
     DENSE,

@@ -94,7 +94,7 @@ def plan(file: str, study: RecipeStudy, run: Run) -> tuple[list[Member], list[st
 
     def add(recipe, pattern=None, files=(), **bindings):
         texts = [f"{name.replace('__', '.')} = {value!r}" for name, value in bindings.items()]
-        imports = "from sparsity import patterns\nfrom sparsity import recipes\n"
+        imports = "from sparsity.recipes import patterns\nfrom sparsity.recipes import recipes\n"
         members.append(
             Member(
                 recipe=recipe,

@@ -21,7 +21,18 @@ from launch.bindings import Configurable, Key, format_bindings, format_value, pa
 
 log = logging.getLogger("torsion")
 
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "pjit_train.compress": "pjit_train.compression.compress",
+    "pjit_train.transformer": "pjit_train.models.transformer",
+    "pjit_train.vit": "pjit_train.models.vit",
+    "sparsity.autoswitch": "sparsity.recipes.autoswitch",
+    "sparsity.decay": "sparsity.recipes.decay",
+    "sparsity.formats": "sparsity.numbers.formats",
+    "sparsity.one_shot": "sparsity.post_training.one_shot",
+    "sparsity.patterns": "sparsity.recipes.patterns",
+    "sparsity.quantized": "sparsity.numbers.quantized",
+    "sparsity.recipes": "sparsity.recipes.recipes",
+}
 """{old: new}, full names of modules, of classes or functions in them, or of parameters of those."""
 
 BORN: dict[str, Any] = {}

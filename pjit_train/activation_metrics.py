@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pjit_train.calibrate import enter, replace_dense
-from pjit_train.loss import cross_entropy
-from pjit_train.projection import WatchedDense, note_input_losses
+from pjit_train.compression.calibrate import enter, replace_dense
+from pjit_train.models.loss import cross_entropy
+from pjit_train.models.projection import WatchedDense, note_input_losses
 from pjit_train.sharding import Rules
 from pjit_train.sparse_metrics import kind
-from sparsity.quantized import Quantizer
-from sparsity.quantized_kernels import figures
+from sparsity.numbers.quantized import Quantizer
+from sparsity.numbers.quantized_kernels import figures
 
 
 def observe_activations(

@@ -93,8 +93,8 @@ def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str,
     `torsion` says it, too.
 
     Of a run with a recipe of `sparsity` also what was counted in the weights that were evaluated:
-    `kernels`, a `sparsity.validity.Validity` by name as a dictionary, and `sparse`, whether all of
-    them are as sparse as the recipe says.
+    `kernels`, a `sparsity.masks.validity.Validity` by name as a dictionary, and `sparse`, whether
+    all of them are as sparse as the recipe says.
     """
     program = Program(run, make_mesh(run.mesh))
     batches = prepare(run, directory)

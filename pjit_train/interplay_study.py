@@ -18,25 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pjit_train import calibrate
 from pjit_train.checkpoint import Checkpoints
-from pjit_train.compress_kernels import KERNELS, kernel_bytes, leaf, matrix_shape
+from pjit_train.compression import calibrate
+from pjit_train.compression.kernels import KERNELS, kernel_bytes, leaf, matrix_shape
 from pjit_train.errors import UserError
 from pjit_train.evaluate import validate
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import Rules, make_mesh
 from pjit_train.step import weights
 from pjit_train.study import abstract_params, build_updater
-from pjit_train.transformer import TransformerConfig
-from sparsity.formats import check_blocks, element_bits, get_format
-from sparsity.interplay import dot_interplay, tensor_interplay
-from sparsity.kernels import dense_tree
-from sparsity.layers import names
-from sparsity.one_shot import magnitude_mask, parse_pattern
+from sparsity.masks.layers import names
+from sparsity.numbers.formats import check_blocks, element_bits, get_format
+from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.post_training.interplay import dot_interplay, tensor_interplay
+from sparsity.post_training.one_shot import magnitude_mask, parse_pattern
 from sparsity.pruning import Pruning
-from sparsity.quantized import MatmulFormats, Quantization
 from sparsity.ranges import Count, Positive, check_fields
+from sparsity.recipes.kernels import dense_tree
 from sparsity.sparsity_types import NByM
 
 SPARSIFY_FIRST, QUANTIZE_FIRST = ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
@@ -228,7 +228,7 @@ class Measures:
         return losses
 
     def errors(self, run: Run, directory: Path, pattern: str) -> list[dict[str, Any]]:
-        """Of every kernel, layer and format, the errors of `sparsity.interplay`.
+        """Of every kernel, layer and format, the errors of `sparsity.post_training.interplay`.
 
         Errors of a kernel are relative to its norm, those of dot products to their root mean
         square. Activations are those of a sequence of the training text in the sparse model; blocks

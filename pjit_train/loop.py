@@ -12,19 +12,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pjit_train import huggingface, record
+from pjit_train import record
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.data.prefetch import Prefetcher
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.evaluate import validate
+from pjit_train.huggingface import weights as huggingface
 from pjit_train.lock import held
 from pjit_train.metrics import Display, Metrics, utilisation
+from pjit_train.models.transformer import count_params
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sample import Sampler
 from pjit_train.sharding import make_mesh
 from pjit_train.signals import StopRequest
-from pjit_train.transformer import count_params
 from pjit_train.waiting import told
 
 log = logging.getLogger("torsion")

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from pjit_train.errors import UserError
-from pjit_train.projection import contraction_axes
-from sparsity.autoswitch import scale_by_step_adam
+from pjit_train.models.projection import contraction_axes
 from sparsity.ranges import Count, Decay, Fraction, NonNegative, Positive, Whole, check_fields
+from sparsity.recipes.autoswitch import scale_by_step_adam
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
-from pjit_train import huggingface
 from pjit_train.activation_metrics import observe_activations
-from pjit_train.attention import check_way
+from pjit_train.attention.dispatch import check_way
 from pjit_train.errors import UserError
-from pjit_train.loss import cross_entropy
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.models.loss import cross_entropy
 from pjit_train.run import Run
 from pjit_train.sparse_metrics import observe, observe_quantization
 from pjit_train.step import (

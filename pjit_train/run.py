@@ -9,11 +9,11 @@ from typing import Any, Literal
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
+from pjit_train.models.projection import contraction_axes
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.optimizers import Optimizer
-from pjit_train.projection import contraction_axes
 from pjit_train.sharding import MeshShape, Rules
-from pjit_train.transformer import TransformerConfig
-from sparsity.quantized import Quantization, Quantizer
+from sparsity.numbers.quantized import Quantization, Quantizer
 from sparsity.ranges import Count, NonNegative, Whole, check_fields
 
 

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import Rules, make_mesh, reshard
-from pjit_train.transformer import TransformerConfig
 from sparsity.ranges import Count, NonNegative, Whole, check_number
 
 _PURPOSE = 1  # keeps the draws of samples apart from those of parameters

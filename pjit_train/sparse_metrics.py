@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pjit_train.step import State, weights
-from sparsity.rounding import divide
+from sparsity.numbers.rounding import divide
 
 
 def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:

@@ -98,7 +98,7 @@ def train_step(
       graph: of the model.
       optimizer: wrapped by the updater, where there is one.
       updater: what `build` of a recipe of `sparsity` gave; None trains dense.
-      quantizer: what `build` of a `sparsity.quantized.Quantization` gave; None for none.
+      quantizer: what `build` of a `sparsity.numbers.quantized.Quantization` gave; None for none.
       loss: (model, batch) -> (sum of losses, sum of weights).
       accumulate: the batch goes through in this many parts, whose gradients are summed: the update
         is that of the whole batch, with the activations of a part in memory.

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjit_train.errors import UserError
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.step import new_params
-from pjit_train.transformer import TransformerConfig
-from sparsity.patterns import Geometric, parse_pattern
 from sparsity.ranges import Count, check_fields
-from sparsity.recipe_updater import RecipeState
 from sparsity.recipes import Recipe
+from sparsity.recipes.patterns import Geometric, parse_pattern
+from sparsity.recipes.recipe_updater import RecipeState
 
 RECIPES = {
     "sr_ste": "SR-STE",

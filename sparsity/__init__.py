@@ -4,15 +4,7 @@ The names of JaxPruner's interface (Lee et al., 2023) mean the same here; docs/j
 what differs.
 """
 
-from sparsity import (
-    decay,
-    formats,
-    patterns,
-    recipes,
-    sparsity_distributions,
-    sparsity_schedules,
-    sparsity_types,
-)
+from sparsity import recipes, sparsity_distributions, sparsity_schedules, sparsity_types
 from sparsity.algorithms import (
     ACDC,
     SET,
@@ -36,19 +28,32 @@ from sparsity.api import (
     create_updater_from_config,
     register_algorithm,
 )
-from sparsity.autoswitch import AutoSwitch, scale_by_step_adam
 from sparsity.base_updater import BaseUpdater, NoPruning, SparseState, apply_mask
-from sparsity.encoding import Encoded, bits_per_element, decode, encode
-from sparsity.formats import FORMATS, FP8, HBFP, MX, NVFP4, Format, Int, check_blocks, get_format
-from sparsity.interplay import dot_interplay, lost_maxima, tensor_interplay
-from sparsity.kernels import MaskedKernel, PackedKernel, dense, dense_tree
 from sparsity.mask_calculator import get_topk_fn
-from sparsity.nm import check_nm, nm_mask, nm_violations, transposable_mask
-from sparsity.one_shot import sparsegpt, wanda_mask, wanda_scores
+from sparsity.masks.nm import check_nm, nm_mask, nm_violations, transposable_mask
+from sparsity.masks.topk import global_topk_masks, topk_mask
+from sparsity.numbers import formats
+from sparsity.numbers.encoding import Encoded, bits_per_element, decode, encode
+from sparsity.numbers.formats import (
+    FORMATS,
+    FP8,
+    HBFP,
+    MX,
+    NVFP4,
+    Format,
+    Int,
+    check_blocks,
+    get_format,
+)
+from sparsity.numbers.quantization import block_scales, clipped, fake_quantize, quantize
+from sparsity.numbers.quantized import MatmulFormats, Quantization, Quantizer
+from sparsity.post_training.interplay import dot_interplay, lost_maxima, tensor_interplay
+from sparsity.post_training.one_shot import sparsegpt, wanda_mask, wanda_scores
 from sparsity.pruning import Pruning
-from sparsity.quantization import block_scales, clipped, fake_quantize, quantize
-from sparsity.quantized import MatmulFormats, Quantization, Quantizer
-from sparsity.recipes import Recipe
+from sparsity.recipes import decay, patterns
+from sparsity.recipes.autoswitch import AutoSwitch, scale_by_step_adam
+from sparsity.recipes.kernels import MaskedKernel, PackedKernel, dense, dense_tree
+from sparsity.recipes.recipes import Recipe
 from sparsity.sparsity_distributions import erk, uniform
 from sparsity.sparsity_schedules import (
     NoUpdateSchedule,
@@ -57,7 +62,6 @@ from sparsity.sparsity_schedules import (
     PolynomialSchedule,
 )
 from sparsity.sparsity_types import Block, Channel, NByM, SparsityType, Unstructured
-from sparsity.topk import global_topk_masks, topk_mask
 from sparsity.utils import summarize_intersection, summarize_sparsity
 
 __all__ = [

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsity import bits, mask_calculator, topk
+from sparsity import mask_calculator
 from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.masks import bits, topk
 from sparsity.ranges import check_fields
 from sparsity.sparsity_distributions import (
     CustomSparsityMapType,

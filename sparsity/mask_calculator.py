@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsity.axes import positive
-from sparsity.nm import nm_mask, split_groups
+from sparsity.masks.axes import positive
+from sparsity.masks.nm import nm_mask, split_groups
+from sparsity.masks.topk import keep_count, topk_mask
 from sparsity.sparsity_types import Block, Channel, NByM, SparsityType, Unstructured
-from sparsity.topk import keep_count, topk_mask
 
 MASK_DTYPE = "uint8"
 

@@ -15,15 +15,15 @@ from sparsity.algorithms.ste import SteMixin
 from sparsity.algorithms.topkast import TopKAST
 from sparsity.api import create_updater_from_config
 from sparsity.base_updater import BaseUpdater, SparseState
-from sparsity.bits import pack_bits
-from sparsity.kernel_plan import packing_axis, shards_of
-from sparsity.kernels import MaskedKernel, dense_tree
-from sparsity.layers import assign, listed, names
-from sparsity.nm import check_nm
+from sparsity.masks.bits import pack_bits
+from sparsity.masks.layers import assign, listed, names
+from sparsity.masks.nm import check_nm
+from sparsity.masks.validity import Validity, by_name, nm_validity, zeros
 from sparsity.ranges import Count, Decay, Fraction, check_fields
+from sparsity.recipes.kernel_plan import packing_axis, shards_of
+from sparsity.recipes.kernels import MaskedKernel, dense_tree
 from sparsity.sparsity_schedules import OneShotSchedule, PeriodicSchedule, PolynomialSchedule
 from sparsity.sparsity_types import NByM, parse_sparsity_type
-from sparsity.validity import Validity, by_name, nm_validity, zeros
 
 DEFAULT_LAYERS = (r"(attention|feed_forward)/.*kernel",)
 

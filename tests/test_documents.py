@@ -26,7 +26,7 @@ TINY = f"""\
 from __gin__ import dynamic_registration
 from pjit_train import run
 from pjit_train import sharding
-from pjit_train import transformer
+from pjit_train.models import transformer
 from pjit_train.data import sources
 from pjit_train.data import text
 include '{ROOT}/configs/quickstart.gin'
@@ -102,10 +102,10 @@ def here(tmp_path_factory, quick_compiles):
     (folder / "corpus.txt").write_text(" ".join(map(str, range(4000))))
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         import launch.process
-        import pjit_train.compress
+        import pjit_train.compression.compress
         import pjit_train.loop
 
-        train, compress = pjit_train.loop.train, pjit_train.compress.compress
+        train, compress = pjit_train.loop.train, pjit_train.compression.compress.compress
 
         def trained(run, directory, **options):
             if str(directory) not in MADE:
@@ -124,10 +124,10 @@ def here(tmp_path_factory, quick_compiles):
         patch.setattr(launch.process, "prepare", lambda devices=None: None)
         patch.setattr(launch.process, "join", lambda *processes: None)
         patch.setattr(pjit_train.loop, "train", trained)
-        patch.setattr(pjit_train.compress, "compress", compressed)
+        patch.setattr(pjit_train.compression.compress, "compress", compressed)
         patch.setattr("launch.pod.keeper.keep", check_pod)
         for study in ("pod_study.study_pod", "flat_study.study_flat"):
-            patch.setattr(f"launch.{study}", enough)
+            patch.setattr(f"launch.reports.{study}", enough)
         assert main(["train", "configs/quickstart.gin"]) == 0
         yield folder
 
@@ -229,7 +229,9 @@ def test_a_gin_file_without_its_imports_is_told_which(here):
     from pjit_train.errors import UserError
 
     file = here / "mine.gin"
-    file.write_text("from sparsity import quantized\nrun.Run.quantization = @quantized.Quant()\n")
+    file.write_text(
+        "from sparsity.numbers import quantized\nrun.Run.quantization = @quantized.Quant()\n"
+    )
     says = (
         "quantized.Quant is unknown; begin the file with the lines from __gin__ import "
         "dynamic_registration, and from sparsity import quantized"

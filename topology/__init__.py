@@ -3,22 +3,25 @@
 A library of its own: it needs numpy and scipy, and no JAX.
 """
 
-from topology import availability, checkpoint_interval, collectives, fabric, light, throughput
-from topology.collectives import Cost, Network, collective_cost
-from topology.fabric import Changes, Fabric, Placement
-from topology.groups import Groups, groups_of_axes
+from topology import collectives, fabric
+from topology.collectives.collectives import Cost, Network, collective_cost
+from topology.collectives.groups import Groups, groups_of_axes
+from topology.collectives.layout import Layout, Traffic, lay_mesh, traffic_seconds
+from topology.collectives.replay import replay
+from topology.collectives.schedules import dimension_rings, hamiltonian_ring, schedule
+from topology.fabric import light
+from topology.fabric.fabric import Changes, Fabric, Placement
+from topology.fabric.parts import SWITCHES, Part, Switch
+from topology.fleet import availability, checkpoint_interval
+from topology.fleet.pod_simulation import simulate as simulate_pod
+from topology.fleet.policies import Policy
+from topology.fleet.workload import FailureRates, Job, Outage
 from topology.hardware import PODS, TPU_V3, TPU_V4, TPU_V5P
-from topology.layout import Layout, Traffic, lay_mesh, traffic_seconds
-from topology.parts import SWITCHES, Part, Switch
-from topology.pod_simulation import simulate as simulate_pod
-from topology.policies import Policy
-from topology.replay import replay
-from topology.schedules import dimension_rings, hamiltonian_ring, schedule
-from topology.shapes import legal_shapes, nearest_shape, shipped_twist
-from topology.slices import DIRECTIONS, Slice
-from topology.throughput import all_to_all
-from topology.twists import all_twists, ranked_twists
-from topology.workload import FailureRates, Job, Outage
+from topology.routing import throughput
+from topology.routing.throughput import all_to_all
+from topology.torus.shapes import legal_shapes, nearest_shape, shipped_twist
+from topology.torus.slices import DIRECTIONS, Slice
+from topology.torus.twists import all_twists, ranked_twists
 
 __all__ = [
     "DIRECTIONS",

@@ -110,14 +110,14 @@ def run(args, began: float) -> int:
 
     from launch.configure import build_run
     from launch.directory import configuration
-    from pjit_train import compressed_tensors
-    from pjit_train.compress import Compression, compress
-    from pjit_train.compress_kernels import (
+    from pjit_train.compression.compress import Compression, compress
+    from pjit_train.compression.kernels import (
         KERNELS,
         kernel_formats,
         kernel_patterns,
         quantized_kernels,
     )
+    from pjit_train.huggingface import compressed_tensors
 
     if prunes:
         if pattern:
@@ -213,7 +213,7 @@ def _without_schemes(
 
     Raises a UserError where they have different ones, or another than is asked for.
     """
-    from sparsity.formats import find_scheme
+    from sparsity.numbers.formats import find_scheme
 
     found = {} if activations is None else {f"--activations {activations}": activations}
     weights = {}
@@ -247,8 +247,8 @@ def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
 
 def _bindings(run, config: str, compression) -> list[str]:
     """What the configuration of the compressed run binds besides that of the run."""
-    from pjit_train.compress_kernels import kept_zeros
-    from sparsity.one_shot import KeepZeros
+    from pjit_train.compression.kernels import kept_zeros
+    from sparsity.post_training.one_shot import KeepZeros
 
     bindings = []
     if compression.patterns:
@@ -260,7 +260,7 @@ def _bindings(run, config: str, compression) -> list[str]:
         kept = None
     if kept is not None:
         bindings.append(
-            "from sparsity import one_shot\n"
+            "from sparsity.post_training import one_shot\n"
             "run.Run.sparsity = @one_shot.KeepZeros()\n"
             f"one_shot.KeepZeros.layers = {kept}"
         )
@@ -279,7 +279,7 @@ def _quantization_binding(run, config: str, compression) -> str:
     it goes on with.
     """
     from launch.bindings import Configurable, Key, Reference, format_value, parse_bindings
-    from sparsity.quantized import Quantization
+    from sparsity.numbers.quantized import Quantization
 
     scope, before, selector = "inputs", {}, "quantized.Quantization"
     if run.quantization is not None:
@@ -305,7 +305,7 @@ def _quantization_binding(run, config: str, compression) -> str:
         if pattern.strip("^$") not in compression.formats
     ]
     lines = [
-        "from sparsity import quantized",
+        "from sparsity.numbers import quantized",
         f"run.Run.quantization = @{selector}()",
         f"{selector}.layers = {{{', '.join(layers)}}}",
     ]
@@ -321,9 +321,9 @@ def _activation_binding(text: str, scope: str) -> str:
     """
     import dataclasses
 
-    from pjit_train.compress_kernels import parse_format
-    from sparsity.formats import format_text
-    from sparsity.quantized import MatmulFormats
+    from pjit_train.compression.kernels import parse_format
+    from sparsity.numbers.formats import format_text
+    from sparsity.numbers.quantized import MatmulFormats
 
     try:
         format = format_text(parse_format(text))

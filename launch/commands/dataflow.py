@@ -48,7 +48,7 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.dataflow import check_picture, describe, draw, report
+    from launch.reports.dataflow import check_picture, describe, draw, report
 
     path = None if args.draw is None else check_picture(args.draw)
     found = report(

@@ -22,7 +22,7 @@ def add(commands) -> None:
 def run(args, began: float) -> int:
     run = trained_run(args)
 
-    from pjit_train.compressed_tensors import export
+    from pjit_train.huggingface.compressed_tensors import export
 
     done = export(args.folder, run, Path(args.run), step=args.step, plain=args.dense)
     print(f"{args.folder}: the parameters after step {done['step']}, {written(done)}")

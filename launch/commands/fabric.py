@@ -37,8 +37,8 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.fabric import WIDTH, draw, place, report, show
-    from launch.slices import check_drawing
+    from launch.reports.fabric import WIDTH, draw, place, report, show
+    from launch.reports.slices import check_drawing
 
     check_drawing(args.draw)
     pod = place(args.slices, args.failed)

@@ -44,7 +44,7 @@ def add_draw(sub, name: str) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.slices import check_drawing, describe, draw, report
+    from launch.reports.slices import check_drawing, describe, draw, report
 
     check_drawing(args.draw)
     found = report(args.shape, args.failed_ocs, args.failed)

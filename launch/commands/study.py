@@ -112,7 +112,7 @@ def _add_pod(studies) -> None:
 
 
 def _run_pod(args, began: float) -> int:
-    from launch.pod_study import study_pod
+    from launch.reports.pod_study import study_pod
 
     return study_pod(Path(args.out), as_json=args.json)
 
@@ -132,6 +132,6 @@ def _add_flat(studies) -> None:
 
 
 def _run_flat(args, began: float) -> int:
-    from launch.flat_study import study_flat
+    from launch.reports.flat_study import study_flat
 
     return study_flat(Path(args.out), as_json=args.json)

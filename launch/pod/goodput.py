@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from topology import checkpoint_interval
+from topology.fleet import checkpoint_interval
 
 CAUSES = {
     "kept": "steps that are kept",
@@ -113,9 +113,9 @@ _NEXT = {
 def expected_goodput(found: Account, *, steps_between_saves: int, saves: int) -> float | None:
     """The goodput that a renewal model expects of as many failures, at random moments of computing.
 
-    `topology.checkpoint_interval.efficiency` of the time in which steps are computed and saved,
-    with the measured seconds of a step and a save and the failures' mean distance in that time;
-    times the part of all time that this is. None without a failure.
+    `topology.fleet.checkpoint_interval.efficiency` of the time in which steps are computed and
+    saved, with the measured seconds of a step and a save and the failures' mean distance in that
+    time; times the part of all time that this is. None without a failure.
     """
     if not found.failures or not saves:
         return None

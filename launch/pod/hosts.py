@@ -11,7 +11,7 @@ import numpy as np
 from pjit_train.errors import UserError
 from pjit_train.run import Run
 from topology import Part, Placement, Slice, Traffic, lay_mesh
-from topology.shapes import BLOCK
+from topology.torus.shapes import BLOCK
 
 CHIPS = 4  # of a host
 _TILES = ((2, 2, 1), (2, 1, 2), (1, 2, 2))  # of a slice that the chips of a host take

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.files import write_whole
-from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes, light, scene, throughput
-from topology.shapes import times
+from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes
+from topology.drawing import scene
+from topology.fabric import light
+from topology.routing import throughput
+from topology.torus.shapes import times
 
 _NAME = "run"  # of the one slice that the pod holds
 

@@ -23,7 +23,7 @@ from launch.pod.trainer import Fence
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.waiting import told
 from topology import Slice
-from topology.shapes import times
+from topology.torus.shapes import times
 
 _ANSWER = 300.0  # seconds that the manager has for an answer, with its start
 _FRUITLESS = 3  # attempts in a row that reach no new step, after which the run is given up

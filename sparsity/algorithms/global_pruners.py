@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsity import topk
 from sparsity.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from sparsity.base_updater import BaseUpdater
-from sparsity.hessian import to_unit
 from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.masks import topk
+from sparsity.post_training.hessian import to_unit
 from sparsity.ranges import Decay, NonNegative
 from sparsity.sparsity_distributions import (
     NOT_DIM_ONE_FILTER_FN,

@@ -6,8 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparsity import nm, topk
 from sparsity.algorithms.pruners import MagnitudePruning
+from sparsity.masks import nm, topk
 from sparsity.sparsity_types import NByM
 
 

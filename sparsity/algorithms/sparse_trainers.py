@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsity import mask_calculator, nm, topk
+from sparsity import mask_calculator
 from sparsity.algorithms.pruners import as_key, generate_random_scores
 from sparsity.base_updater import BaseUpdater, SparseState
 from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.masks import nm, topk
 from sparsity.ranges import NonNegative
 from sparsity.sparsity_types import Block, Channel, NByM
 from sparsity.utils import is_none, map_entries

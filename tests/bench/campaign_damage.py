@@ -112,7 +112,7 @@ class Case:
         return self.command("train", "run.gin", *runs.KINDS[self.kind], "--out", str(self.out))
 
     def load(self):
-        from pjit_train import huggingface
+        from pjit_train.huggingface import weights as huggingface
 
         return huggingface.load(self.export)[1]
 

@@ -121,11 +121,12 @@ def surfaces(folder: Path) -> dict[str, tuple[list[str], Callable[[str], object]
     from launch.commands.common import mesh_bindings
     from launch.configure import build_run
     from launch.pod.faults import Fault, parse_chaos
-    from pjit_train import huggingface
     from pjit_train.data import Bytes, TextFiles, TokenizerJson, train_tokenizer
     from pjit_train.data.cache import encode
-    from sparsity import formats, patterns
-    from sparsity.one_shot import parse_pattern
+    from pjit_train.huggingface import weights as huggingface
+    from sparsity.numbers import formats
+    from sparsity.post_training.one_shot import parse_pattern
+    from sparsity.recipes import patterns
     from topology import TPU_V4, Part, Slice
 
     shipped = sorted((runs.ROOT / "configs").glob("**/*.gin"))

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjit_train.attention_masks import Mask
-from pjit_train.attention_rows import Tiles, attend_rows
-from topology.accelerator import Accelerator, Energy, MatrixArray
-from topology.dataflow_cost import SOFTMAX_OPERATIONS
-from topology.dataflow_flat import FlatMapping, flat_cost
-from topology.workloads import Attention
+from pjit_train.attention.masks import Mask
+from pjit_train.attention.rows import Tiles, attend_rows
+from topology.accelerator.accelerator import Accelerator, Energy, MatrixArray
+from topology.accelerator.dataflow_cost import SOFTMAX_OPERATIONS
+from topology.accelerator.dataflow_flat import FlatMapping, flat_cost
+from topology.accelerator.workloads import Attention
 
 HEADS, SIZE = 4, 64
 _REGISTERS = 8, 32  # outputs that a matmul holds in registers (assumed): its array

@@ -15,8 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sparsity.formats import FORMATS, Int
-from sparsity.quantization import quantize
+from sparsity.numbers.formats import FORMATS, Int
+from sparsity.numbers.quantization import quantize
 
 
 def seconds(function, *args) -> tuple[float, float]:

@@ -13,9 +13,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sparsity.bits import pack_bits
-from sparsity.nm import nm_mask, transposable_mask
-from sparsity.topk import topk_mask
+from sparsity.masks.bits import pack_bits
+from sparsity.masks.nm import nm_mask, transposable_mask
+from sparsity.masks.topk import topk_mask
 
 
 def sorted_nm(scores, n, m, axis):

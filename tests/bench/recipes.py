@@ -43,7 +43,7 @@ def make_program(recipe: str | None, pattern: str, bindings: dict) -> Program:
     if recipe is not None:
         files.append(f"configs/recipes/{recipe}.gin")
         bindings = bindings | {"recipes.Recipe.layers": {KERNELS: pattern}}
-    imported = "from sparsity import recipes\n"
+    imported = "from sparsity.recipes import recipes\n"
     run, _ = build_run(files, [f"{imported}{name} = {value!r}" for name, value in bindings.items()])
     return Program(run, make_mesh(MeshShape(data=1), jax.devices()[:1]))
 

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 
-from pjit_train import blocks
 from pjit_train.data import TextData
+from pjit_train.models import blocks
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.optimizers import AdamW, Schedule
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import MeshShape, make_mesh
-from pjit_train.transformer import TransformerConfig
 
 
 def bench_run(**model) -> Run:

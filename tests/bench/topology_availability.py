@@ -12,12 +12,11 @@ import argparse
 import statistics
 import time
 
-from topology.availability import ocs_goodput, sample_goodput, static_goodput
-from topology.checkpoint_interval import best_interval, daly_interval, young_interval
-from topology.pod_simulation import simulate
-from topology.policies import AsPublished, ContiguousBox, NeverReroute, Policy
-from topology.slices import Slice
-from topology.workload import (
+from topology.fleet.availability import ocs_goodput, sample_goodput, static_goodput
+from topology.fleet.checkpoint_interval import best_interval, daly_interval, young_interval
+from topology.fleet.pod_simulation import simulate
+from topology.fleet.policies import AsPublished, ContiguousBox, NeverReroute, Policy
+from topology.fleet.workload import (
     DAY,
     YEAR,
     FailureRates,
@@ -26,6 +25,7 @@ from topology.workload import (
     generate_maintenance,
     generate_outages,
 )
+from topology.torus.slices import Slice
 
 REFERENCE = {  # (chips, host availability): (with switches, static)
     (1024, 0.990): (0.744, 0.190),

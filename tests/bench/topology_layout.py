@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from topology import Slice
-from topology.layout import Traffic, lay_mesh, traffic_seconds
+from topology.collectives.layout import Traffic, lay_mesh, traffic_seconds
 
 TRAFFIC = (
     Traffic(kind="all_reduce", axes=("data",), bytes=1e8),

@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 
-from topology.loads import link_loads, lower_bounds
-from topology.routing import best_single_path, dimension_order
-from topology.slices import Slice
-from topology.throughput import all_to_all, both_ways, closed_form, switch_links
-from topology.wild_first import wild_first
+from topology.routing.loads import link_loads, lower_bounds
+from topology.routing.routing import best_single_path, dimension_order
+from topology.routing.throughput import all_to_all, both_ways, closed_form, switch_links
+from topology.routing.wild_first import wild_first
+from topology.torus.slices import Slice
 
 
 def timed(label, call, target=None, runs=3):

@@ -19,7 +19,7 @@ TORSION = [sys.executable, "-c", "import sys; from launch.cli import main; sys.e
 SMALL = """\
 from __gin__ import dynamic_registration
 from pjit_train import run
-from pjit_train import transformer
+from pjit_train.models import transformer
 from pjit_train.data import sources
 from pjit_train.data import text
 include 'configs/base.gin'

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-import pjit_train.compress
+import pjit_train.compression.compress
 from launch.cli import main
 from launch.configure import build_run
 from pjit_train.evaluate import restore_weights
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
-from sparsity.formats import E2M1, MX
-from sparsity.kernels import dense
-from sparsity.quantization import quantize
+from sparsity.numbers.formats import E2M1, MX
+from sparsity.numbers.quantization import quantize
+from sparsity.recipes.kernels import dense
 
 TINY = """
 from __gin__ import dynamic_registration
 from pjit_train import optimizers
 from pjit_train import run
-from pjit_train import transformer
+from pjit_train.models import transformer
 from pjit_train.data import sources
 from pjit_train.data import text
 include 'configs/base.gin'
@@ -331,7 +331,7 @@ def test_fine_tuning_that_makes_the_model_worse_is_said(here, capsys, monkeypatc
     def tuned(work, params):
         return jax.tree.map(lambda x: x * np.float32(factor), params)
 
-    monkeypatch.setattr(pjit_train.compress._Work, "_finetune", tuned)
+    monkeypatch.setattr(pjit_train.compression.compress._Work, "_finetune", tuned)
     out = f"tuned-{worse}"
     command = ["compress", "dense", "--pattern", "2:4", "--method", "magnitude", "--json"]
     assert main([*command, "--finetune", "3", "--sequences", "1", "--out", out]) == 0
@@ -366,7 +366,7 @@ def test_weights_that_are_not_finite_are_named(here, capsys, monkeypatch):
         weights["blocks"]["attention"]["key"]["kernel"] *= np.inf
         return step, weights
 
-    monkeypatch.setattr(pjit_train.compress, "restore_weights", broken)
+    monkeypatch.setattr(pjit_train.compression.compress, "restore_weights", broken)
     capsys.readouterr()
     assert main(["compress", "dense", "--pattern", "2:4", "--out", "none/of/it"]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -435,7 +435,7 @@ def test_a_failure_leaves_nothing(here, capsys, monkeypatch, error):
         raise error
 
     before = {path.name for path in Path().iterdir()}
-    monkeypatch.setattr(pjit_train.compress, "save_params", fail)
+    monkeypatch.setattr(pjit_train.compression.compress, "save_params", fail)
     command = ["compress", "dense", "--method", "magnitude", "--sequences", "1", "--out", "failed"]
     assert main(command) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert {path.name for path in Path().iterdir()} == before

@@ -23,13 +23,13 @@ from test_compress_command import (  # noqa: F401 (fixtures)
 from launch.cli import main
 from launch.commands.compress import _bindings
 from launch.configure import build_run
-from pjit_train import compressed_tensors
-from pjit_train.compress import Compression, save_params
+from pjit_train.compression.compress import Compression, save_params
 from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights
+from pjit_train.huggingface import compressed_tensors
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
-from sparsity import quantized
+from sparsity.numbers import quantized
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -74,7 +74,7 @@ def test_activations_in_nvfp4_get_a_scale_from_the_training_text(capsys):
 QUANTIZED = """
 from __gin__ import dynamic_registration
 from pjit_train import run
-from sparsity import quantized
+from sparsity.numbers import quantized
 include 'run.gin'
 include 'configs/recipes/sr_ste.gin'
 run.Run.quantization = @quantized.Quantization()
@@ -133,7 +133,7 @@ def masters(directory: str) -> dict[str, np.ndarray]:
 def test_a_run_trained_in_formats_is_compressed_from_what_it_trains(capsys):
     text = TINY + "run.Run.quantization = @quantized.Quantization()\n"
     text = text.replace(
-        "from pjit_train.data", "from sparsity import quantized\nfrom pjit_train.data", 1
+        "from pjit_train.data", "from sparsity.numbers import quantized\nfrom pjit_train.data", 1
     )
     layers = "{'(attention)/.*kernel': @quantized.MatmulFormats(), 'up/kernel': 'int4'}"
     text += f"quantized.Quantization.layers = {layers}\nquantized.MatmulFormats.weights = 'int4'\n"
@@ -244,7 +244,7 @@ def test_compressed_again_it_keeps_the_formats_that_it_had(capsys):
 
 def bound(quantization: str, name: str) -> tuple[Path, list[str]]:
     """A configuration of that quantization, and what compressing its query to int8 binds."""
-    imports = "from sparsity import quantized\nfrom pjit_train.data"
+    imports = "from sparsity.numbers import quantized\nfrom pjit_train.data"
     text = TINY.replace("d_model = 16", "d_model = 32").replace("from pjit_train.data", imports, 1)
     Path(f"{name}.gin").write_text(text + quantization)
     run, text = build_run([f"{name}.gin"])

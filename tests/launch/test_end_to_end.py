@@ -23,7 +23,7 @@ from __gin__ import dynamic_registration
 from pjit_train import checkpoint
 from pjit_train import optimizers
 from pjit_train import run
-from pjit_train import transformer
+from pjit_train.models import transformer
 from pjit_train.data import sources
 from pjit_train.data import text
 include 'configs/base.gin'

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from launch import flat_study
 from launch.cli import main
-from launch.flat_study import FlatStudy, both, make_table, study_flat
+from launch.reports import flat_study
+from launch.reports.flat_study import FlatStudy, both, make_table, study_flat
 from pjit_train.errors import UserError
-from topology.accelerator import CLOUD
-from topology.workloads import MODELS
+from topology.accelerator.accelerator import CLOUD
+from topology.accelerator.workloads import MODELS
 
 SMALL = FlatStudy(models=("BERT", "T5"), sequences=(512,), buffer_sequences=(512,), points=4)
 

@@ -16,8 +16,8 @@ from flax import nnx
 from launch import __version__
 from launch.bindings import parse_bindings
 from launch.configure import build_run
+from pjit_train.models.transformer import count_params
 from pjit_train.sharding import Rules
-from pjit_train.transformer import count_params
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"

@@ -21,15 +21,15 @@ from pjit_train.errors import UserError
 from pjit_train.evaluate import evaluate
 from pjit_train.interplay_study import InterplayStudy, Loss
 from pjit_train.metrics import read_rows
-from sparsity.encoding import encode
-from sparsity.quantized import Quantization
+from sparsity.numbers.encoding import encode
+from sparsity.numbers.quantized import Quantization
 
 TINY = """
 from __gin__ import dynamic_registration
 from pjit_train import interplay_study
 from pjit_train import run
 from pjit_train import sharding
-from pjit_train import transformer
+from pjit_train.models import transformer
 from pjit_train.data import sources
 from pjit_train.data import text
 include 'configs/base.gin'

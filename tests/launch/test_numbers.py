@@ -20,11 +20,13 @@ from launch.explain import STANDARD
 from launch.pod.faults import Fault, parse_chaos
 from pjit_train.data.sources import PythonStdlib
 from pjit_train.errors import UserError
-from sparsity import formats, one_shot, patterns
+from sparsity.numbers import formats
+from sparsity.post_training import one_shot
 from sparsity.ranges import Range, check_fields, ranged_fields
+from sparsity.recipes import patterns
 
-MODULES = (*STANDARD, "pjit_train.vit", "pjit_train.study", "pjit_train.interplay_study")
-MODULES += ("pjit_train.compress", "sparsity.sparsity_schedules")
+MODULES = (*STANDARD, "pjit_train.models.vit", "pjit_train.study", "pjit_train.interplay_study")
+MODULES += ("pjit_train.compression.compress", "sparsity.sparsity_schedules")
 MODULES += tuple(
     f"sparsity.algorithms.{name}"
     for name in ("acdc", "global_pruners", "sparse_trainers", "topkast")

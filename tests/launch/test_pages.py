@@ -16,7 +16,7 @@ import pytest
 from matplotlib import colors, image
 
 from launch.cli import main
-from topology.scene import FAILED_COLOUR, LOAD_COLOURS
+from topology.drawing.scene import FAILED_COLOUR, LOAD_COLOURS
 
 WIDTH, HEIGHT = 1200, 800
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from launch.pod.manager import Manager, placement_of, smaller_shapes
-from topology import Part, Slice, fabric, light, throughput
+from topology import Part, Slice, fabric
+from topology.fabric import light
+from topology.routing import throughput
 
 
 @pytest.fixture

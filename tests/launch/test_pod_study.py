@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from launch import pod_study
 from launch.cli import main
-from launch.pod_figures import FIGURES
-from launch.pod_study import PodStudy, compared, study_pod
-from launch.pod_table import make_table
+from launch.reports import pod_study
+from launch.reports.pod_figures import FIGURES
+from launch.reports.pod_study import PodStudy, compared, study_pod
+from launch.reports.pod_table import make_table
 from pjit_train.errors import UserError
-from topology.slices import Slice
+from topology.torus.slices import Slice
 
 SMALL = PodStudy(
     rerouted=("4x4x4", "4x4x8"), larger=("4x8x8",), twist_blocks=4, trials=20_000, years=0.1

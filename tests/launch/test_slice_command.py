@@ -130,8 +130,8 @@ def test_a_bisection_that_is_not_proved_is_at_most(capsys):
 
 def test_failures_without_symmetry_end_in_time_with_an_interval(capsys, monkeypatch):
     """What took minutes without a word says how far it is, and ends with bound and best found."""
-    monkeypatch.setattr("topology.scene.TIME_LIMIT", 1.0)
-    monkeypatch.setattr("launch.slices._TELL", 0.0)
+    monkeypatch.setattr("topology.drawing.scene.TIME_LIMIT", 1.0)
+    monkeypatch.setattr("launch.reports.slices._TELL", 0.0)
     parts = ["link:3,0,0,0,+x", "link:2,1,2,3,+y"]
     began = time.monotonic()
     assert main(["slice", "8x8x8", "--failed", *parts, "--json"]) == 0

@@ -18,14 +18,14 @@ from pjit_train.metrics import read_rows
 from pjit_train.signals import StopRequest
 from pjit_train.study import RecipeStudy, Result
 from sparsity import recipes
-from sparsity.autoswitch import AutoSwitch
+from sparsity.recipes.autoswitch import AutoSwitch
 
 TINY = """
 from __gin__ import dynamic_registration
 from pjit_train import run
 from pjit_train import sharding
 from pjit_train import study
-from pjit_train import transformer
+from pjit_train.models import transformer
 from pjit_train.data import sources
 from pjit_train.data import text
 include 'configs/base.gin'

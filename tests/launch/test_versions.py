@@ -20,7 +20,7 @@ OLD = "pjit_train.nets.llama"
 @pytest.fixture
 def moved(monkeypatch):
     """The transformer's module, class and a parameter of it as if they had had other names."""
-    new = "pjit_train.transformer"
+    new = "pjit_train.models.transformer"
     rows = {
         OLD: new,
         f"{new}.Config": f"{new}.TransformerConfig",
@@ -32,7 +32,9 @@ def moved(monkeypatch):
 
 def as_of_then(text: str) -> str:
     """A configuration as the version wrote it that had the other names."""
-    text = text.replace("from pjit_train import transformer", "from pjit_train.nets import llama")
+    text = text.replace(
+        "from pjit_train.models import transformer", "from pjit_train.nets import llama"
+    )
     text = text.replace("transformer.TransformerConfig.d_model", "llama.Config.width")
     return text.replace("transformer.TransformerConfig", "llama.Config")
 
@@ -46,10 +48,13 @@ def test_a_configuration_says_the_version_that_wrote_it():
 @pytest.mark.parametrize(
     ("statement", "now"),
     [
-        ("from pjit_train.nets import llama", "from pjit_train import transformer as llama"),
-        ("from pjit_train.nets import llama as net", "from pjit_train import transformer as net"),
-        ("import pjit_train.nets.llama as net", "from pjit_train import transformer as net"),
-        ("from pjit_train import transformer", "from pjit_train import transformer"),
+        ("from pjit_train.nets import llama", "from pjit_train.models import transformer as llama"),
+        (
+            "from pjit_train.nets import llama as net",
+            "from pjit_train.models import transformer as net",
+        ),
+        ("import pjit_train.nets.llama as net", "from pjit_train.models import transformer as net"),
+        ("from pjit_train.models import transformer", "from pjit_train.models import transformer"),
         ("from pjit_train.nets import llama2", "from pjit_train.nets import llama2"),
     ],
 )
@@ -64,7 +69,7 @@ def test_names_are_changed_whole_and_only_of_their_module(moved):
         "a/net.Config.widths = [@net.Config, @b/net.Config()]\n"
     )
     assert versions.renamed(text) == (
-        "from pjit_train import transformer as net\nfrom other import net2\n"
+        "from pjit_train.models import transformer as net\nfrom other import net2\n"
         "net.TransformerConfig.d_model = 8\nnet.Configuration.width = 8\nnet2.Config.width = 8\n"
         "a/net.TransformerConfig.widths = [@net.TransformerConfig, @b/net.TransformerConfig()]\n"
     )
@@ -84,7 +89,10 @@ def test_old_files_bindings_and_includes_build_the_run_of_today(
     assert build_run([QUICK], [binding]) == (run, text)
     notices = [record.getMessage() for record in caplog.records]
     assert len(notices) == len(set(notices))
-    assert f"{OLD} is pjit_train.transformer now; the old name is read as the new one" in notices
+    assert (
+        f"{OLD} is pjit_train.models.transformer now; the old name is read as the new one"
+        in notices
+    )
 
 
 def test_a_run_of_before_a_move_is_the_same_run(moved, tmp_path):

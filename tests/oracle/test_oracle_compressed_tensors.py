@@ -13,14 +13,14 @@ import torch
 from compressed_tensors import compressors, quantization
 from flax import nnx
 
-from pjit_train import compressed_tensors
-from pjit_train.compress_kernels import leaf, matrix_shape, parse_format
-from pjit_train.compressed_tensors_codes import input_scales, scheme
+from pjit_train.compression.kernels import leaf, matrix_shape, parse_format
+from pjit_train.huggingface import compressed_tensors
+from pjit_train.huggingface.compressed_tensors_codes import input_scales, scheme
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
-from pjit_train.transformer import TransformerConfig
-from sparsity.gptq import gptq, rtn
-from sparsity.nm import nm_mask
-from sparsity.quantization import quantize
+from sparsity.masks.nm import nm_mask
+from sparsity.numbers.quantization import quantize
+from sparsity.post_training.gptq import gptq, rtn
 
 pytestmark = pytest.mark.oracle
 

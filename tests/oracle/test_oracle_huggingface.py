@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pjit_train import huggingface
 from pjit_train.data import Bytes, train_tokenizer
-from pjit_train.huggingface_config import read_config
-from pjit_train.huggingface_families import FAMILIES, REQUIRED
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.config import read_config
+from pjit_train.huggingface.families import FAMILIES, REQUIRED
+from pjit_train.models.transformer import TransformerConfig
+from pjit_train.models.vit import ViTConfig
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model
-from pjit_train.transformer import TransformerConfig
-from pjit_train.vit import ViTConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "huggingface"
 pytestmark = pytest.mark.oracle

@@ -240,11 +240,11 @@ def compile_all(folder: Path):
     from jax.experimental.topologies import get_topology_desc
 
     from pjit_train.data.text import TextData
+    from pjit_train.models.transformer import TransformerConfig
     from pjit_train.optimizers import AdamW
     from pjit_train.program import Program
     from pjit_train.run import Run
     from pjit_train.sharding import MeshShape, make_mesh
-    from pjit_train.transformer import TransformerConfig
 
     @dataclasses.dataclass(frozen=True)
     class Vocabulary:

@@ -8,9 +8,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model
-from pjit_train.transformer import TransformerConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "huggingface"
 NAMES = ("llama", "llama_tied", "opt", "gpt2", "vit")

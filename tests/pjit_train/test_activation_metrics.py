@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_sharding import LLAMA, B, make_batch, make_program
 
-from sparsity.formats import Int
-from sparsity.quantized import MatmulFormats, Quantization
+from sparsity.numbers.formats import Int
+from sparsity.numbers.quantized import MatmulFormats, Quantization
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 TWO_LAYERS, ONE_LAYER = (dataclasses.replace(LLAMA, num_layers=n) for n in (2, 1))

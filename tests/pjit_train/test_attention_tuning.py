@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjit_train import attention_tuning
 from pjit_train.attention import attention
-from pjit_train.attention_masks import Mask
-from pjit_train.attention_rows import Tiles, tiles_for
-from pjit_train.attention_tuning import candidates, fastest_tiles
+from pjit_train.attention import tuning as attention_tuning
+from pjit_train.attention.masks import Mask
+from pjit_train.attention.rows import Tiles, tiles_for
+from pjit_train.attention.tuning import candidates, fastest_tiles
 
 SHAPE, MASK = (1, 24, 2, 8), Mask(True, None, 0, False)
 DEFAULT = tiles_for(24, 24)

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 from test_attention import gradients, random, reference, reference_gradients
 from test_collectives import collectives
 
-from pjit_train import attention_kernels
 from pjit_train.attention import attention
-from pjit_train.attention_flat import attend_flat
-from pjit_train.attention_masks import Mask
+from pjit_train.attention import kernels as attention_kernels
+from pjit_train.attention.flat import attend_flat
+from pjit_train.attention.masks import Mask
 from pjit_train.errors import UserError
 from pjit_train.sharding import MeshShape, make_mesh
 
@@ -205,7 +205,7 @@ def test_ring_has_the_collectives_that_it_needs_and_none_more():
 
 def test_causal_ring_is_balanced():
     """No device computes more than its share: two pieces of rows by columns in every round."""
-    from pjit_train.attention_ring import _pairs
+    from pjit_train.attention.ring import _pairs
 
     def work(axis_size, turn):
         @functools.partial(jax.shard_map, in_specs=P("sequence"), out_specs=P("sequence"))

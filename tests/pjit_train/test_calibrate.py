@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pjit_train import blocks, calibrate, projection
+from pjit_train.compression import calibrate
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
+from pjit_train.models import blocks, projection
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
-from pjit_train.transformer import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 LLAMA = TransformerConfig(

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pjit_train import calibrate
-from pjit_train import compress_kernels as compress
-from pjit_train.compress import Compression
+from pjit_train.compression import calibrate
+from pjit_train.compression import kernels as compress
+from pjit_train.compression.compress import Compression
 from pjit_train.errors import UserError
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
-from pjit_train.transformer import TransformerConfig
-from sparsity.formats import format_text
+from sparsity.numbers.formats import format_text
 
 MODEL = TransformerConfig(
     vocab_size=64, max_len=16, d_model=16, num_layers=2, num_heads=2, d_ff=24, use_bias=True

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
-from pjit_train import compressed_tensors, huggingface
-from pjit_train.compress_kernels import leaf, matrix_shape, parse_format
-from pjit_train.compressed_tensors import QuantizedWeights
-from pjit_train.compressed_tensors_codes import (
+from pjit_train.compression.kernels import leaf, matrix_shape, parse_format
+from pjit_train.errors import UserError
+from pjit_train.huggingface import compressed_tensors
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.compressed_tensors import QuantizedWeights
+from pjit_train.huggingface.compressed_tensors_codes import (
     decode,
     encode,
     input_scales,
@@ -25,11 +27,10 @@ from pjit_train.compressed_tensors_codes import (
     unpack_floats,
     unpack_int32,
 )
-from pjit_train.errors import UserError
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
-from pjit_train.transformer import TransformerConfig
-from sparsity.formats import E5M2, FP8, MX, NVFP4, Int
-from sparsity.gptq import Scales, rtn
+from sparsity.numbers.formats import E5M2, FP8, MX, NVFP4, Int
+from sparsity.post_training.gptq import Scales, rtn
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 LLAMA = TransformerConfig(

@@ -22,12 +22,12 @@ from huggingface_folders import (
 )
 from safetensors.numpy import save_file
 
-from pjit_train import huggingface
 from pjit_train.errors import UserError
-from pjit_train.huggingface_config import read_config
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.config import read_config
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model
-from pjit_train.transformer import TransformerConfig
 
 
 def logits_of(config, params, inputs):

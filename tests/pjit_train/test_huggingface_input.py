@@ -10,8 +10,8 @@ import pytest
 from huggingface_folders import FIXTURES, stored
 from safetensors.numpy import save_file
 
-from pjit_train import huggingface
 from pjit_train.errors import UserError
+from pjit_train.huggingface import weights as huggingface
 
 
 @pytest.fixture

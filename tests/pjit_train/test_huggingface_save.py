@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pjit_train import huggingface
 from pjit_train.data import Bytes
 from pjit_train.errors import UserError
-from pjit_train.huggingface_families import FAMILIES, Tensor
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.families import FAMILIES, Tensor
 from pjit_train.sharding import MeshShape, Rules, make_mesh
 
 
@@ -177,9 +177,9 @@ import sys, time
 import numpy as np
 import jax
 from flax import nnx
-from pjit_train import huggingface
+from pjit_train.huggingface import weights as huggingface
 from pjit_train.sharding import Rules
-from pjit_train.transformer import TransformerConfig
+from pjit_train.models.transformer import TransformerConfig
 
 class Slow(np.ndarray):
     def __getitem__(self, index):

@@ -8,9 +8,9 @@ from huggingface_folders import LLAMA, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pjit_train import huggingface
 from pjit_train.data import Bytes, TokenizerJson, train_tokenizer
-from pjit_train.huggingface_tokenizer import write_tokenizer
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,21 @@ import jax
 import numpy as np
 import pytest
 
-from pjit_train import huggingface, record
+from pjit_train import record
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import Batches, TextData
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.evaluate import evaluate
+from pjit_train.huggingface import weights as huggingface
 from pjit_train.lock import held
 from pjit_train.loop import train
 from pjit_train.metrics import Metrics, read_rows
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.optimizers import AdamW, Schedule
 from pjit_train.program import Program
 from pjit_train.run import Run, Samples
 from pjit_train.sharding import MeshShape, make_mesh
-from pjit_train.transformer import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODEL = TransformerConfig(

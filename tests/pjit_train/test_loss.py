@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pjit_train import loss
-from pjit_train.loss import cross_entropy
+from pjit_train.models import loss
+from pjit_train.models.loss import cross_entropy
 from pjit_train.sharding import MeshShape, make_mesh
 
 B, T, D, V = 4, 8, 16, 24

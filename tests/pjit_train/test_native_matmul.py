@@ -11,15 +11,15 @@ import pytest
 from test_sharding import LLAMA, make_batch, make_program
 
 from pjit_train.errors import UserError
-from pjit_train.projection import project
+from pjit_train.models.projection import project
 from sparsity import recipes
-from sparsity.bits import pack_bits
-from sparsity.formats import E5M2, FP8, MX, Int
-from sparsity.kernels import MaskedKernel, dense
-from sparsity.native import check_matmul, codes_of
-from sparsity.quantization import quantize
-from sparsity.quantized import MatmulFormats, Quantization
-from sparsity.quantized_kernels import QuantizedKernel
+from sparsity.masks.bits import pack_bits
+from sparsity.numbers.formats import E5M2, FP8, MX, Int
+from sparsity.numbers.native import check_matmul, codes_of
+from sparsity.numbers.quantization import quantize
+from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.numbers.quantized_kernels import QuantizedKernel
+from sparsity.recipes.kernels import MaskedKernel, dense
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KERNELS = "(attention|feed_forward)/.*kernel"

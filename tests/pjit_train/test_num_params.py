@@ -7,9 +7,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pjit_train.models.transformer import TransformerConfig, count_params
+from pjit_train.models.vit import ViTConfig
 from pjit_train.sharding import Rules
-from pjit_train.transformer import TransformerConfig, count_params
-from pjit_train.vit import ViTConfig
 
 SMALL = st.integers(1, 5)
 

@@ -11,20 +11,20 @@ from test_collectives import collectives
 from test_loop import rows, run, text  # noqa: F401
 from test_sharding import GPT2, LLAMA, make_batch, make_program
 
-from pjit_train.blocks import rotary_angles, rotate
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
 from pjit_train.evaluate import evaluate
 from pjit_train.loop import train
+from pjit_train.models.blocks import rotary_angles, rotate
+from pjit_train.models.projection import project
 from pjit_train.optimizers import SGD, Schedule
-from pjit_train.projection import project
 from pjit_train.sample import sample
 from sparsity import recipes
-from sparsity.formats import HBFP, MX, Int
-from sparsity.kernels import dense, dense_tree
-from sparsity.quantization import quantize
-from sparsity.quantized import MatmulFormats, Quantization
-from sparsity.quantized_kernels import QuantizedKernel
+from sparsity.numbers.formats import HBFP, MX, Int
+from sparsity.numbers.quantization import quantize
+from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.numbers.quantized_kernels import QuantizedKernel
+from sparsity.recipes.kernels import dense, dense_tree
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KERNELS = "(attention/(query|key|value)|feed_forward)/.*kernel"

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.optimizers import AdamW, Schedule
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import MeshShape, Rules, make_mesh
-from pjit_train.transformer import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -18,11 +18,11 @@ from pjit_train.evaluate import evaluate
 from pjit_train.loop import train
 from pjit_train.optimizers import SGD, AdamW, Lion, Muon, Schedule
 from sparsity import recipes
-from sparsity.autoswitch import AutoSwitch
-from sparsity.kernels import MaskedKernel, dense
-from sparsity.patterns import Geometric
 from sparsity.pruning import Pruning
 from sparsity.recipes import Recipe
+from sparsity.recipes.autoswitch import AutoSwitch
+from sparsity.recipes.kernels import MaskedKernel, dense
+from sparsity.recipes.patterns import Geometric
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 # head_dim of the test model is 6, which no group of 4 divides: the output kernel stays dense.

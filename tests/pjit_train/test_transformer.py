@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sharding import GPT2, LLAMA, T, V
 
-from pjit_train.blocks import rotary_angles
 from pjit_train.errors import UserError
-from pjit_train.loss import cross_entropy
+from pjit_train.models.blocks import rotary_angles
+from pjit_train.models.loss import cross_entropy
+from pjit_train.models.transformer import TransformerConfig, count_params
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model
-from pjit_train.transformer import TransformerConfig, count_params
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 TOKENS = np.random.default_rng(0).integers(0, V, (2, T)).astype(np.int32)

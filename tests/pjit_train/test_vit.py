@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from pjit_train.errors import UserError
+from pjit_train.models.vit import ViTConfig, split_patches
 from pjit_train.sharding import MeshShape, Rules, make_mesh
 from pjit_train.step import split_model
-from pjit_train.vit import ViTConfig, split_patches
 
 CONFIG = ViTConfig(
     d_model=16,

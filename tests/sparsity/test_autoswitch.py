@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.autoswitch import AutoSwitch, scale_by_step_adam
+from sparsity.recipes.autoswitch import AutoSwitch, scale_by_step_adam
 
 NEVER = AutoSwitch(threshold=1e-30, clip=False)
 B1, B2, EPS = 0.9, 0.8, 1e-8

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsity.bits import pack_bits, unpack_bits
+from sparsity.masks.bits import pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 31])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparsity.decay import Exponential, Hard, Linear, MaskDecay, check_decay
+from sparsity.recipes.decay import Exponential, Hard, Linear, MaskDecay, check_decay
 
 LENGTH = 40
 CASES = {

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from sparsity import recipes
-from sparsity.autoswitch import AutoSwitch
-from sparsity.one_shot import KeepZeros
+from sparsity.post_training.one_shot import KeepZeros
 from sparsity.pruning import Pruning
+from sparsity.recipes.autoswitch import AutoSwitch
 
 STEPS = 40
 KERNELS = ("attention/query", "feed_forward/down", "feed_forward/up")

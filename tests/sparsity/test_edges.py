@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import sparsity
 from sparsity import mask_calculator
-from sparsity.bits import pack_bits, unpack_bits
-from sparsity.formats import Int
-from sparsity.packed import decode_indices, encode_indices, nm_indices, pack_nm, unpack_nm
+from sparsity.masks.bits import pack_bits, unpack_bits
+from sparsity.masks.packed import decode_indices, encode_indices, nm_indices, pack_nm, unpack_nm
+from sparsity.numbers.formats import Int
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

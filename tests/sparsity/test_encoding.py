@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sparsity import formats
-from sparsity.encoding import bits_per_element, decode, encode, float_codes, float_values
-from sparsity.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int
-from sparsity.quantization import quantize
+from sparsity.numbers import formats
+from sparsity.numbers.encoding import bits_per_element, decode, encode, float_codes, float_values
+from sparsity.numbers.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int
+from sparsity.numbers.quantization import quantize
 
 OTHERS = {
     "int5 asymmetric": Int(bits=5, symmetric=False, block=24),

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sparsity import formats
-from sparsity.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int, check_blocks, get_format
-from sparsity.quantized import MatmulFormats, Quantization
+from sparsity.numbers import formats
+from sparsity.numbers.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int, check_blocks, get_format
+from sparsity.numbers.quantized import MatmulFormats, Quantization
 
 ELEMENTS = [
     (formats.E4M3, ml_dtypes.float8_e4m3fn),

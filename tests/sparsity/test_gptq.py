@@ -5,10 +5,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sparsity.formats import E2M1, E4M3, FP8, HBFP, MX, NVFP4, Int
-from sparsity.gptq import gptq, rtn
-from sparsity.nm import nm_mask
-from sparsity.quantization import quantize
+from sparsity.masks.nm import nm_mask
+from sparsity.numbers.formats import E2M1, E4M3, FP8, HBFP, MX, NVFP4, Int
+from sparsity.numbers.quantization import quantize
+from sparsity.post_training.gptq import gptq, rtn
 
 INPUTS, OUTPUTS, DAMPING = 48, 10, 0.01
 FORMATS = {

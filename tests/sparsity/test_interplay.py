@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity import dot_interplay, lost_maxima, nm_mask, quantize, tensor_interplay, topk_mask
-from sparsity.formats import FORMATS, MX, Int
+from sparsity.numbers.formats import FORMATS, MX, Int
 
 MAX_SCALED = [name for name in FORMATS if not name.startswith("fp8")]
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsity.bits import pack_bits
-from sparsity.kernels import MaskedKernel, PackedKernel, dense
-from sparsity.packed import encode_indices, nm_indices, pack_nm
+from sparsity.masks.bits import pack_bits
+from sparsity.masks.packed import encode_indices, nm_indices, pack_nm
+from sparsity.recipes.kernels import MaskedKernel, PackedKernel, dense
 
 RNG = np.random.default_rng(0)
 SHAPE = (3, 16, 5)  # layers, in, out

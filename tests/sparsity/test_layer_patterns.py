@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparsity.layers import assign, names
+from sparsity.masks.layers import assign, names
 
 
 class Pair(NamedTuple):

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsity.nm import check_nm, nm_mask, nm_violations, transposable_mask
+from sparsity.masks.nm import check_nm, nm_mask, nm_violations, transposable_mask
 
 COLLECTIVES = re.compile(r"\b(all-|collective-|reduce-scatter)")
 

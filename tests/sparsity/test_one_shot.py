@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity import one_shot
-from sparsity.gptq import gptq
-from sparsity.hessian import add_grams, check_hessian, from_gram, gram, inverse_factor
+from sparsity.post_training import one_shot
+from sparsity.post_training.gptq import gptq
+from sparsity.post_training.hessian import add_grams, check_hessian, from_gram, gram, inverse_factor
 
 INPUTS, OUTPUTS, TOKENS = 48, 12, 400
 
@@ -358,9 +358,9 @@ def test_sums_of_products_neither_overflow_nor_vanish(scale):
 SCRIPT = """
 import hashlib, sys
 import numpy as np, jax.numpy as jnp
-from sparsity import one_shot
-from sparsity.gptq import gptq
-from sparsity.hessian import from_gram, gram, inverse_factor
+from sparsity.post_training import one_shot
+from sparsity.post_training.gptq import gptq
+from sparsity.post_training.hessian import from_gram, gram, inverse_factor
 rng = np.random.default_rng(0)
 x = rng.normal(size=(1100, 260)) @ rng.normal(size=(260, 260))
 kernel = rng.normal(size=(260, 96)).astype(np.float32)

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsity.packed import (
+from sparsity.masks.packed import (
     decode_indices,
     encode_indices,
     gather_nm,

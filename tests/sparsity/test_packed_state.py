@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from sparsity import recipes
-from sparsity.kernels import PackedKernel
 from sparsity.recipes import Recipe
+from sparsity.recipes.kernels import PackedKernel
 
 STEPS, FROZEN = 20, 10
 RNG = np.random.default_rng(1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.patterns import Fixed, Geometric, Stepwise, StructureDecay, parse_pattern
+from sparsity.recipes.patterns import Fixed, Geometric, Stepwise, StructureDecay, parse_pattern
 
 ALL = [Fixed(), Stepwise(), Geometric(), StructureDecay(), StructureDecay(variant="code")]
 

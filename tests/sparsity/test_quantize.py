@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsity import formats, nm_mask, topk_mask
-from sparsity.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int
-from sparsity.quantization import block_scales, clipped, fake_quantize, quantize
+from sparsity import nm_mask, topk_mask
+from sparsity.numbers import formats
+from sparsity.numbers.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int
+from sparsity.numbers.quantization import block_scales, clipped, fake_quantize, quantize
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "formats"
 LARGEST = np.finfo(np.float32).max

@@ -9,15 +9,15 @@ import optax
 import pytest
 
 from sparsity import recipes
-from sparsity.autoswitch import AutoSwitch, scale_by_step_adam
-from sparsity.bits import pack_bits
-from sparsity.formats import HBFP, MX, NVFP4, Int
-from sparsity.kernels import MaskedKernel, dense, dense_tree
-from sparsity.patterns import Geometric
+from sparsity.masks.bits import pack_bits
+from sparsity.numbers.formats import HBFP, MX, NVFP4, Int
+from sparsity.numbers.quantization import quantize
+from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.numbers.quantized_kernels import QuantizedKernel
 from sparsity.pruning import Pruning
-from sparsity.quantization import quantize
-from sparsity.quantized import MatmulFormats, Quantization
-from sparsity.quantized_kernels import QuantizedKernel
+from sparsity.recipes.autoswitch import AutoSwitch, scale_by_step_adam
+from sparsity.recipes.kernels import MaskedKernel, dense, dense_tree
+from sparsity.recipes.patterns import Geometric
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")

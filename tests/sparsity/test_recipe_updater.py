@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from sparsity import recipes
-from sparsity.autoswitch import AutoSwitch
-from sparsity.decay import Exponential, Linear
-from sparsity.kernels import MaskedKernel
-from sparsity.patterns import Geometric
 from sparsity.recipes import Recipe
+from sparsity.recipes.autoswitch import AutoSwitch
+from sparsity.recipes.decay import Exponential, Linear
+from sparsity.recipes.kernels import MaskedKernel
+from sparsity.recipes.patterns import Geometric
 
 P = PartitionSpec
 RNG = np.random.default_rng(2)

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 from sparsity import recipes
-from sparsity.autoswitch import AutoSwitch, scale_by_step_adam
-from sparsity.decay import Linear
-from sparsity.patterns import Geometric, Stepwise
 from sparsity.recipes import Recipe
+from sparsity.recipes.autoswitch import AutoSwitch, scale_by_step_adam
+from sparsity.recipes.decay import Linear
+from sparsity.recipes.patterns import Geometric, Stepwise
 
 STEPS, RATE = 20, 0.3
 SHAPE = (2, 16, 6)  # layers, in, out

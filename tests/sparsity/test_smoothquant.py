@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.quantization import quantize
-from sparsity.smoothquant import smoothing_scales
+from sparsity.numbers.quantization import quantize
+from sparsity.post_training.smoothquant import smoothing_scales
 
 
 @settings(max_examples=20, deadline=None)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsity.topk import global_topk_masks, keep_count, order_key, topk_mask
+from sparsity.masks.topk import global_topk_masks, keep_count, order_key, topk_mask
 
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 1.0, -1.0, 3.4e38]
 FLOATS = st.sampled_from(SPECIAL) | st.floats(-4, 4, width=32)

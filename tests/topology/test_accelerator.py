@@ -3,9 +3,15 @@ import math
 
 import pytest
 
-from topology.accelerator import ACCELERATORS, EDGE, TPU_V4_CORE, MatrixArray, accelerator
+from topology.accelerator.accelerator import (
+    ACCELERATORS,
+    EDGE,
+    TPU_V4_CORE,
+    MatrixArray,
+    accelerator,
+)
+from topology.accelerator.workloads import MODELS, SEQUENCES, Attention, model
 from topology.hardware import TPU_V4_CHIP
-from topology.workloads import MODELS, SEQUENCES, Attention, model
 
 
 @pytest.mark.parametrize("row", ACCELERATORS.values(), ids=ACCELERATORS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topology import TPU_V3, TPU_V4, TPU_V5P
-from topology.availability import (
+from topology.fleet.availability import (
     block_availability,
     first_fit_boxes,
     grid_boxes,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from topology.checkpoint_interval import (
+from topology.fleet.checkpoint_interval import (
     best_interval,
     daly_interval,
     efficiency,

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from topology import Slice
 from topology.collectives import KINDS, Network, collective_cost
-from topology.groups import Groups, groups_of_axes
-from topology.replay import replay
-from topology.schedules import dimension_rings, hamiltonian_ring, schedule
+from topology.collectives.groups import Groups, groups_of_axes
+from topology.collectives.replay import replay
+from topology.collectives.schedules import dimension_rings, hamiltonian_ring, schedule
 
 NETWORK = Network(bandwidth=1e9, hop_latency=1e-6)
 IDEAL = Network(bandwidth=1.0, hop_latency=0.0)

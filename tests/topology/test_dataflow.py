@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from topology.accelerator import CLOUD, EDGE, TPU_V4_CORE
-from topology.dataflow import (
+from topology.accelerator.accelerator import CLOUD, EDGE, TPU_V4_CORE
+from topology.accelerator.dataflow import (
     DATAFLOWS,
     attention_cost,
     best_tile,
@@ -10,7 +10,7 @@ from topology.dataflow import (
     least_full_buffer,
     lower_bound,
 )
-from topology.workloads import MODELS, SEQUENCES
+from topology.accelerator.workloads import MODELS, SEQUENCES
 
 MiB = 2**20
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology.accelerator import EDGE, INDEPENDENT_CLOUD, INDEPENDENT_EDGE, MatrixArray
-from topology.dataflow_cost import lower_bound
-from topology.dataflow_flat import FlatMapping, flat_cost, least_buffer, search_flat
-from topology.dataflow_replay import replay_flat
-from topology.workloads import Attention
+from topology.accelerator.accelerator import EDGE, INDEPENDENT_CLOUD, INDEPENDENT_EDGE, MatrixArray
+from topology.accelerator.dataflow_cost import lower_bound
+from topology.accelerator.dataflow_flat import FlatMapping, flat_cost, least_buffer, search_flat
+from topology.accelerator.dataflow_replay import replay_flat
+from topology.accelerator.workloads import Attention
 
 few = settings(max_examples=40, deadline=None)
 

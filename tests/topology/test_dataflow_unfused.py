@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology.accelerator import CLOUD, EDGE, MatrixArray
-from topology.dataflow_cost import lower_bound
-from topology.dataflow_replay import replay_matmul
-from topology.dataflow_unfused import (
+from topology.accelerator.accelerator import CLOUD, EDGE, MatrixArray
+from topology.accelerator.dataflow_cost import lower_bound
+from topology.accelerator.dataflow_replay import replay_matmul
+from topology.accelerator.dataflow_unfused import (
     ORDERS,
     best_matmul,
     matmul_traffic,
@@ -17,7 +17,7 @@ from topology.dataflow_unfused import (
     naive_matmul,
     search_flex,
 )
-from topology.workloads import Attention, Matmul
+from topology.accelerator.workloads import Attention, Matmul
 
 few = settings(max_examples=40, deadline=None)
 triples = st.tuples(*[st.integers(1, 7)] * 3)

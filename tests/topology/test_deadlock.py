@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology.deadlock import (
+from topology.routing.deadlock import (
     buffers,
     dependencies,
     end_datelines,
@@ -14,8 +14,8 @@ from topology.deadlock import (
     routing_buffers,
     virtual_channels,
 )
-from topology.routing import best_single_path, dimension_order, routes
-from topology.slices import Slice
+from topology.routing.routing import best_single_path, dimension_order, routes
+from topology.torus.slices import Slice
 
 NO_DATELINES = ((frozenset(), frozenset()),) * 3
 

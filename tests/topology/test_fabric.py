@@ -22,7 +22,7 @@ from topology.fabric import (
     repair,
     replace_block,
 )
-from topology.light import check, impact, trace, verify
+from topology.fabric.light import check, impact, trace, verify
 
 SMALL_POD = dataclasses.replace(TPU_V4, num_blocks=8)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
 
-from topology import Slice, layout
-from topology.collectives import KINDS, Network
-from topology.layout import Digit, Traffic, boxes, lay_mesh, traffic_seconds
+from topology import Slice
+from topology.collectives import KINDS, Network, layout
+from topology.collectives.layout import Digit, Traffic, boxes, lay_mesh, traffic_seconds
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from topology.loads import least_load, link_loads, lower_bounds
-from topology.routing import dimension_order, direction_loads, optimal_split, routes
-from topology.slices import Slice
-from topology.throughput import all_to_all
+from topology.routing.loads import least_load, link_loads, lower_bounds
+from topology.routing.routing import dimension_order, direction_loads, optimal_split, routes
+from topology.routing.throughput import all_to_all
+from topology.torus.slices import Slice
 
 
 def walked(slice, routing, traffic):

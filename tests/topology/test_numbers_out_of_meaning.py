@@ -24,17 +24,14 @@ from topology import (
     Slice,
     Switch,
     Traffic,
-    availability,
-    checkpoint_interval,
     fabric,
-    light,
-    throughput,
-    workload,
 )
-from topology.fabric import Changes
+from topology.accelerator.workloads import Attention
+from topology.fabric import Changes, light
+from topology.fleet import availability, checkpoint_interval, workload
+from topology.fleet.progress import Costs
 from topology.numbers import number, shown, whole
-from topology.progress import Costs
-from topology.workloads import Attention
+from topology.routing import throughput
 
 BLOCKS = Slice.parse("4x4x8")
 ONE = Slice.parse("4x4x4")

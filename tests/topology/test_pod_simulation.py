@@ -7,11 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology import TPU_V4, Part, Slice, fabric, light
-from topology.availability import ocs_goodput
-from topology.checkpoint_interval import best_interval, daly_interval, efficiency, young_interval
-from topology.pod_simulation import simulate
-from topology.policies import (
+from topology import TPU_V4, Part, Slice, fabric
+from topology.fabric import light
+from topology.fleet.availability import ocs_goodput
+from topology.fleet.checkpoint_interval import (
+    best_interval,
+    daly_interval,
+    efficiency,
+    young_interval,
+)
+from topology.fleet.pod_simulation import simulate
+from topology.fleet.policies import (
     AnyBlocks,
     AsPublished,
     Backfill,
@@ -21,8 +27,8 @@ from topology.policies import (
     NeverReroute,
     Policy,
 )
-from topology.progress import Costs, Progress
-from topology.workload import (
+from topology.fleet.progress import Costs, Progress
+from topology.fleet.workload import (
     DAY,
     YEAR,
     FailureRates,

@@ -5,9 +5,9 @@ import pytest
 
 from topology import DIRECTIONS, Slice
 from topology.collectives import Network
-from topology.groups import Groups, groups_of_axes
-from topology.replay import replay
-from topology.schedules import Round, Schedule, schedule
+from topology.collectives.groups import Groups, groups_of_axes
+from topology.collectives.replay import replay
+from topology.collectives.schedules import Round, Schedule, schedule
 
 NETWORK = Network(bandwidth=2.0, hop_latency=0.5)
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from topology.routing import (
+from topology.routing.routing import (
     TIES,
     best_single_path,
     dimension_order,
@@ -12,8 +12,8 @@ from topology.routing import (
     routes,
     short_vectors,
 )
-from topology.slices import Slice
-from topology.throughput import all_to_all
+from topology.routing.throughput import all_to_all
+from topology.torus.slices import Slice
 
 ODD_TWIST = "4x4x12_twist:0,0,4/0,0,4/0,0,0"
 LONG_WAY = "4x4x16_twist:0,0,8/0,0,8/0,0,0"

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import image
 
-from topology import TPU_V4, Fabric, Part, Slice, fabric, page, picture
-from topology.scene import (
+from topology import TPU_V4, Fabric, Part, Slice, fabric
+from topology.drawing import page, picture
+from topology.drawing.scene import (
     DIMENSION_ORDER,
     KINDS,
     LIT,

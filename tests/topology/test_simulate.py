@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology.routing import best_single_path, dimension_order, optimal_split
-from topology.simulate import all_to_all_packets, simulate
-from topology.slices import Slice
-from topology.throughput import all_to_all
+from topology.routing.routing import best_single_path, dimension_order, optimal_split
+from topology.routing.simulate import all_to_all_packets, simulate
+from topology.routing.throughput import all_to_all
+from topology.torus.slices import Slice
 
 NO_DATELINES = ((frozenset(), frozenset()),) * 3
 

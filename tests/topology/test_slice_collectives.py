@@ -14,7 +14,7 @@ from topology.collectives import (
     collective_cost,
     lower_bounds,
 )
-from topology.groups import Groups, groups_of_axes, vectors_between
+from topology.collectives.groups import Groups, groups_of_axes, vectors_between
 
 IDEAL = Network(bandwidth=45e9, hop_latency=0.0)
 MiB = 2.0**20

@@ -8,7 +8,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import shortest_path
 
 from topology import DIRECTIONS, Slice, legal_shapes, nearest_shape, shipped_twist
-from topology.shapes import times
+from topology.torus.shapes import times
 
 SMALL = [
     text
@@ -232,7 +232,7 @@ def test_bisection_of_a_twisted_slice_is_no_more_than_a_cut_that_exists(text, li
 
 
 def all_to_all_load(slice):
-    from topology.throughput import all_to_all
+    from topology.routing.throughput import all_to_all
 
     return all_to_all(slice).max_link_load
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import lil_array
 
-from topology.slices import DIRECTIONS, Slice
-from topology.throughput import (
+from topology.routing.throughput import (
     all_to_all,
     all_to_all_kept,
     both_ways,
@@ -18,6 +17,7 @@ from topology.throughput import (
     is_cut,
     switch_links,
 )
+from topology.torus.slices import DIRECTIONS, Slice
 
 
 def flow_program(neighbours, demands, classes):

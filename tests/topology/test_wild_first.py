@@ -5,10 +5,10 @@ import pytest
 from scipy.optimize import linprog
 from scipy.sparse import csr_array, hstack
 
-from topology.deadlock import dependencies
-from topology.slices import Slice
-from topology.throughput import all_to_all, closed_form, switch_links
-from topology.wild_first import candidate_paths, wild_first
+from topology.routing.deadlock import dependencies
+from topology.routing.throughput import all_to_all, closed_form, switch_links
+from topology.routing.wild_first import candidate_paths, wild_first
+from topology.torus.slices import Slice
 
 CASES = [("4x4x4", 1), ("4x4x8", 2), ("4x4x8", 0), ("4x4x8_twisted", 0), ("4x8x8", 1)]
 

@@ -1,0 +1,1 @@
+"""Trained runs, pruned and quantized."""

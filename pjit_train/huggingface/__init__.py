@@ -1,0 +1,1 @@
+"""Weights, configurations and tokenizers from and to Hugging Face folders."""

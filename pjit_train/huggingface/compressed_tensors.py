@@ -1,0 +1,374 @@
+"""Hugging Face folders of quantized models in the formats of the compressed-tensors library.
+
+Each quantized weight is stored as codes and scales, in the names, dtypes and packing that the
+library reads, and `quantization_config` of config.json says which. Pruned weights are explicit
+zeros: no reader takes a `sparsity_config` any more. A model that is not quantized is written by the
+same functions, as plain numbers.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from pjit_train.compression.calibrate import calibration_batches, input_maxima
+from pjit_train.compression.kernels import (
+    load_scales,
+    matrix_shape,
+    parse_format,
+    quantized_kernels,
+    violations,
+)
+from pjit_train.errors import UserError
+from pjit_train.evaluate import prepare, restore_weights
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.compressed_tensors_codes import (
+    Scheme,
+    decode,
+    encode,
+    input_scales,
+    scheme,
+)
+from pjit_train.huggingface.config import write_config
+from pjit_train.huggingface.families import Family, Tensor
+from pjit_train.models.block_config import BlockConfig
+from pjit_train.program import Program
+from pjit_train.run import Run
+from pjit_train.sharding import make_mesh
+from sparsity.masks.layers import names
+from sparsity.numbers.formats import NVFP4, Format
+from sparsity.numbers.quantized_kernels import QuantizedKernel
+from sparsity.post_training.gptq import Scales, rtn
+from sparsity.recipes.kernels import Kernel, MaskedKernel, dense, dense_tree
+
+SEQUENCES = 128  # of text that scales of activations are taken from, where there are as many
+_DTYPES = {
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedWeights:
+    """How one kind of kernel of a model is quantized.
+
+    Attributes:
+      format: of the weights.
+      scales: of each layer.
+      activations: format of the inputs, or None.
+      input_scales: of activations in NVFP4 the tensor scale of each layer; see
+        `compressed_tensors_codes.input_scales`.
+    """
+
+    format: Format
+    scales: Sequence[Scales]
+    activations: Format | None = None
+    input_scales: Sequence[float] = ()
+
+    @property
+    def scheme(self) -> Scheme:
+        return scheme(self.format, self.activations)
+
+
+def check(
+    folder: str | Path, config: BlockConfig, formats: Mapping[str, tuple[str, str | None]]
+) -> None:
+    """Raises the UserError that `export` would, of what is known before a run is compressed.
+
+    Args:
+      formats: of the weights and of the activations (or None), by name of a kernel; see
+        `compress_kernels.kernel_formats`.
+    """
+    huggingface.check_new(folder)
+    _Packing(write_config(config)[0], {name: _weights(*given) for name, given in formats.items()})
+
+
+def _weights(format: str, activations: str | None, **rest) -> QuantizedWeights:
+    return QuantizedWeights(
+        format=parse_format(format),
+        activations=None if activations is None else parse_format(activations),
+        **{"scales": (), **rest},
+    )
+
+
+def save(
+    folder: str | Path,
+    config: BlockConfig,
+    params: Mapping[str, Any],
+    quantized: Mapping[str, QuantizedWeights],
+    patterns: Mapping[str, str] | None = None,
+    **options,
+) -> dict[str, Any]:
+    """Writes a folder that `transformers` loads, and vLLM, as a compressed-tensors model.
+
+    Every kernel that is quantized or has a pattern is read back from the file, and must be what it
+    was, bit for bit. The folder appears when all of it is written and read, under its name, or not
+    at all.
+
+    Args:
+      params: as `config.build` has them; those that are quantized hold the values of their format.
+      quantized: by name of a kernel, such as "blocks/attention/query/kernel"; where none is, the
+        folder is one of plain numbers.
+      patterns: N:M, or the fraction of zeros, that a kernel is said to have, by its name.
+      options: of `huggingface.save`.
+
+    Returns:
+      "bytes" of all files of weights, and "violations" by name of a kernel with an N:M pattern: the
+      groups that have more than N nonzeros in the file.
+
+    Raises:
+      UserError: as `huggingface.save`; or compressed-tensors has no such format or no such model,
+        or values are not those of their format.
+    """
+    shapes = {"/".join(path): x.shape for path, x in flatten_dict(dict(params)).items()}
+    patterns = {name: (shapes[name], pattern) for name, pattern in (patterns or {}).items()}
+    packing = _Packing(write_config(config)[0], quantized, patterns)
+    huggingface.save(folder, config, params, packing=packing, **options)
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return {"bytes": size, "violations": packing.violations}
+
+
+def export(
+    folder: str | Path, run: Run, directory: Path, *, step: int | None = None, plain: bool = False
+) -> dict[str, Any]:
+    """Writes a run's parameters and tokenizer as a Hugging Face folder, quantized if the run is.
+
+    Of a run that `compress` wrote, the codes and scales are those of the compression. Of one that
+    was trained with `Run.quantization`, weights are rounded as its forward pass rounds them. The
+    tensor scale of activations in NVFP4 is taken from the run's training text. The patterns are
+    those of the run's recipe.
+
+    Args:
+      step: of the checkpoint; None for the newest good one.
+      plain: writes the values that the weights take in their formats as plain numbers.
+
+    Returns:
+      The "step", whether the folder is "quantized", and what `save` returns.
+
+    Raises:
+      UserError: there is no such checkpoint, or as `save`.
+    """
+    huggingface.check_new(folder)
+    program = Program(run, make_mesh(run.mesh))
+    step, weights = restore_weights(program, directory, step)
+    with jax.set_mesh(program.mesh):
+        quantized = {} if plain else _trained(weights) | _compressed(run, directory)
+        params = jax.tree.map(np.asarray, dense_tree(weights))
+        counted = {} if program.updater is None else program.updater.validity(weights)
+    _Packing(write_config(run.model)[0], quantized)  # what has no name there is said first
+    quantized = _with_input_scales(quantized, program, params, directory)
+    patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
+    options = {"tokenizer": run.data.tokenizer}
+    done = save(folder, run.model, params, quantized, patterns, **options)
+    return {"step": step, "quantized": bool(quantized), **done}
+
+
+def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
+    """Of the kernels that `compress` quantized."""
+    return {
+        name: _weights(
+            row["format"],
+            row["activations"],
+            scales=load_scales(directory, name, run.model.num_layers if "/" in name else 1),
+        )
+        for name, row in quantized_kernels(directory).items()
+    }
+
+
+def _trained(weights) -> dict[str, QuantizedWeights]:
+    """Of the kernels that a run's own quantization rounds, with the scales that it takes."""
+    is_kernel = lambda x: isinstance(x, Kernel)
+    leaves = jax.tree.leaves(weights, is_leaf=is_kernel)
+    labels = jax.tree.leaves(names(jax.tree.map(lambda x: 0, weights, is_leaf=is_kernel)))
+    found = {}
+    for name, kernel in zip(labels, leaves, strict=True):
+        if not isinstance(kernel, QuantizedKernel) or kernel.formats.weights is None:
+            continue
+        inner = kernel.kernel
+        if kernel.order == "quantize_then_sparsify" and isinstance(inner, MaskedKernel):
+            inner = inner.weight
+        matrices = np.asarray(dense(inner)).reshape(matrix_shape(name, kernel.shape))
+        scales = [rtn(matrix_IO, kernel.formats.weights).scales for matrix_IO in matrices]
+        found[name] = QuantizedWeights(
+            format=kernel.formats.weights, scales=scales, activations=kernel.formats.activations
+        )
+    return found
+
+
+def _with_input_scales(
+    quantized: Mapping[str, QuantizedWeights], program: Program, params, directory: Path
+) -> dict[str, QuantizedWeights]:
+    """With `input_scales`, from the first sequences of the run's training text."""
+    if not any(isinstance(weights.activations, NVFP4) for weights in quantized.values()):
+        return dict(quantized)
+    batches = prepare(program.run, directory)
+    text = calibration_batches(batches, min(SEQUENCES, batches.num_train_sequences))
+    maxima = input_maxima(program.graph, params, text)
+    return {
+        name: dataclasses.replace(weights, input_scales=input_scales(maxima[name].max(axis=1)))
+        if isinstance(weights.activations, NVFP4)
+        else weights
+        for name, weights in quantized.items()
+    }
+
+
+def _linear(tensor: Tensor) -> bool:
+    """Whether a tensor is the weight [outputs, inputs] of one linear layer of ours."""
+    kernel = tensor.paths[0].endswith(".kernel") or tensor.paths == ("head",)
+    ours, theirs = tensor.layout.split(" -> ")
+    outputs, _, inputs = theirs.partition(",")
+    return kernel and len(tensor.paths) == 1 and ours == inputs + outputs
+
+
+class _Packing:
+    """What `huggingface.save` writes in place of some tensors; see `huggingface.Packing`.
+
+    Attributes:
+      config: `quantization_config`, or None where nothing is quantized.
+      patterns: shape and N:M of a kernel, by its name.
+      violations: see `save`.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        quantized: Mapping[str, QuantizedWeights],
+        patterns: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    ):
+        self.quantized, self.patterns = quantized, patterns or {}
+        self.violations: dict[str, int] = {}
+        self._written: dict[str, tuple[Tensor, bytes]] = {}  # with a digest of the values
+        self._linear = {_kernels(t)[0]: t for t in family.tensors if _linear(t)}
+        self.config = self._config(family.architecture) if quantized else None
+
+    def _config(self, architecture: str) -> dict[str, Any]:
+        linear, quantized = self._linear, self.quantized
+        groups: dict[str, tuple[Scheme, list[str]]] = {}
+        for kernel, weights in quantized.items():
+            if kernel not in linear:
+                raise UserError(
+                    f"export: {kernel} is no linear layer of {architecture}; "
+                    "use --dense for plain numbers"
+                )
+            _, targets = groups.setdefault(repr(weights.scheme), (weights.scheme, []))
+            targets.append(_target(linear[kernel]))
+        rest = [_target(tensor) for kernel, tensor in linear.items() if kernel not in quantized]
+        found = {scheme.name for scheme, _ in groups.values()}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": found.pop() if len(found) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": rest,
+            "config_groups": {
+                f"group_{number}": {
+                    "targets": targets,
+                    "weights": scheme.weights,
+                    "input_activations": scheme.inputs,
+                    "output_activations": None,
+                    "format": scheme.name,
+                }
+                for number, (scheme, targets) in enumerate(groups.values())
+            },
+        }
+
+    def tensors(self, name: str, tensor: Tensor, layer: int | None, array) -> dict[str, np.ndarray]:
+        """What is written of a tensor of theirs."""
+        kernels = _kernels(tensor)
+        if kernels[0] not in self.quantized:
+            if self.patterns.keys() & kernels:
+                self._written[name] = tensor, _digest(array)
+            return {name: array}
+        [kernel] = kernels
+        weights, values_OI = self.quantized[kernel], np.asarray(array, np.float32)
+        scheme = weights.scheme
+        stored = encode(values_OI, weights.scales[layer or 0], weights.format, scheme.name)
+        decoded_OI = decode(stored, scheme.weights["num_bits"], scheme.name)
+        if not np.array_equal(decoded_OI, values_OI):
+            raise UserError(
+                f"export: {kernel} has values that its format and scales do not give: was the run "
+                "trained after it was compressed? Use --step 0, or --dense for plain numbers"
+            )
+        if len(weights.input_scales):
+            stored["input_global_scale"] = np.float32(weights.input_scales[layer or 0]).reshape(1)
+        self._written[name] = tensor, _digest(decoded_OI)
+        return {f"{name.removesuffix('.weight')}.{part}": x for part, x in stored.items()}
+
+    def check(self, folder: Path) -> None:
+        """Reads back what was written: every value, and the N:M that it should have."""
+        read = _Reader(folder)
+        for name, (tensor, digest) in self._written.items():
+            kernels = _kernels(tensor)
+            if kernels[0] in self.quantized:
+                scheme = self.quantized[kernels[0]].scheme
+                stored = read.module(name.removesuffix(".weight"))
+                array = decode(stored, scheme.weights["num_bits"], scheme.name)
+            else:
+                array = read.read(name)
+            if _digest(array) != digest:
+                module = name.removesuffix(".weight")
+                raise OSError(f"{module} is read back otherwise than it was written")
+            for kernel in self.patterns.keys() & kernels:
+                shape, pattern = self.patterns[kernel]
+                of_layer = shape[1:] if "{}" in tensor.name else shape
+                part = tensor.split(array, of_layer)[kernels.index(kernel)]
+                found = violations(kernel, part, pattern)
+                self.violations[kernel] = self.violations.get(kernel, 0) + found
+
+
+def _kernels(tensor: Tensor) -> list[str]:
+    """Names of the parameters of ours that a tensor holds."""
+    return [path.replace(".", "/") for path in tensor.paths]
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()  # bfloat16 too
+
+
+class _Reader:
+    """The tensors of a folder's safetensors files; numpy's own reader knows no 8-bit floats."""
+
+    def __init__(self, folder: Path):
+        self._at: dict[str, tuple[Path, int, dict]] = {}
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            self._at |= {name: (path, 8 + length, entry) for name, entry in header.items()}
+
+    def module(self, module: str) -> dict[str, np.ndarray]:
+        """The tensors of one layer, by what follows its name."""
+        prefix = f"{module}."
+        return {n.removeprefix(prefix): self.read(n) for n in self._at if n.startswith(prefix)}
+
+    def read(self, name: str) -> np.ndarray:
+        path, start, entry = self._at[name]
+        first, _ = entry["data_offsets"]
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+        count = math.prod(shape)
+        return np.fromfile(path, dtype, count, offset=start + first).reshape(shape)
+
+
+def _target(tensor: Tensor) -> str:
+    """The linear layers of a tensor, as `targets` and `ignore` name them."""
+    module = tensor.name.removesuffix(".weight")
+    if "{}" not in module:
+        return module
+    return "re:^" + r"\d+".join(re.escape(part) for part in module.split("{}")) + "$"

@@ -1,0 +1,391 @@
+"""Weights from and to Hugging Face folders of Llama, OPT, GPT-2 and ViT: config.json, safetensors.
+
+How their names and layouts pair with ours stands in `huggingface_families`.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AbstractMesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pjit_train.data.tokenizers import Bytes, TokenizerJson
+from pjit_train.errors import UserError
+from pjit_train.files import check_sums, write_sums
+from pjit_train.huggingface.config import (
+    difference,
+    parse_json,
+    read_config,
+    read_json,
+    some,
+    write_config,
+)
+from pjit_train.huggingface.families import Family, Tensor
+from pjit_train.huggingface.tokenizer import write_tokenizer
+from pjit_train.models.block_config import BlockConfig
+from pjit_train.sharding import Rules, has_mesh
+from pjit_train.signals import unfinished
+from pjit_train.step import split_model
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Constants that older files keep beside the weights, and what the class head does not use.
+_IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|^vit\.pooler\.")
+
+
+class Packing(Protocol):
+    """How a quantized model is written: some tensors as several others.
+
+    Attributes:
+      config: `quantization_config` of config.json; None where nothing is quantized.
+    """
+
+    config: dict[str, Any] | None
+
+    def tensors(
+        self, name: str, tensor: Tensor, layer: int | None, array: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What is written of a tensor of theirs, by name."""
+
+    def check(self, folder: Path) -> None:
+        """Raises an error where the files in the folder are not what they should be."""
+
+
+def load(
+    folder: str | Path, config: BlockConfig | None = None, *, rules: Rules | None = None
+) -> tuple[BlockConfig, dict[str, Any]]:
+    """Reads a model of a folder that `transformers` or `save` wrote.
+
+    Args:
+      folder: holds config.json and model.safetensors, or its index and shards.
+      config: None for that of the folder, in float32. Otherwise it must be the same model, and says
+        the rest: param_dtype, how layers run, with rotary positions also max_len.
+      rules: lay the parameters on the mesh where one is set (`jax.set_mesh`).
+
+    Returns:
+      The configuration, and the parameters as a nested dict like that of `config.build`: numpy
+      arrays, or where a mesh is set jax arrays. One parameter at a time is held besides.
+
+    Raises:
+      UserError: the folder is no such model, or not the one of `config`; a weight is not finite, a
+        file is not the one of its SHA256SUMS; or the mesh does not divide a parameter.
+    """
+    folder, rules = Path(folder), rules or Rules()
+    family, config = check(folder, config)
+    check_sums(folder)
+    params = _abstract_params(config, rules)
+    mesh = jax.sharding.get_mesh() if has_mesh() else None
+    for path, param in params.items():
+        if mesh is not None:
+            rules.check(mesh, param.get_metadata("axes"), param.shape, path)
+
+    with contextlib.ExitStack() as stack:
+        file = _Files(folder, family, stack)
+        if config.num_layers > len(file.names()):  # not to list what cannot be there
+            raise UserError(
+                f"{folder}: config.json has {family.keys['num_layers'].name}={config.num_layers} "
+                f"and the files hold {len(file.names())} tensors in all; it is not of these files"
+            )
+        wanted = list(_tensors(family, params))
+        _check_tensors(folder, file, wanted, params, tied=getattr(config, "tie_head", False))
+        arrays = {}
+        for name, tensor, layer in wanted:
+            if layer in (None, 0):
+                arrays |= {p: np.empty(params[p].shape, params[p].dtype) for p in tensor.paths}
+            shape = _layer_shape(params[tensor.paths[0]].shape, layer)
+            for path, part in zip(tensor.paths, tensor.split(file.read(name), shape), strict=True):
+                at = ... if layer is None else layer
+                with np.errstate(over="ignore"):
+                    arrays[path][at] = part
+                if params[path].dtype != np.float32:  # which may not hold it
+                    check_finite(arrays[path][at], f"{folder}: {name} as {params[path].dtype}")
+                if mesh is not None and layer in (None, config.num_layers - 1):
+                    spec = rules.spec(params[path].get_metadata("axes"))
+                    arrays[path] = jax.make_array_from_callback(
+                        params[path].shape, NamedSharding(mesh, spec), arrays[path].__getitem__
+                    )
+    return config, unflatten_dict(arrays, sep=".")
+
+
+def check(folder: str | Path, config: BlockConfig | None = None) -> tuple[Family, BlockConfig]:
+    """The family of a folder's model, and `config` or else its own; reads config.json alone.
+
+    Raises:
+      UserError: the folder is no such model, or not the one of `config`.
+    """
+    folder = Path(folder)
+    family, found = read_config(folder / "config.json")
+    if config is None:
+        return family, found
+    if type(config) is not type(found):
+        ours, theirs = type(config).__name__, type(found).__name__
+        raise UserError(f"{folder}: holds a {theirs}, not a {ours}; name another folder")
+    if field := difference(config, found):
+        ours, theirs = getattr(config, field, None), getattr(found, field, None)
+        raise UserError(f"{folder}: its model has {field}={theirs!r}, not {ours!r}; use {theirs!r}")
+    return family, config
+
+
+def save(
+    folder: str | Path,
+    config: BlockConfig,
+    params: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+    packing: Packing | None = None,
+    tokenizer: Bytes | TokenizerJson | None = None,
+) -> None:
+    """Writes a folder that `transformers` loads with `from_pretrained`.
+
+    The folder appears when all of it is written, under its name, or not at all.
+
+    Args:
+      folder: new, or empty.
+      params: as `config.build` has them, every array whole in this process.
+      max_shard_bytes: more than this in parameters goes into several files, none larger unless it
+        holds a single tensor; so much is held in memory besides.
+      packing: of a quantized model; see `compressed_tensors.save`.
+      tokenizer: of the text that the model was trained on; written beside it.
+
+    Raises:
+      UserError: the folder has something in it or cannot be written, the parameters are not those
+        of the configuration, or `transformers` has no such model.
+    """
+    folder = check_new(folder)
+    family, document = write_config(config)
+    if packing is not None and packing.config is not None:
+        document["quantization_config"] = packing.config
+    if tokenizer is not None:
+        separator = tokenizer.separator
+        document |= {"bos_token_id": separator, "eos_token_id": separator}
+    expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
+    if odd := sorted(expected.keys() ^ flat.keys()):
+        raise UserError(f"{folder}: parameters {some(odd)} are not both in model and config")
+    for path, array in flat.items():
+        if (array.shape, array.dtype) != (expected[path].shape, expected[path].dtype):
+            raise UserError(
+                f"{folder}: parameter {path} is {array.dtype}{list(array.shape)}; the "
+                f"configuration has {expected[path].dtype}{list(expected[path].shape)}"
+            )
+
+    temporary = folder.parent / f".{folder.name}.saving"
+    try:
+        with unfinished(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+            temporary.mkdir(parents=True)
+            (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+            if tokenizer is not None:
+                write_tokenizer(temporary, tokenizer, config.max_len)
+            tensors = list(_tensors(family, expected))
+            _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
+            if packing is not None:
+                packing.check(temporary)
+            write_sums(temporary)
+            temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error
+
+
+def check_new(folder: str | Path) -> Path:
+    """The folder, where it is new or empty; else a UserError."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: there is something already; name a new or an empty folder")
+    return folder
+
+
+def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
+    # Without a mesh, which would refuse shapes that it does not divide less clearly than the rules.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        state = split_model(config, rules)[1]
+    return {".".join(path): param for path, param in nnx.to_flat_state(state)}
+
+
+def _tensors(
+    family: Family, params: Mapping[str, nnx.Param]
+) -> Iterable[tuple[str, Tensor, int | None]]:
+    """Every tensor of theirs that the model has: its name, its row of the table, its layer."""
+    for tensor in family.tensors:
+        if tensor.paths[0] in params:
+            stacked = tensor.paths[0].startswith("blocks.")
+            layers = range(params[tensor.paths[0]].shape[0]) if stacked else [None]
+            yield from ((tensor.name.format(layer), tensor, layer) for layer in layers)
+
+
+def _layer_shape(shape: tuple[int, ...], layer: int | None) -> tuple[int, ...]:
+    return shape if layer is None else shape[1:]
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is: its file, open, and its name there."""
+
+    path: Path
+    handle: Any
+    stored: str
+
+
+class _Files:
+    """The tensors of a folder, under the names of the table; each is read when asked for."""
+
+    def __init__(self, folder: Path, family: Family, stack: contextlib.ExitStack):
+        self._at: dict[str, _Stored] = {}
+        heads = tuple(t.name for t in family.tensors if not t.name.startswith(family.base))
+        for path, claimed in _shards(folder).items():
+            try:
+                handle = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: is no whole safetensors file ({error})") from error
+            self._check_header(path)
+            if absent := sorted(claimed.difference(handle.keys())):
+                raise UserError(f"{path}: holds no tensors {some(absent)}, which {INDEX} says")
+            for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                full = stored.startswith((family.base, *heads))
+                name = stored if full else family.base + stored
+                if name in self._at:
+                    before = self._at[name]
+                    raise UserError(
+                        f"{folder}: tensor {name} is there twice, as {before.stored} in "
+                        f"{before.path.name} and as {stored} in {path.name}; remove one"
+                    )
+                self._at[name] = _Stored(path, handle, stored)
+
+    def names(self) -> set[str]:
+        return set(self._at)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        _, handle, stored = self._at[name]
+        header = handle.get_slice(stored)
+        return tuple(header.get_shape()), header.get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor; UserError where a value of it is not finite."""
+        path, handle, stored = self._at[name]
+        array = handle.get_tensor(stored)
+        check_finite(array, f"{path}: tensor {stored}")
+        return array
+
+    @staticmethod
+    def _check_header(path: Path) -> None:
+        """Refuses a name twice in a header; that its sizes are true is checked by `safe_open`."""
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        try:
+            parse_json(header)
+        except ValueError as error:
+            raise UserError(f"{path}: its header is not that of a whole file: {error}") from error
+
+
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises a UserError that names the first value of an array that is not finite, if any is not.
+
+    Args:
+      what: it is, for the message.
+    """
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = tuple(map(int, np.unravel_index(int(np.argmin(finite)), array.shape)))
+        raise UserError(
+            f"{what} holds {array[at]} at {list(at)}, and in {array.size - finite.sum():,} of "
+            f"{array.size:,} places what is not finite; weights must be finite"
+        )
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """The files of tensors, and which the index says are in each; without an index, none."""
+    if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            raise UserError(
+                f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights must be safetensors"
+            )
+        return {folder / WEIGHTS: set()}
+    shards = read_json(folder / INDEX).get("weight_map")
+    named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
+    if not named or not shards or any(map(_is_elsewhere, shards.values())):
+        raise UserError(f"{folder / INDEX}: weight_map must give every tensor a file in the folder")
+    files = sorted(set(shards.values()))
+    if (folder / WEIGHTS).exists() and WEIGHTS not in files:
+        raise UserError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove one of them")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise UserError(f"{folder}: {some(missing)} is missing, which {INDEX} names")
+    return {folder / f: {name for name, at in shards.items() if at == f} for f in files}
+
+
+def _is_elsewhere(file: str) -> bool:
+    """Whether a text is no mere name of a file."""
+    return Path(file).name != file or file in ("", "..") or "\0" in file
+
+
+def _check_tensors(folder: Path, file: _Files, wanted, params, *, tied: bool) -> None:
+    """Raises a UserError unless the files hold the wanted tensors and no others."""
+    names = {name for name, _, _ in wanted}
+    spare = {name for name in file.names() - names if not _IGNORED.search(name)}
+    if missing := sorted(names - file.names()):
+        raise UserError(f"{folder}: tensors {some(missing)} are missing")
+    if unexpected := sorted(spare - ({"lm_head.weight"} if tied else set())):
+        raise UserError(f"{folder}: tensors {some(unexpected)} are not of this model")
+    for name, tensor, layer in wanted:
+        expected = tensor.shape(_layer_shape(params[tensor.paths[0]].shape, layer))
+        shape, dtype = file.shape_and_dtype(name)
+        if shape != expected:
+            raise UserError(
+                f"{folder}: tensor {name} is {list(shape)}; config.json makes it {list(expected)}"
+            )
+        if dtype not in ("F32", "F16", "BF16"):
+            raise UserError(f"{folder}: tensor {name} is {dtype}; F32, F16 and BF16 are supported")
+    if "lm_head.weight" in spare:
+        embedding = next(name for name, tensor, _ in wanted if tensor.paths == ("embedding",))
+        if not np.array_equal(file.read("lm_head.weight"), file.read(embedding)):
+            raise UserError(
+                f"{folder}: lm_head.weight is not {embedding}, and config.json ties them; "
+                "set its tie_word_embeddings to false"
+            )
+
+
+def _write_tensors(
+    folder: Path, tensors, params: Mapping[str, Any], max_bytes: int, packing: Packing | None
+) -> None:
+    sizes, total = {}, 0
+    for name, tensor, layer in tensors:
+        arrays = [params[path] for path in tensor.paths]
+        sizes[name] = sum(a.nbytes // (1 if layer is None else a.shape[0]) for a in arrays)
+    shards = split_sizes(list(sizes.values()), max_bytes)
+    tensors, weight_map = iter(tensors), {}
+    for number, count in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        held = {}
+        for _ in range(count):
+            name, tensor, layer = next(tensors)
+            parts = (
+                params[path] if layer is None else params[path][layer] for path in tensor.paths
+            )
+            array = np.ascontiguousarray(tensor.join([np.asarray(x) for x in parts]))
+            held |= (
+                {name: array} if packing is None else packing.tensors(name, tensor, layer, array)
+            )
+        total += sum(x.nbytes for x in held.values())
+        save_file(held, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes for one user
+        weight_map |= dict.fromkeys(held, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split_sizes(sizes: list[int], limit: int) -> list[int]:
+    """Lengths of consecutive runs, each of a sum up to the limit or of a single size."""
+    counts, total = [], 0
+    for size in sizes:
+        if not counts or total + size > limit:
+            counts, total = [*counts, 0], 0
+        counts[-1] += 1
+        total += size
+    return counts

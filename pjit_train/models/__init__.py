@@ -1,0 +1,1 @@
+"""The models: blocks, their parameters and matmuls, the transformers made of them, the loss."""

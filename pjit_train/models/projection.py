@@ -1,0 +1,282 @@
+"""Matmuls of activations with a kernel: plain, sparse or quantized, and their gradients."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.parameters import (
+    Initializer,
+    gathered,
+    gathered_codes,
+    gathered_value,
+    is_native,
+)
+from pjit_train.sharding import (
+    Axes,
+    out_sharding,
+    reshard,
+    spec_axes,
+    spec_of,
+)
+from sparsity.numbers.quantized_kernels import Losses, QuantizedKernel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
+def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array:
+    """An einsum of activations and a kernel, with gradients that XLA:CPU computes at full speed.
+
+    Args:
+      equation: batch and tokens lead in the activations and in the output.
+      prepare: makes the kernel of what is stored for it (one shard of an array, a sparse kernel,
+        a quantized one), with blocks along outputs where `turned`; the backward pass makes it
+        again instead of keeping it. With `native`, a list of (codes, scales), scales like the
+        kernel with 1 for each input axis.
+      stored: where it is a `QuantizedKernel`, activations and gradients are quantized as it says.
+      out_spec: partition of the output, or None where no mesh is set.
+    """
+    return _project_fwd(equation, prepare, x, stored, out_spec)[0]
+
+
+def _project_fwd(equation, prepare, x, stored, out_spec):
+    read = x
+    if is_native(stored):
+        codes, scale = stored.input_codes(_plain(x))
+        y = _native(equation, codes, scale, prepare(stored, native=True), out_spec).astype(x.dtype)
+        return y, (x if _quantizes_gradients(stored) else (_like(x, codes), scale), stored)
+    if isinstance(stored, QuantizedKernel):
+        read = _like(x, stored.inputs(_plain(x)))
+    y = jnp.einsum(equation, read, prepare(stored), out_sharding=out_spec)
+    # What the backward pass reads is kept, and quantized once.
+    return y, (x if _quantizes_gradients(stored) else read, stored)
+
+
+def _project_bwd(equation, prepare, out_spec, residuals, d_y):
+    x, stored = residuals
+    if isinstance(x, tuple):  # codes
+        codes, scale = x
+        x = _like(codes, (_plain(codes).astype(jnp.float32) * scale).astype(d_y.dtype))
+    if not isinstance(stored, jax.Array) or spec_axes(spec_of(stored)):
+        # Or XLA would find the forward pass's kernel equal to this one, and keep it until here.
+        stored, d_y = jax.lax.optimization_barrier((stored, d_y))
+    kernel, pull_back = jax.vjp(prepare, stored)
+    if is_native(stored):  # the same numbers, gathered as bytes
+        parts = [codes.astype(jnp.float32) * scale for codes, scale in prepare(stored, native=True)]
+        kernel = _like(kernel, sum(parts).astype(kernel.dtype))
+    x_axes, kernel_axes, y_axes = re.split(",|->", equation)
+
+    def like(primal, order=None):
+        """The cotangent's sharding: what the primal holds reduced is in parts still."""
+        if out_spec is None:
+            return None
+        spec = spec_of(primal)
+        parts = spec.partitions if order is None else [spec.partitions[i] for i in order]
+        return PartitionSpec(*parts, unreduced=spec.reduced)
+
+    if not _quantizes_gradients(stored):
+        d_y_by_outputs = d_y
+    else:
+        kernel = prepare(stored, turned=True)
+        plain = _plain(d_y)
+        d_y_by_outputs = _like(d_y, stored.gradients(plain))
+        d_y = _like(d_y, stored.gradients_by_tokens(plain))
+        x = _like(x, stored.inputs_by_tokens(_plain(x)))
+    d_x = jnp.einsum(
+        f"{y_axes},{kernel_axes}->{x_axes}", d_y_by_outputs, kernel, out_sharding=like(x)
+    )
+    # XLA:CPU copies the left operand of a sum over tokens into its transpose, slowly: the narrower
+    # one goes there, and what is turned afterwards is the small result, behind a barrier that keeps
+    # XLA from swapping the operands back.
+    if x.size <= d_y.size:
+        out = like(kernel)
+        d_kernel = jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, d_y, out_sharding=out)
+    else:
+        inputs = len(x_axes) - 2
+        turned = kernel_axes[inputs:] + kernel_axes[:inputs]
+        out = like(kernel, [kernel_axes.index(axis) for axis in turned])
+        d_kernel = jnp.einsum(f"{y_axes},{x_axes}->{turned}", d_y, x, out_sharding=out)
+        d_kernel = jax.lax.optimization_barrier(d_kernel)
+        d_kernel = d_kernel.transpose([turned.index(axis) for axis in kernel_axes])
+    return d_x, *pull_back(d_kernel)
+
+
+project.defvjp(_project_fwd, _project_bwd)
+
+
+def _native(equation, codes, scale, kernels, out_spec) -> jax.Array:
+    """float32: the einsum of codes of activations and of kernels, scaled; a sum over kernels."""
+    integers = codes.dtype == jnp.int8
+    of = jnp.int32 if integers else jnp.float32
+
+    def product(kernel, kernel_scale):
+        y = jnp.einsum(equation, codes, kernel, preferred_element_type=of, out_sharding=out_spec)
+        # [batch, tokens, inputs...] and [inputs..., outputs...], with 1 for each input
+        inputs, outputs = codes.ndim - 2, y.ndim - 2
+        rows = scale.reshape(*scale.shape[:2], *(1,) * outputs)
+        return y.astype(jnp.float32) * rows * kernel_scale.reshape(kernel_scale.shape[inputs:])
+
+    (kernel, kernel_scale), *others = kernels
+    y = product(kernel, kernel_scale)
+    for kernel, kernel_scale in others:  # pruned weights, most often read as zero
+        read = jnp.any(kernel_scale != 0)
+        y = jax.lax.cond(
+            read, lambda y, *k: y + product(*k), lambda y, *k: y, y, kernel, kernel_scale
+        )
+    return y
+
+
+def _quantizes_gradients(stored) -> bool:
+    return isinstance(stored, QuantizedKernel) and stored.formats.gradients is not None
+
+
+def _plain(x: jax.Array) -> jax.Array:
+    """x with a type that says nothing of what its cotangents are; for what has no derivative."""
+    return reshard(x, PartitionSpec(*spec_of(x).partitions))
+
+
+def _like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """y with the sharding of x."""
+    return reshard(y, spec_of(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def straight_through(function, x: jax.Array) -> jax.Array:
+    """function(x), elementwise, with the derivative of the identity; on any kind of sharding."""
+    return _like(x, function(_plain(x)))
+
+
+def _straight_through_fwd(function, x):
+    return straight_through(function, x), None
+
+
+def _straight_through_bwd(function, residuals, d_y):
+    return (d_y,)
+
+
+straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
+
+
+class Dense(nnx.Module):
+    """An einsum with a kernel: every matmul of the models that has a parameter."""
+
+    def __init__(
+        self,
+        equation: str,
+        kernel: tuple[tuple[int, ...], Axes],
+        bias: tuple[tuple[int, ...], Axes] | None,
+        out_axes: Axes,
+        std: float,
+        config: BlockConfig,
+        init: Initializer,
+    ):
+        self.equation, self.out_axes, self.config, self.rules = (
+            equation,
+            out_axes,
+            config,
+            init.rules,
+        )
+        self.kernel = init.normal(*kernel, std)
+        self.bias = init.constant(*bias, 0.0) if bias and config.use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rules, axes, dtype = self.rules, self.kernel.get_metadata("axes"), self.config.dtype
+
+        def prepare(stored, turned=False, native=False):
+            if native:
+                return [
+                    tuple(gathered_codes(x, rules, axes) for x in pair) for pair in stored.codes()
+                ]
+            stored = stored.turned() if turned else stored
+            return gathered_value(stored, rules, axes, dtype, tokens=True)
+
+        spec = out_sharding(rules.spec(self.out_axes))
+        y = project(self.equation, prepare, x, self.kernel.get_value(), spec)
+        return y if self.bias is None else y + gathered(self.bias, rules, self.config.dtype)
+
+    def as_operand(self, y: jax.Array) -> jax.Array:
+        """The outputs as an attention product reads them, [batch, tokens, heads, head_dim]."""
+        stored = self.kernel.get_value()
+        return stored.product_operand(y) if isinstance(stored, QuantizedKernel) else y
+
+
+class WatchedDense:
+    """In place of a Dense: computes what that does, and notes what is lost where it quantizes.
+
+    Args:
+      note: called with what was read and its `quantized_kernels.Losses`: "activations", and
+        "operands" of attention, that its outputs are.
+      probe: its gradient is the `Losses` of the gradients of the outputs; None to leave these.
+    """
+
+    def __init__(
+        self, dense: Dense, note: Callable[[str, Losses], None], probe: Losses | None = None
+    ):
+        self.dense, self.note, self.probe = dense, note, probe
+        self.stored = dense.kernel.get_value()
+
+    def __getattr__(self, name: str):
+        return getattr(self.dense, name)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        note_input_losses(self.stored, x, self.note)
+        y = self.dense(x)
+        if self.probe is None:
+            return y
+        # Of how it quantizes only; arrays would have to be arguments.
+        formats = dataclasses.replace(self.stored, kernel=None, key=None)
+        return _probed(formats.gradient_losses, y, self.probe)
+
+    def as_operand(self, y: jax.Array) -> jax.Array:
+        if isinstance(self.stored, QuantizedKernel) and self.stored.products is not None:
+            self.note("operands", self.stored.product_losses(_plain(y)))
+        return self.dense.as_operand(y)
+
+
+def note_input_losses(stored, x: jax.Array, note: Callable[[str, Losses], None]) -> None:
+    """Notes the "activations" of a matmul, where what is stored for its kernel quantizes them."""
+    if isinstance(stored, QuantizedKernel) and stored.formats.activations is not None:
+        note("activations", stored.input_losses(_plain(x)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probed(losses, y: jax.Array, probe: Losses) -> jax.Array:
+    """y; the gradient of the probe is made of that of y."""
+    return y
+
+
+def _probed_fwd(losses, y, probe):
+    return y, None
+
+
+def _probed_bwd(losses, residuals, d_y):
+    return d_y, losses(_plain(d_y))
+
+
+_probed.defvjp(_probed_fwd, _probed_bwd)
+
+
+def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of a kernel that its matmul sums over, counted from the end (stacked or not).
+
+    None for what no matmul sums over: scales of norms and biases.
+
+    Args:
+      name: of the parameter, such as "blocks/attention/query/kernel".
+      shape: of it.
+    """
+    *_, layer, parameter = ("", *name.split("/"))
+    if parameter in ("scale", "bias"):
+        return None
+    if name == "embedding":  # [vocabulary, d_model]: the head, transposed
+        return (-1,)
+    if layer == "out":  # [heads, head_dim, d_model]
+        return (-3, -2)
+    if layer in ("query", "key", "value"):  # [d_model, heads, head_dim]
+        return (-3,)
+    return (-2,)

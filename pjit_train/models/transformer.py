@@ -1,0 +1,224 @@
+"""A decoder-only transformer whose configuration gives Llama, OPT and GPT-2.
+
+Llama (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases.
+OPT (Zhang et al., 2022): LayerNorm, learned positions offset by two, ReLU, biases, tied head.
+GPT-2 (Radford et al., 2019): LayerNorm, learned positions, GELU, biases, tied head.
+"""
+
+import dataclasses
+import logging
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from pjit_train.errors import UserError
+from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.blocks import Block, Norm, rotary_angles, run_layers
+from pjit_train.models.parameters import Initializer, gathered, gathered_for_tokens
+from pjit_train.models.projection import straight_through
+from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
+from sparsity.numbers.quantized_kernels import QuantizedKernel
+from sparsity.ranges import Count, NonNegative, Positive, Whole
+
+log = logging.getLogger("torsion")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(BlockConfig):
+    """A decoder-only language model.
+
+    Attributes:
+      max_len: longest sequence; with learned positions, the number of their embeddings.
+      rope_scaling: (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of
+        Llama 3.1's rotary frequencies; see `rotary_angles`.
+      position_offset: index of the embedding of position 0 (OPT: 2, below it stand unused rows).
+      tie_head: the head is the transposed token embedding.
+    """
+
+    vocab_size: Count
+    max_len: Count
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: Positive = 10_000.0
+    rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
+    position_offset: Whole = 0
+    position_init_std: NonNegative = 0.02
+    tie_head: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions not in ("rope", "learned"):
+            raise UserError(f"model: positions={self.positions!r} is unknown; use rope or learned")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise UserError(f"model: head_dim={self.head_dim} is odd; rotary positions need pairs")
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
+            factor, low, high, _ = self.rope_scaling
+            if not (factor >= 1 and low < high):
+                raise UserError(
+                    f"model: rope_scaling={self.rope_scaling} must be (factor >= 1, low, "
+                    "high > low, original length)"
+                )
+            if self.positions != "rope":
+                raise UserError(
+                    f"model: rope_scaling={self.rope_scaling} is of rotary positions and "
+                    f"positions={self.positions!r}; use rope_scaling=None"
+                )
+
+    def check_data(self, *, vocab_size: int, seq_len: int) -> None:
+        """Raises a UserError where text of this vocabulary and length does not fit the model."""
+        if vocab_size > self.vocab_size:
+            raise UserError(
+                f"data: token ids go up to {vocab_size - 1} and the model has vocab_size="
+                f"{self.vocab_size}; use vocab_size >= {vocab_size}"
+            )
+        if seq_len > self.max_len:
+            raise UserError(
+                f"data: seq_len={seq_len} exceeds the model's max_len={self.max_len}; "
+                f"use seq_len <= {self.max_len}, or a larger max_len"
+            )
+        if (self.attention_tile_rows or 0) > seq_len:
+            log.warning(
+                "attention_tile_rows=%d exceeds seq_len=%d: all %d rows are one tile",
+                self.attention_tile_rows,
+                seq_len,
+                seq_len,
+            )
+
+    def build(self, key: jax.Array, rules: Rules) -> "Transformer":
+        return Transformer(self, key, rules)
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all parameters, as `count_params` counts them in the built model."""
+        tables = self.vocab_size * (1 if self.tie_head else 2)
+        if self.positions == "learned":
+            tables += self.max_len + self.position_offset
+        blocks = self.num_layers * self.num_block_params
+        return tables * self.d_model + blocks + self.num_norm_params
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations per token of a training step: 3 forward passes, no remat.
+
+        Matmuls only, with the causal half of the logits (as Chowdhery et al., 2022, appendix B,
+        where the whole is counted).
+        """
+        heads = self.num_heads * self.head_dim
+        kv_heads = self.num_kv_heads * self.head_dim
+        projections = self.d_model * (2 * heads + 2 * kv_heads)
+        feed_forward = self.d_model * self.d_ff * (3 if self.activation == "swiglu" else 2)
+        attended = heads * (seq_len + 1)  # logits and attend, over half the columns
+        per_layer = projections + feed_forward + attended
+        return 6.0 * (self.num_layers * per_layer + self.d_model * self.vocab_size)
+
+
+class Transformer(nnx.Module):
+    """Token embedding, a stack of blocks, a norm and a head."""
+
+    def __init__(self, config: TransformerConfig, key: jax.Array, rules: Rules):
+        c = self.config = config
+        self.rules = rules
+        init = Initializer(key, rules, c.param_dtype)
+        self.embedding = init.normal((c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std)
+        positions = (c.max_len + c.position_offset, c.d_model), (None, "embed"), c.position_init_std
+        self.position_embedding = init.normal(*positions) if c.positions == "learned" else None
+        self.blocks = Block(c, init.stacked(c.num_layers))
+        self.norm = Norm(c, init)
+        head = (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
+        self.head = None if c.tie_head else init.normal(*head)
+
+    def hidden(self, tokens_BT, *, segments=None, cache=None, position=0):
+        """The normalised output of the last block [batch, tokens, d_model], and the new cache.
+
+        Args:
+          tokens_BT: int [batch, tokens].
+          segments: int [batch, tokens]; tokens see only their own segment.
+          cache: what `empty_cache` made, or an earlier call returned.
+          position: of the first token: how many tokens the cache holds.
+        """
+        c = self.config
+        positions_T = position + jnp.arange(tokens_BT.shape[1])
+        table_VD = gathered_for_tokens(self.embedding, self.rules, c.dtype, exact=True)
+        x_BTD = lookup(table_VD, tokens_BT)
+        angles = None
+        if self.position_embedding is None:
+            angles = rotary_angles(positions_T, c.head_dim, c.rope_theta, c.rope_scaling)
+        else:
+            table = gathered(self.position_embedding, self.rules, c.dtype)
+            first = position + c.position_offset
+            x_BTD += jax.lax.dynamic_slice_in_dim(table, first, tokens_BT.shape[1])
+        inputs = dict(causal=True, angles=angles, segments=segments)
+        x_BTD, cache = run_layers(self.blocks, x_BTD, c, cache=cache, position=position, **inputs)
+        return self.norm(x_BTD), cache
+
+    def head_kernel(self) -> jax.Array:
+        """The head [d_model, vocab], in the dtype of the activations."""
+        if self.head is not None:
+            return gathered_for_tokens(self.head, self.rules, self.config.dtype)
+        table_VD = gathered_for_tokens(self.embedding, self.rules, self.config.dtype, exact=True)
+        stored = self.embedding.get_value()
+        if isinstance(stored, QuantizedKernel):  # after it was gathered, as the lookup's table is
+            read = lambda table: dataclasses.replace(stored, kernel=table).dense()
+            table_VD = straight_through(read, table_VD)
+        return table_VD.T
+
+    def head_inputs(self, hidden_BTD: jax.Array) -> jax.Array:
+        """What `hidden` gives, as the head's matmul reads it."""
+        stored = (self.embedding if self.head is None else self.head).get_value()
+        return stored.inputs(hidden_BTD) if isinstance(stored, QuantizedKernel) else hidden_BTD
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [batch, tokens, vocab]."""
+        kernel, spec = self.head_kernel(), self.rules.spec(("batch", "length", "vocab"))
+        return jnp.einsum(
+            "btd,dv->btv",
+            self.head_inputs(hidden_BTD),
+            kernel,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding(spec),
+        )
+
+    def __call__(self, tokens_BT: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token, float32 [batch, tokens, vocab]."""
+        return self.logits(self.hidden(tokens_BT, segments=segments)[0])
+
+    def empty_cache(self, batch: int, max_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of no tokens yet, with room for `max_tokens`."""
+        c = self.config
+        shape = (c.num_layers, batch, max_tokens, c.num_kv_heads, c.head_dim)
+        spec = self.rules.spec((None, "batch", None, "kv_heads", None))
+        zeros = jnp.zeros(shape, c.dtype, out_sharding=out_sharding(spec))
+        return zeros, zeros
+
+
+def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table [batch, tokens, d_model]; the table may be split over its rows.
+
+    Each device looks up the ids that it holds, and a sum over the vocabulary's axis joins them: the
+    table is not gathered, and its gradient is made where it is stored.
+    """
+    spec = spec_of(table_VD)
+    vocab, _ = spec.partitions
+    batch, rows = spec_of(ids_BT)
+    if vocab is batch is rows is None:
+        return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+
+    def shard(table_VD, ids_BT):
+        table_VD = varying(table_VD, spec_axes(P(batch, rows)))
+        if vocab is None:
+            return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+        ids_BT = ids_BT - jax.lax.axis_index(vocab) * table_VD.shape[0]
+        held = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
+        rows_BTD = jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+        return jax.lax.psum(jnp.where(held[..., None], rows_BTD, 0), vocab)
+
+    out = P(batch, rows, None)
+    return jax.shard_map(shard, in_specs=(spec, P(batch, rows)), out_specs=out)(table_VD, ids_BT)
+
+
+def count_params(params) -> int:
+    """Number of elements of a pytree of arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

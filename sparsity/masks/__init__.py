@@ -1,0 +1,1 @@
+"""The arithmetic of masks: N:M, top-k, packing, validity."""

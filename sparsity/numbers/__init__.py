@@ -1,0 +1,1 @@
+"""Number formats: their values, their bytes, and matmuls in them."""

@@ -1,0 +1,277 @@
+"""A kernel whose matmul reads numbers of a format: its weights, its inputs, and their gradients.
+
+It stands as a leaf in a tree of parameters, as the kernels of `sparsity.recipes.kernels` do, and
+holds one of them or an array. What is read is made anew wherever it is read, and kept nowhere.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sparsity.numbers.formats import NVFP4, Format
+from sparsity.numbers.native import Matmul, codes_of
+from sparsity.numbers.quantization import clipped, fake_quantize
+from sparsity.numbers.rounding import Rounding
+from sparsity.recipes.kernels import Kernel, MaskedKernel, dense
+
+Order = Literal["sparsify_then_quantize", "quantize_then_sparsify"]
+Axes = tuple[int, ...]
+Losses = jax.Array
+"""float32 [4] of an array x that is read as q(x): |q(x) - x|^2, |x|^2, the number of entries above
+the greatest value of their block, and the number of all. A sum of some is that of all of them."""
+
+# What random bits are for: each has its own of a step.
+_WEIGHTS, _TURNED, _INPUTS, _INPUTS_BY_TOKENS, _GRADIENTS, _GRADIENTS_BY_TOKENS, _PRODUCTS = range(
+    7
+)
+
+
+class Formats(Protocol):
+    """Number formats of a matmul's operands: what a resolved `quantized.MatmulFormats` has."""
+
+    @property
+    def weights(self) -> Format | None: ...
+    @property
+    def activations(self) -> Format | None: ...
+    @property
+    def gradients(self) -> Format | None: ...
+    @property
+    def rounding(self) -> Rounding: ...
+    @property
+    def gradient_rounding(self) -> Rounding: ...
+    @property
+    def matmul(self) -> Matmul: ...
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("kernel", "key"),
+    meta_fields=("formats", "axes", "rank", "order", "products"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedKernel(Kernel):
+    """A kernel and the formats of its matmul, whose inputs are [batch, tokens, inputs].
+
+    All gradients are straight-through ones (Bengio et al., 2013): those with respect to what is
+    read, given to what it was made of.
+
+    Attributes:
+      kernel: an array, a `MaskedKernel` or a `PackedKernel`.
+      key: uint32 [stacked layers, 2], data of the key of stochastic rounding; None rounds to
+        nearest even instead, which is for evaluation.
+      formats: of the operands, and how they are rounded.
+      axes: that the matmul sums over, adjacent and negative; taken as one.
+      rank: number of axes of one layer's kernel; those before it stack layers.
+      order: whether the mask is applied before quantizing, or after it.
+      products: format of what the matmul gives, where an attention product reads that.
+    """
+
+    kernel: Any
+    key: jax.Array | None
+    formats: Formats
+    axes: Axes
+    rank: int
+    order: Order
+    products: Format | None
+
+    def dense(self) -> jax.Array:
+        """The kernel that is read, [...] in its dtype: blocks along the inputs."""
+        return self._weights(self.axes, _WEIGHTS)
+
+    def turned(self) -> jax.Array:
+        """The kernel with blocks along its outputs, as the gradient of the inputs reads it."""
+        return self._weights(self._output_axes, _TURNED)
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        """The activations that are read, blocks along their features: [batch, tokens, features...].
+
+        A scale belongs to one token, also in a format with one scale for a whole array: it would
+        tell a token of those after it.
+        """
+        return self._read(x, _INPUTS)
+
+    @property
+    def native(self) -> bool:
+        """Whether the forward pass multiplies codes, and not the values that they stand for."""
+        return self.formats.matmul == "native"
+
+    def codes(self) -> list[tuple[jax.Array, jax.Array]]:
+        """(codes, scales) as of `native.codes_of`, of one layer; the sum of their products is read.
+
+        One pair; or that of the kept weights and that of the pruned ones, whose scale is 0 where
+        they are read as 0, where the mask is applied to the codes.
+        """
+        inner, axes = self.kernel, self.axes
+        rounding = self._rounding(_WEIGHTS)
+        if self.order == "sparsify_then_quantize" or not isinstance(inner, MaskedKernel):
+            return [codes_of(dense(inner), self.formats.weights, axes, *rounding)]
+        codes, scale = codes_of(inner.weight, self.formats.weights, axes, *rounding)
+        zero = jnp.zeros_like(inner.decay)
+        kept = dataclasses.replace(inner, weight=codes, decay=zero).dense()
+        # Of floats a difference would make another sign of zero, and a select does as well.
+        pruned = jnp.where(kept == codes, jnp.zeros_like(codes), codes)
+        return [(kept, scale), (pruned, scale * inner.decay)]
+
+    def input_codes(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(codes, scales) of the activations [batch, tokens, features...], a scale to a token."""
+        format = self.formats.activations
+        if format.block == "tensor":
+            format = dataclasses.replace(format, block="channel")
+        return codes_of(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(_INPUTS))
+
+    def inputs_by_tokens(self, x: jax.Array) -> jax.Array:
+        """The activations with blocks along the tokens of a sequence, for the kernel's gradient."""
+        return self._read(x, _INPUTS_BY_TOKENS)
+
+    def gradients(self, d_y: jax.Array) -> jax.Array:
+        """The outputs' gradients with blocks along the outputs, for the gradient of the inputs."""
+        return self._read(d_y, _GRADIENTS)
+
+    def gradients_by_tokens(self, d_y: jax.Array) -> jax.Array:
+        """The outputs' gradients with blocks along tokens, for the kernel's gradient."""
+        return self._read(d_y, _GRADIENTS_BY_TOKENS)
+
+    def product_operand(self, y: jax.Array) -> jax.Array:
+        """What an attention product reads of [batch, tokens, heads, head_dim].
+
+        Blocks and scales are those of one token and head, along head_dim. The second product sums
+        values over tokens: blocks along those would tell a token of those after it.
+        """
+        return self._read(y, _PRODUCTS)
+
+    def input_losses(self, x: jax.Array) -> Losses | None:
+        """`Losses` of what `inputs` makes of x; None where it leaves x as it is."""
+        return self._losses(x, _INPUTS)
+
+    def gradient_losses(self, d_y: jax.Array) -> Losses | None:
+        """`Losses` of what `gradients` makes of d_y."""
+        return self._losses(d_y, _GRADIENTS)
+
+    def product_losses(self, y: jax.Array) -> Losses | None:
+        """`Losses` of what `product_operand` makes of y."""
+        return self._losses(y, _PRODUCTS)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.kernel.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel.dtype
+
+    @property
+    def _output_axes(self) -> Axes:
+        return tuple(axis for axis in range(-self.rank, 0) if axis not in self.axes)
+
+    def _weights(self, axes: Axes, purpose: int) -> jax.Array:
+        format, inner = self.formats.weights, self.kernel
+        if format is None:
+            return dense(inner)
+
+        def read(w, key):
+            return _quantized(w, format, axes, *self._rounding(purpose, key))
+
+        for _ in range(self.ndim - self.rank):
+            read = jax.vmap(read, (0, None if self.key is None else 0))
+        if self.order == "quantize_then_sparsify" and isinstance(inner, MaskedKernel):
+            return dataclasses.replace(inner, weight=read(inner.weight, self.key)).dense()
+        return read(dense(inner), self.key)
+
+    def _blocks(self, purpose: int, ndim: int) -> tuple[Format | None, Axes, int]:
+        """Of an array [batch, tokens, ...]: its format, the axes of a block, and `rows` of it."""
+        f = self.formats
+        if purpose == _PRODUCTS:
+            return self.products, (-1,), 3
+        format = f.gradients if purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS) else f.activations
+        if purpose in (_INPUTS_BY_TOKENS, _GRADIENTS_BY_TOKENS):
+            return format, (1 - ndim,), 1
+        return format, tuple(range(2 - ndim, 0)), 2
+
+    def _read(self, x: jax.Array, purpose: int) -> jax.Array:
+        format, axes, rows = self._blocks(purpose, x.ndim)
+        if format is None:
+            return x
+        return _quantized(x, format, axes, *self._rounding(purpose), rows=rows)
+
+    def _losses(self, x: jax.Array, purpose: int) -> Losses | None:
+        format, axes, rows = self._blocks(purpose, x.ndim)
+        if format is None:
+            return None
+        return losses(x, self._read(x, purpose), _clipped(x, format, axes, rows))
+
+    def _rounding(self, purpose: int, key=None) -> tuple[str, jax.Array | None]:
+        """(rounding, key) for a purpose."""
+        of_gradient = purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS)
+        rounding = self.formats.gradient_rounding if of_gradient else self.formats.rounding
+        if rounding != "stochastic":
+            return rounding, None
+        key = self.key if key is None else key
+        if key is None:
+            return "even", None
+        return rounding, jax.random.fold_in(jax.random.wrap_key_data(key), purpose)
+
+
+def unquantized(leaf):
+    """What a `QuantizedKernel` is made of; another leaf itself."""
+    return leaf.kernel if isinstance(leaf, QuantizedKernel) else leaf
+
+
+def losses(x: jax.Array, read: jax.Array, over: jax.Array) -> Losses:
+    """`Losses` of x that is read as another array; over: bool, which entries are clipped."""
+    x, read = x.astype(jnp.float32), read.astype(jnp.float32)
+    found = jnp.sum((read - x) ** 2), jnp.sum(x * x), jnp.sum(over, dtype=jnp.float32)
+    return jnp.stack([*found, jnp.float32(x.size)])
+
+
+def figures(losses: Losses) -> tuple[jax.Array, jax.Array]:
+    """(|q(x) - x| / |x|, the share of entries that are clipped), of `Losses` or a sum of some."""
+    lost, whole, over, count = losses
+    return jnp.sqrt(lost / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)), over / count
+
+
+def _quantized(x, format: Format, axes: Axes, rounding, key, rows: int = 0) -> jax.Array:
+    """x in a format, with blocks along adjacent axes taken as one; its gradient passes straight.
+
+    Args:
+      rows: number of leading axes whose entries share no scale.
+    """
+
+    def read(x, key, axis):
+        y = fake_quantize(x, format, axis=axis, rounding=rounding, key=key)
+        return y.astype(x.dtype)
+
+    return _by_blocks(read, x, key, format, axes, rows)
+
+
+def _clipped(x, format: Format, axes: Axes, rows: int) -> jax.Array:
+    """bool, where `_quantized` clips x."""
+    return _by_blocks(
+        lambda x, key, axis: clipped(x, format, axis=axis), x, None, format, axes, rows
+    )
+
+
+def _by_blocks(function, x, key, format: Format, axes: Axes, rows: int) -> jax.Array:
+    """function(x, key, axis), elementwise, with the blocks of `_quantized` along one axis."""
+    if rows and (isinstance(format, NVFP4) or format.block == "tensor"):
+        keys = None if key is None else jax.random.split(key, x.shape[:rows])
+
+        def one(x, key):
+            return _by_blocks(function, x, key, format, axes, 0)
+
+        for _ in range(rows):
+            one = jax.vmap(one, (0, None if keys is None else 0))
+        return one(x, keys)
+    if isinstance(format.block, int) and x.shape[axes[-1]] % format.block == 0:
+        axes = axes[-1:]  # the same blocks
+    if len(axes) == 1:
+        return function(x, key, axes[0])
+    first, last = axes[0] + x.ndim, axes[-1] + x.ndim
+    flat = x.reshape(*x.shape[:first], -1, *x.shape[last + 1 :])
+    return function(flat, key, first).reshape(x.shape)

@@ -1,0 +1,1 @@
+"""Pruning and quantizing what is trained."""

@@ -1,0 +1,239 @@
+"""Quantizing a trained kernel: round to nearest, and GPTQ (Frantar et al., 2023).
+
+A kernel is seen as a matrix [inputs, outputs], y = x W; the blocks of a format run along its
+inputs. Either keeps the zeros of a mask.
+
+Letters in names: I inputs, O outputs, G blocks along the inputs.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsity.numbers.formats import (
+    FP8,
+    HBFP,
+    MX,
+    NVFP4,
+    FixedElement,
+    Format,
+    check_blocks,
+    get_format,
+)
+from sparsity.numbers.quantization import Parts, elements, values
+from sparsity.numbers.scales import Scale, dynamic_scale, nvfp4_scale, split_blocks, to_float
+from sparsity.post_training.hessian import (
+    check_block_size,
+    check_hessian,
+    check_kernel,
+    inverse_factor,
+    transposed_product,
+)
+
+
+class Scales(NamedTuple):
+    """What the elements of a kernel are multiplied by.
+
+    Attributes:
+      scale: float32 [blocks, outputs], or [1, 1] of a format with one scale; of NVFP4 the block
+        scales before they are divided by the tensor scale. None for FP8 without a scale.
+      zero_point: int32, in the shape of `scale`: the code of the value 0, or None.
+      tensor_scale: float32 [], of NVFP4; or None.
+    """
+
+    scale: np.ndarray | None
+    zero_point: np.ndarray | None = None
+    tensor_scale: np.ndarray | None = None
+
+
+class Quantized(NamedTuple):
+    """A quantized kernel.
+
+    Attributes:
+      values: float32 [inputs, outputs].
+      scales: of its blocks.
+    """
+
+    values: jax.Array
+    scales: Scales
+
+
+def rtn(kernel_IO: jax.Array, format: str | Format) -> Quantized:
+    """The kernel rounded to nearest, ties to even; zeros stay zeros.
+
+    Raises:
+      ValueError: an unknown format, a block that does not divide the inputs, or a kernel that is
+        no finite matrix.
+    """
+    format = _checked(kernel_IO, format)
+    found, scale = _rtn(jnp.asarray(kernel_IO, jnp.float32), format)
+    return Quantized(found, _host(scale, format))
+
+
+def gptq(
+    kernel_IO: jax.Array,
+    hessian_II: jax.Array,
+    format: str | Format,
+    *,
+    mask_IO: jax.Array | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+    order: bool = False,
+) -> Quantized:
+    """The kernel quantized input by input, what comes later moved to make up for each error.
+
+    Input j takes its rounded value q_j, and the later ones move by -U_j,: (w_j - q_j) / U_jj, U the
+    upper Cholesky factor of H^-1 (Frantar et al., 2023, algorithm 1). The scale of a block is taken
+    from its weights when it is begun; one of a whole column or array from the kernel as it is
+    given, and so is the tensor scale of NVFP4.
+
+    Args:
+      hessian_II: X^T X over the calibration text, up to a factor. Weights of inputs that were
+        always 0 become 0 before any scale is taken, as in the authors' program: they cost nothing,
+        and would make the steps of the others in their block larger.
+      mask_IO: bool, True = kept; the others become 0, and their loss is made up for as well. None
+        keeps the zeros that the kernel has.
+      block_size: inputs whose updates are gathered before they are applied to the inputs after
+        them, a matter of speed alone; it is rounded to a multiple of the format's block.
+      damping: times the mean of the Hessian's diagonal, added to it.
+      order: goes through the inputs by decreasing diagonal of the Hessian instead, with all scales
+        taken from the kernel as it is given.
+
+    Raises:
+      ValueError: as `rtn`, the mask has another shape, or the Hessian is not finite, symmetric and
+        of the inputs, or not positive definite when damped.
+    """
+    format = _checked(kernel_IO, format)
+    check_block_size(block_size)
+    inputs = kernel_IO.shape[0]
+    kernel_IO = jnp.asarray(kernel_IO, jnp.float32)
+    mask_IO = kernel_IO != 0 if mask_IO is None else jnp.asarray(mask_IO, bool)
+    if mask_IO.shape != kernel_IO.shape:
+        raise ValueError(f"mask_IO: shape {mask_IO.shape}; use the kernel's, {kernel_IO.shape}")
+    hessian = check_hessian(hessian_II, inputs)
+    visited = np.arange(inputs)
+    if order:
+        visited = np.argsort(-np.diagonal(hessian), kind="stable")
+    factor_II, dead_I = inverse_factor(hessian[np.ix_(visited, visited)], damping)
+    mask_IO = mask_IO.at[visited[dead_I]].set(False)
+    length = format.block if isinstance(format.block, int) else 1
+    size = max(block_size // length, 1) * length
+    found, scale = _gptq(kernel_IO, mask_IO, factor_II, visited, format, size, order)
+    return Quantized(found, _host(scale, format))
+
+
+QUANTIZERS = ("rtn", "gptq")
+
+
+def _checked(kernel_IO, format: str | Format) -> Format:
+    format = get_format(format)
+    check_kernel(kernel_IO)
+    check_blocks(format, kernel_IO.shape[0])
+    return format
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def _rtn(kernel_IO, format):
+    scale = _scales(kernel_IO, format)
+    blocks = split_blocks(kernel_IO, format.block, 0)[0]
+    return _rounded(blocks, scale, format).reshape(kernel_IO.shape), scale
+
+
+@functools.partial(jax.jit, static_argnames=("format", "size", "order"))
+def _gptq(kernel_IO, mask_IO, factor_II, visited_I, format, size, order):
+    inputs = kernel_IO.shape[0]
+    kernel_IO = jnp.where(mask_IO, kernel_IO, 0)
+    scales = _scales(kernel_IO, format)
+    groups = isinstance(format.block, int) and format.block < inputs
+    group_I = visited_I // format.block if groups else jnp.zeros_like(visited_I)
+    weights, mask_IO = kernel_IO[visited_I], mask_IO[visited_I]
+    refresh = groups and not order
+
+    def block(start, size, carry):
+        return _block(*carry, mask_IO, factor_II, group_I, start, size, format, refresh)
+
+    whole, rest = divmod(inputs, size)
+    carry = weights, scales
+    if whole:
+        carry = jax.lax.fori_loop(0, whole, lambda b, c: block(b * size, size, c), carry)
+    if rest:
+        carry = block(whole * size, rest, carry)
+    weights, scales = carry
+    return jnp.zeros_like(weights).at[visited_I].set(weights), scales
+
+
+def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format, refresh):
+    """Quantizes `size` inputs from `start` on, and moves the weights of all after them."""
+    inputs, outputs = weights_IO.shape
+    block = jax.lax.dynamic_slice(weights_IO, (start, 0), (size, outputs))
+    mask = jax.lax.dynamic_slice(mask_IO, (start, 0), (size, outputs))
+    rows = jax.lax.dynamic_slice(factor_II, (start, 0), (size, inputs))
+    local = jax.lax.dynamic_slice(rows, (0, start), (size, size))
+    group = jax.lax.dynamic_slice(group_I, (start,), (size,))
+
+    def quantize_input(j, carry):
+        block, errors, scales = carry
+        scale = jax.tree.map(lambda x: x[group[j]] if x.ndim else x, scales)
+        new = jnp.where(mask[j], _rounded(block[j][None], scale, format)[0], 0)
+        error = (block[j] - new) / local[j, j]
+        block -= local[j][:, None] * error  # the factor is 0 for inputs before j
+        return block.at[j].set(new), errors.at[j].set(error), scales
+
+    def quantize_group(g, carry):
+        block, errors, scales = carry
+        first = g * format.block
+        w = jax.lax.dynamic_slice(block, (first, 0), (format.block, outputs))
+        kept = jax.lax.dynamic_slice(mask, (first, 0), (format.block, outputs))
+        new = _scales(jnp.where(kept, w, 0), format, scales.tensor_scale)
+        # `w` is one block: its scale has an axis of blocks only where there are several.
+        new = jax.tree.map(lambda x: x.reshape(-1, outputs) if x.ndim else x, new)
+        place = lambda old, x: old.at[group[first]].set(x) if x.ndim else old
+        carry = block, errors, jax.tree.map(place, scales, new)
+        return jax.lax.fori_loop(first, first + format.block, quantize_input, carry)
+
+    carry = block, jnp.zeros_like(block), scales
+    if refresh:
+        carry = jax.lax.fori_loop(0, size // format.block, quantize_group, carry)
+    else:
+        carry = jax.lax.fori_loop(0, size, quantize_input, carry)
+    block, errors, scales = carry
+    after = jnp.arange(inputs) >= start + size
+    moved = transposed_product(jnp.where(after, rows, 0), errors)
+    return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0)), scales
+
+
+def _scales(kernel_IO, format: Format, tensor_scale=None) -> Scale | None:
+    """Of every block, [blocks, 1, outputs], or [1, outputs] or [1, 1] where there is but one."""
+    if isinstance(format, FP8) and format.block is None:
+        return None
+    blocks, axes = split_blocks(kernel_IO, format.block, 0)
+    if tensor_scale is not None:
+        largest = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+        return nvfp4_scale(jax.lax.bitcast_convert_type(largest, jnp.int32), tensor_scale)
+    return dynamic_scale(blocks, axes, format)
+
+
+def _rounded(blocks, scale: Scale | None, format: Format):
+    parts = Parts(blocks, (), scale, blocks.shape)
+    return values(*elements(parts, format, "even", None), format, scale)
+
+
+def _host(scale: Scale | None, format: Format) -> Scales:
+    """The scales as they are stored."""
+    if scale is None:
+        return Scales(None)
+
+    def matrix(x):
+        return np.asarray(x).reshape(-1, x.shape[-1])
+
+    if isinstance(format, NVFP4):
+        return Scales(matrix(scale.block_scale), None, np.asarray(scale.tensor_scale, np.float32))
+    if isinstance(format, MX | HBFP):
+        bits = format.element.fraction_bits if isinstance(format.element, FixedElement) else 0
+        exponent = np.asarray(matrix(scale.exponent), np.int64) + bits
+        return Scales(np.ldexp(np.float64(1), exponent).astype(np.float32))
+    zero_point = None if scale.zero_point is None else matrix(scale.zero_point)
+    return Scales(matrix(to_float(scale)), zero_point)

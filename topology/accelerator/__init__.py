@@ -1,0 +1,1 @@
+"""The inside of a chip: arrays, memories, workloads, and attention's dataflows by FLAT."""

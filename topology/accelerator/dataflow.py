@@ -1,0 +1,187 @@
+"""Attention on an accelerator by three dataflows: what each costs, and by how large a buffer.
+
+naive   unfused, weight stationary, no search          (`dataflow_unfused.naive`)
+flex    unfused, the best tile and loops per operator  (`dataflow_unfused.search_flex`)
+flat    fused over tiles of whole rows, the best of them  (`dataflow_flat.search_flat`)
+
+The other matmuls of a layer are the same in flex and flat. `best_tile` is what a kernel asks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from topology.accelerator.accelerator import Accelerator
+from topology.accelerator.dataflow_cost import Cost, add, lower_bound
+from topology.accelerator.dataflow_flat import heads_of, search_flat
+from topology.accelerator.dataflow_unfused import best_matmul, naive, naive_matmul, search_flex
+from topology.accelerator.workloads import BATCH, Attention, Model
+
+__all__ = [
+    "DATAFLOWS",
+    "Cost",
+    "Tile",
+    "attention_cost",
+    "best_tile",
+    "layer_cost",
+    "least_full_buffer",
+    "lower_bound",
+]
+
+DATAFLOWS = ("naive", "flex", "flat")
+FULL = 0.95  # of the utilisation that a buffer without limit gives
+
+
+def attention_cost(
+    accelerator: Accelerator,
+    work: Attention,
+    dataflow: str,
+    *,
+    softmax: str = "free",
+    granularity: str = "M",
+) -> Cost:
+    """What an attention costs by a dataflow.
+
+    Args:
+      dataflow: of `DATAFLOWS`.
+      softmax: "free", "overlapped", or "in-turn"; see `dataflow_flat.flat_cost`. Without fusion it
+        is an operator of its own unless it is free.
+      granularity: of flex; see `search_flex`.
+
+    Raises:
+      ValueError: a name is unknown, or the buffer is too small; the message says the least that
+        works.
+    """
+    if dataflow == "naive":
+        return naive(accelerator, work, softmax=softmax)
+    if dataflow == "flex":
+        return search_flex(accelerator, work, softmax=softmax, granularity=granularity)
+    if dataflow == "flat":
+        return search_flat(accelerator, work, softmax=softmax)[1]
+    raise ValueError(f"no dataflow {dataflow!r}; there are {', '.join(DATAFLOWS)}")
+
+
+def layer_cost(
+    accelerator: Accelerator,
+    model: Model,
+    sequence: int,
+    dataflow: str,
+    *,
+    batch: int = BATCH,
+    softmax: str = "free",
+    granularity: str = "M",
+) -> Cost:
+    """What a layer of a model costs: its attention and its other matmuls, one after the other.
+
+    Arguments and errors as of `attention_cost`.
+    """
+    attention = attention_cost(
+        accelerator,
+        model.attention(sequence, batch),
+        dataflow,
+        softmax=softmax,
+        granularity=granularity,
+    )
+    matmul = naive_matmul if dataflow == "naive" else best_matmul
+    others = [matmul(accelerator, each) for each in model.matmuls(sequence, batch)]
+    return add([attention, *others], attention.mapping)
+
+
+def least_full_buffer(cost_of, *, low: int = 2**10, high: int = 2**50, steps: int = 4) -> int:
+    """The least buffer, in bytes, with `FULL` of the utilisation that `high` bytes give.
+
+    Args:
+      cost_of: bytes -> Cost; a ValueError of it means that the buffer is too small. Its utilisation
+        must not fall with a larger buffer.
+      steps: sizes tried between a power of two and the next.
+    """
+
+    def utilisation(i):
+        try:
+            return cost_of(int(low * 2 ** (i / steps))).utilisation
+        except ValueError:
+            return 0.0
+
+    below, above = 0, round(steps * np.log2(high / low))
+    full = FULL * utilisation(above)
+    while above - below > 1:
+        middle = (below + above) // 2
+        if utilisation(middle) >= full:
+            above = middle
+        else:
+            below = middle
+    return int(low * 2 ** (above / steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What a kernel makes at once.
+
+    Attributes:
+      granularity: R, H, B or M.
+      rows: of queries of a head; where heads share keys and values, of all that share.
+      heads: of keys and values.
+      live_buffer: bytes on chip.
+      seconds: that the model predicts for the whole attention.
+    """
+
+    granularity: str
+    rows: int
+    heads: int
+    live_buffer: int
+    seconds: float
+
+
+def best_tile(
+    accelerator: Accelerator,
+    *,
+    batch: int,
+    heads: int,
+    rows: int,
+    head_dim: int,
+    columns: int | None = None,
+    kv_heads: int | None = None,
+    bytes_per_element: int = 2,
+    bytes_per_logit: int = 4,
+    row_multiple: int = 8,
+) -> Tile:
+    """The tile with which FLAT is fastest when K and V of a head, and all of a tile, are on chip.
+
+    That is how a row-tiled kernel runs. Its live buffer is 2 (2 R d + 2 N d) elements and R N
+    logits. Of tiles equally fast the one with the least live buffer. The softmax is charged, and
+    overlaps with the matmuls.
+
+    Args:
+      columns: keys of a head; None: as many as rows. kv_heads: None: as many as heads.
+      bytes_per_element: of Q, K, V and the output; bytes_per_logit: as the kernel holds them.
+      row_multiple: that a tile's rows are a multiple of, unless they are all.
+
+    Raises:
+      ValueError: a size is not positive, kv_heads does not divide heads, or not even the smallest
+        tile fits; the message says the least that works.
+    """
+    work = Attention(
+        batch=batch,
+        heads=heads,
+        rows=rows,
+        columns=columns,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        bytes_per_element=bytes_per_element,
+        bytes_per_logit=bytes_per_logit,
+    )
+    mapping, cost = search_flat(
+        accelerator,
+        work,
+        softmax="overlapped",
+        keep="QKVO",
+        rows=[row_multiple * 2**i for i in range(work.head_rows.bit_length())],
+        spill=False,
+    )
+    return Tile(
+        granularity=mapping.granularity,
+        rows=mapping.rows,
+        heads=heads_of(mapping.granularity, work),
+        live_buffer=int(cost.live_buffer),
+        seconds=cost.seconds,
+    )

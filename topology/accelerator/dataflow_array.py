@@ -1,0 +1,98 @@
+"""What a matmul costs on a matrix array: cycles, and elements that go to and from the buffer.
+
+A is [m, k], B [k, n], C = A B [m, n]. One of the three stays in the array, as much as it holds,
+while the other two stream past:
+
+  output   C stays: m over the array's rows, n over its columns, k streams
+  weight   B stays: k over the rows, n over the columns, m streams
+  input    A stays: k over the rows, m over the columns, n streams
+
+Where C does not stay and k takes several passes, its partial sums are read and written in each; as
+in the independent rows (see docs/flat.md) the first pass reads, too.
+
+All functions take numpy arrays or numbers that broadcast.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from topology.accelerator.accelerator import MatrixArray
+
+STATIONARITIES = ("output", "weight", "input")
+
+
+class ArrayCost(NamedTuple):
+    """Of one matmul: cycles, and elements read of A, of B, and read and written of C."""
+
+    cycles: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+
+    def plus(self, other: "ArrayCost", times=1) -> "ArrayCost":
+        return ArrayCost(*(x + times * y for x, y in zip(self, other, strict=True)))
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def array_cost(array: MatrixArray, stationarity: str, shape, m, k, n) -> ArrayCost:
+    """The cost of a matmul with an array of `shape` = (rows, columns)."""
+    rows, columns = shape
+    if stationarity == "output":
+        passes, streamed = ceil_div(m, rows) * ceil_div(n, columns), k
+        a, b, c = m * k * ceil_div(n, columns), k * n * ceil_div(m, rows), m * n
+    elif stationarity == "weight":
+        passes, streamed = ceil_div(k, rows) * ceil_div(n, columns), m
+        a, b, c = m * k * ceil_div(n, columns), k * n, 2 * m * n * ceil_div(k, rows)
+    else:
+        passes, streamed = ceil_div(k, rows) * ceil_div(m, columns), n
+        a, b, c = m * k, k * n * ceil_div(m, columns), 2 * m * n * ceil_div(k, rows)
+    cycles = passes * np.maximum(streamed, array.load_cycles) / array.count
+    a, b, c = (x + 0 * cycles for x in (a, b, c))  # of one shape
+    return ArrayCost(cycles, a, b, c)
+
+
+def split(length, tile):
+    """((size, how many), (size, how many)): full tiles and the ragged last one."""
+    return (tile, length // tile), (length % tile, np.minimum(length % tile, 1))
+
+
+def tiled_cost(array: MatrixArray, stationarity: str, shape, lengths, tiles) -> ArrayCost:
+    """The cost of a matmul of `lengths` (m, k, n), made tile by tile."""
+    total = ArrayCost(*[np.float64(0)] * 4)
+    for m, many_m in split(lengths[0], tiles[0]):
+        for k, many_k in split(lengths[1], tiles[1]):
+            for n, many_n in split(lengths[2], tiles[2]):
+                many = np.asarray(many_m * many_k * many_n)
+                if many.any():
+                    sizes = [np.asarray(x, float) for x in (m, k, n)]
+                    total = total.plus(array_cost(array, stationarity, shape, *sizes), many)
+    return total
+
+
+def best_shape(array: MatrixArray, stationarity: str, lengths, tiles):
+    """(cost, shape): of the array's shapes the one with the fewest cycles, then elements moved.
+
+    Returns: cost as `tiled_cost` gives it, and float [2, ...], rows and columns of the shape.
+    """
+    best, shapes = None, None
+    for shape in array.shapes:
+        cost = tiled_cost(array, stationarity, shape, lengths, tiles)
+        if best is None:
+            best, shapes = cost, np.empty((2, *np.shape(cost.cycles)))
+            shapes[:] = np.reshape(shape, (2,) + (1,) * np.ndim(cost.cycles))
+            continue
+        moved, before = sum(cost[1:]), sum(best[1:])
+        better = (cost.cycles < best.cycles) | ((cost.cycles == best.cycles) & (moved < before))
+        best = ArrayCost(*(np.where(better, x, y) for x, y in zip(cost, best, strict=True)))
+        for i in range(2):
+            shapes[i] = np.where(better, shape[i], shapes[i])
+    return best, shapes
+
+
+def candidates(length: int) -> np.ndarray:
+    """Sizes that a search tries: powers of two, and the whole."""
+    return np.array([*(2**i for i in range(length.bit_length()) if 2**i < length), length])

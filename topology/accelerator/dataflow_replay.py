@@ -1,0 +1,128 @@
+"""The dataflows walked tile by tile, every element that moves counted where it moves.
+
+Slow and plain: it checks the formulas of `dataflow_flat` and `dataflow_unfused` on small work.
+"""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+
+from topology.accelerator.accelerator import Accelerator, MatrixArray
+from topology.accelerator.dataflow_flat import FlatMapping, heads_of
+from topology.accelerator.workloads import Attention
+
+
+def replay_matmul(lengths, tiles, order) -> Counter:
+    """Elements that a tiled matmul moves: "a", "b", "c_written" and "c_read".
+
+    Arguments as of `dataflow_unfused.matmul_traffic`. The buffer holds one tile of each operand. A
+    tile of C that is left is written; one that has been left before is read again.
+    """
+    blocks = {x: _blocks(size, tile) for x, size, tile in zip("mkn", lengths, tiles, strict=True)}
+    held, left, moved = {}, set(), Counter()
+
+    def leave():
+        if "c" in held:
+            rows, columns = held["c"]
+            moved["c_written"] += _size(blocks["m"][rows]) * _size(blocks["n"][columns])
+            left.add(held["c"])
+
+    for at in itertools.product(*(range(len(blocks[x])) for x in order)):
+        here = dict(zip(order, at, strict=True))
+        for name, (row, column) in {"a": "mk", "b": "kn", "c": "mn"}.items():
+            tile = here[row], here[column]
+            if held.get(name) == tile:
+                continue
+            size = _size(blocks[row][tile[0]]) * _size(blocks[column][tile[1]])
+            if name == "c":
+                leave()
+                moved["c_read"] += size if tile in left else 0
+            else:
+                moved[name] += size
+            held[name] = tile
+    leave()
+    return moved
+
+
+def replay_flat(
+    accelerator: Accelerator, work: Attention, mapping: FlatMapping, *, spilled: float = 0.0
+) -> tuple[float, float]:
+    """(bytes moved from and to memory, cycles of the matrix array) of an attention by FLAT.
+
+    Every pass of the array takes its operands from the buffer, where they are kept, or from memory.
+    What is kept comes from memory when it is first taken. `spilled` is the part of what is in the
+    buffer that does not fit: so much of it comes and goes at each pass, on top.
+    """
+    counted, cycles = Counter(), 0
+    array = accelerator.array
+    built = array.rows, array.columns
+    shapes = mapping.shapes or (built, built)
+    heads = range(work.num_heads)
+    together = heads_of(mapping.granularity, work)
+    for first in range(0, work.num_heads, together):
+        for _ in heads[first : first + together]:
+            there = {"K": np.zeros((work.head_dim, work.columns), bool)}
+            there["V"] = np.zeros((work.columns, work.head_dim), bool)
+            for tile in _blocks(work.head_rows, mapping.rows):
+                m, k, n = _size(tile), work.head_dim, work.columns
+                there["Q"] = np.zeros((m, k), bool)
+                there["O"] = np.zeros((m, k), bool)
+                there["L"] = np.zeros((m, n), bool)
+                for names, size, stationarity, shape in (
+                    ("QKL", (m, k, n), mapping.stationarity[0], shapes[0]),
+                    ("LVO", (m, n, k), mapping.stationarity[1], shapes[1]),
+                ):
+                    made = np.zeros((size[0], size[2]), bool)
+                    for access, taken in _passes(array, stationarity, shape, size):
+                        cycles += taken
+                        for name, operand, where in zip(names, "abc", access, strict=True):
+                            _take(counted, mapping, name, operand, where, there[name], made)
+                        through = 1 if stationarity == "output" else 2  # partial sums
+                        for name, where in zip(names, access, strict=True):
+                            held = name in "QL" or name in mapping.kept
+                            if held or (name == "O" and through == 2):
+                                uses = through if name == names[2] else 1
+                                counted[name] += spilled * uses * there[name][where].size
+    sizes = dict.fromkeys("QKVO", work.bytes_per_element) | {"L": work.bytes_per_logit}
+    return sum(sizes[name] * moved for name, moved in counted.items()), cycles
+
+
+def _take(counted, mapping, name, operand, where, there, made):
+    """Counts what a pass moves to or from memory of one operand."""
+    if operand == "c":
+        if name == "O" or name not in mapping.kept:  # goes to memory once, when it is complete
+            counted[name] += np.count_nonzero(~made[where])
+            made[where] = True
+        return
+    if name not in mapping.kept:
+        counted[name] += there[where].size
+    elif name != "L":
+        counted[name] += np.count_nonzero(~there[where])
+        there[where] = True
+
+
+def _passes(array: MatrixArray, stationarity, shape, size):
+    """((where in A, B, C), cycles) of each pass of the array."""
+    m, k, n = size
+    rows, columns = shape
+    every = slice(None)
+    if stationarity == "output":
+        walk = [((i, every), (every, j), (i, j), k)
+                for i in _blocks(m, rows) for j in _blocks(n, columns)]  # fmt: skip
+    elif stationarity == "weight":
+        walk = [((every, i), (i, j), (every, j), m)
+                for i in _blocks(k, rows) for j in _blocks(n, columns)]  # fmt: skip
+    else:
+        walk = [((j, i), (i, every), (j, every), n)
+                for i in _blocks(k, rows) for j in _blocks(m, columns)]  # fmt: skip
+    for *access, streamed in walk:
+        yield access, max(streamed, array.load_cycles) / array.count
+
+
+def _blocks(length, size):
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _size(block: slice) -> int:
+    return block.stop - block.start

@@ -1,0 +1,183 @@
+"""What a fabric really connects, found by following the light from port to port.
+
+Nothing here asks how a configuration was built. `trace` starts at every fibre, goes to the port at
+which it ends, through the cross-connect that the switch holds there, and out along the fibre at
+the other port; inside a block it follows the wires. `verify` then checks, link by link, that the
+claimed map from a slice's chips to the pod's is an isomorphism, and nothing else is joined.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from topology.fabric.fabric import Fabric, fail, placement_of
+from topology.fabric.parts import (
+    CHIPS,
+    ENDS,
+    SWITCHES,
+    Part,
+    Switch,
+    chip_in_block,
+    chips_of,
+    fibre_end,
+    link_end,
+)
+from topology.torus.shapes import BLOCK
+
+
+def trace(fabric: Fabric) -> np.ndarray:
+    """int [384 * blocks]: the link end that each link end reaches; -1 where no light comes.
+
+    Link ends are numbered as in `parts.link_end`. Where ports are used twice (see
+    `port_conflicts`), the later cross-connect counts.
+    """
+    far = np.tile(_WIRES, (fabric.pod.num_blocks, 1))
+    far = np.where(far >= 0, far + ENDS * np.arange(len(far))[:, None], -1).ravel()
+    ends = {switch: _fibres(fabric, switch) for switch in SWITCHES}
+    for switch, held in fabric.connects.items():
+        for out, into in held.items():
+            a, b = ends[switch].get(out), ends[switch].get(into)
+            if a is not None and b is not None:
+                far[a], far[b] = b, a
+    dark = [end for part in fabric.failed for end in _dark_ends(fabric, part, ends)]
+    reached = far[dark]
+    far[reached[reached >= 0]] = -1
+    far[dark] = -1
+    return far
+
+
+def port_conflicts(fabric: Fabric) -> list[str]:
+    """A line for every port that more than one cross-connect uses."""
+    lines = []
+    for switch, held in fabric.connects.items():
+        users = {}
+        for pair in held.items():
+            for port in pair:
+                users.setdefault(port, []).append(pair)
+        for port, pairs in sorted(users.items()):
+            if len(pairs) > 1:
+                joined = " and ".join(f"{out}-{into}" for out, into in pairs)
+                lines.append(f"ocs {switch}: port {port} is used twice, by {joined}")
+    return lines
+
+
+def verify(fabric: Fabric, name: str) -> list[str]:
+    """Whether the light makes a slice what it claims to be: no line means it is proved.
+
+    The map from the slice's chips to the pod's, which the placement claims, is an isomorphism: it
+    takes different chips to different chips, and each of the six links of each chip ends where the
+    slice's neighbour is, at its opposite direction; where the slice has no neighbour, no light
+    leaves (but inside a block, where the wires to chips beside the slice are always there).
+
+    Returns:
+      A line for every link that is wrong.
+    """
+    return _wrong_links(fabric, name, trace(fabric))
+
+
+def check(fabric: Fabric) -> list[str]:
+    """All that is wrong with a fabric; no line means that every slice is proved, and apart.
+
+    No port and no block is used twice, every slice verifies, and no light joins a block to one
+    that is not of its slice.
+    """
+    lines, owner = port_conflicts(fabric), np.full(fabric.pod.num_blocks, -1)
+    for n, (name, placement) in enumerate(fabric.placements.items()):
+        blocks = np.array(placement.blocks)
+        for block in np.unique(blocks[owner[blocks] >= 0]):
+            lines.append(f"block {block} is in slice {name!r} and in another")
+        owner[blocks] = n
+    far = trace(fabric)
+    for name in fabric.placements:
+        lines += _wrong_links(fabric, name, far)
+    near = np.flatnonzero(far >= 0)
+    here, there = owner[near // ENDS], owner[far[near] // ENDS]
+    apart = (near // ENDS != far[near] // ENDS) & ((here != there) | (here < 0))
+    for end in near[apart]:
+        lines.append(f"{_link(end)} reaches {_link(far[end])}, which is not of the same slice")
+    return lines
+
+
+@dataclass(frozen=True)
+class Impact:
+    """What a slice loses: chips by their index, links by their directed ids 6 * chip + direction
+    (both directions of each; those of lost chips too)."""
+
+    chips: tuple[int, ...]
+    links: tuple[int, ...]
+
+
+def impact(fabric: Fabric, part: Part) -> dict[str, Impact]:
+    """The slices that the failure of a part touches, and how."""
+    before, after = trace(fabric), trace(fail(fabric, part))
+    lost = [] if part.block is None else [part.block * CHIPS + c for c in chips_of(part)]
+    touched = {}
+    for name, placement in fabric.placements.items():
+        chips = placement.chips
+        dark = (before != after).reshape(-1, 6)[chips] & (placement.slice.neighbours >= 0)
+        gone = np.flatnonzero(np.isin(chips, lost))
+        if dark.any() or gone.size:
+            touched[name] = Impact(tuple(gone.tolist()), tuple(np.flatnonzero(dark).tolist()))
+    return touched
+
+
+def _wrong_links(fabric, name, far):
+    placement = placement_of(fabric, name)
+    slice, chips = placement.slice, placement.chips
+    if len(np.unique(chips)) < len(chips):
+        return [f"slice {name!r}: a block stands twice in its blocks {placement.blocks}"]
+    to = slice.neighbours
+    should = np.where(to >= 0, 6 * chips[to] + (np.arange(6) ^ 1), -1)
+    does = far.reshape(-1, 6)[chips]
+    wrong = does != should
+    if not slice.is_whole_blocks:
+        wrong &= to >= 0
+    return [
+        f"slice {name!r}: chip {c} ({_link(6 * chips[c] + j)}) reaches {_link(does[c, j])}, "
+        f"should reach {_link(should[c, j])}"
+        for c, j in np.argwhere(wrong).tolist()
+    ]
+
+
+def _fibres(fabric, switch):
+    """{port: link end} of the fibres that are at the ports of a switch."""
+    blocks = fabric.pod.num_blocks
+    return {fabric.port(switch, p): fibre_end(switch, p, blocks) for p in range(2 * blocks)}
+
+
+def _dark_ends(fabric, part, ends):
+    """The link ends that get no light because a part failed."""
+    if part.kind == "ocs":
+        return list(ends[Switch(*part.where)].values())
+    if part.kind == "port":
+        *switch, port = part.where
+        end = ends[Switch(*switch)].get(port)
+        return [] if end is None else [end]
+    if part.kind == "link":
+        block, *chip, direction = part.where
+        return [link_end(block, chip_in_block(*chip), direction)]
+    return [link_end(part.where[0], c, j) for c in chips_of(part) for j in range(6)]
+
+
+def _link(end):
+    if end < 0:
+        return "nothing"
+    block, rest = divmod(int(end), ENDS)
+    chip, direction = divmod(rest, 6)
+    place = (chip // BLOCK**2, chip // BLOCK % BLOCK, chip % BLOCK)
+    return str(Part("link", (block, *place, direction)))
+
+
+def _wires():
+    """int [384]: the link ends of a block that its own wires join; -1 at the faces."""
+    ends = np.full((BLOCK, BLOCK, BLOCK, 3, 2), -1)
+    number = np.arange(ENDS).reshape(ends.shape)
+    for d in range(3):
+        low, high = np.moveaxis(ends, d, 0)[:-1], np.moveaxis(ends, d, 0)[1:]
+        numbers = np.moveaxis(number, d, 0)
+        low[..., d, 0] = numbers[1:][..., d, 1]
+        high[..., d, 1] = numbers[:-1][..., d, 0]
+    return ends.ravel()
+
+
+_WIRES = _wires()

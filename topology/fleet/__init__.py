@@ -1,0 +1,1 @@
+"""Failures over months: availability, checkpoint intervals, policies, a pod's simulated years."""

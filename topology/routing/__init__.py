@@ -1,0 +1,1 @@
+"""All-to-all on a torus: throughput and its bounds, routes, deadlock, packets."""

@@ -1,0 +1,1 @@
+"""The torus of a slice: shapes, boxes, twists, distances, bisections."""

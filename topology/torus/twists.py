@@ -1,0 +1,102 @@
+"""Every twist of a shape that the optical switches can make, and which of them is best.
+
+Two twists are the same network where a signed permutation of x, y and z takes the lattice of one
+to that of the other; one of each such class is listed. "TONS" (arXiv 2605.27963) searches more
+widely, over topologies that are not twisted tori.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from topology.torus.shapes import BLOCK, NO_TWIST, Shape, nearest_shape, shipped_twist, times
+from topology.torus.slices import Slice
+
+
+def mean_distance_then_diameter(slice: Slice) -> tuple[float, int]:
+    """The measure by which `ranked_twists` ranks unless told otherwise."""
+    return slice.mean_distance, slice.diameter
+
+
+def ranked_twists(
+    shape: Shape, measure: Callable = mean_distance_then_diameter
+) -> list[tuple[Slice, object]]:
+    """The networks that the wiring can make of a shape, the best first, each with its measure.
+
+    Args:
+      shape: multiples of 4.
+      measure: Slice -> anything that sorts, less being better; for example the exact all-to-all
+        optimum.
+    """
+    found = [(slice, measure(slice)) for slice in all_twists(shape)]
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def all_twists(shape: Shape) -> list[Slice]:
+    """One slice of every class of equivalent twists; the regular torus is the first.
+
+    Of a class, the twist that ships stands where it is in it, else the one with the least shifts.
+
+    Raises:
+      ValueError: the shape has no wraparound, so no twist.
+    """
+    Slice(shape=shape)  # or says why there is none
+    if any(k % BLOCK for k in shape):
+        raise ValueError(
+            f"twists of {times(shape)}: every dimension is a multiple of {BLOCK}; the nearest is "
+            f"{times(nearest_shape(shape, whole=True))}"
+        )
+    shipped = shipped_twist(shape)
+    twists = sorted(
+        _acyclic_twists(shape),
+        key=lambda twist: (twist != NO_TWIST, twist != shipped, sum(map(sum, twist)), twist),
+    )
+    # Everything is a multiple of 4 here: count in blocks, whose numbers are smaller.
+    lattices = (np.diag(shape) - np.array(twists)) // BLOCK
+    found = {}
+    for twist, key in zip(twists, _class_keys(lattices), strict=True):
+        found.setdefault(key, twist)
+    return [Slice(shape=shape, twist=twist) for twist in found.values()]
+
+
+def _acyclic_twists(shape):
+    """All twists with shifts of whole blocks, each dimension shifting only later ones of an order.
+
+    By Hajos's theorem these are all lattices that the box of the shape tiles Z^3 by.
+    """
+    found = set()
+    for first, second, third in itertools.permutations(range(3)):
+        shifts = [range(0, shape[d], BLOCK) for d in (second, third, third)]
+        for to_second, to_third, second_to_third in itertools.product(*shifts):
+            twist = np.zeros((3, 3), int)
+            twist[first, second], twist[first, third] = to_second, to_third
+            twist[second, third] = second_to_third
+            found.add(tuple(map(tuple, twist.tolist())))
+    return found
+
+
+def _class_keys(lattices):
+    """int [B, 3, 3] bases -> for each, one value that equivalent lattices share."""
+    forms = []
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=2):  # -L = L: the third sign changes nothing
+            forms.append(_hermite(lattices[:, :, order] * (*signs, 1)).reshape(-1, 9))
+    forms = np.stack(forms, axis=1)  # [B, 24, 9]
+    return [min(map(tuple, of_one)) for of_one in forms.tolist()]
+
+
+def _hermite(bases):
+    """int [B, 3, 3], rows bases of lattices -> their Hermite normal forms, one for each lattice."""
+    H = np.array(bases)
+    for c in range(3):
+        while H[:, c + 1 :, c].any():  # Euclid's algorithm on the column, all lattices at once
+            size = np.where(H[:, c:, c] == 0, np.iinfo(int).max, np.abs(H[:, c:, c]))
+            pivot = c + size.argmin(axis=1)
+            rows = np.arange(len(H))
+            H[rows, c], H[rows, pivot] = H[rows, pivot], H[rows, c].copy()
+            H[:, c + 1 :] -= (H[:, c + 1 :, c] // H[:, c, c, None])[..., None] * H[:, None, c]
+        H[:, c] *= np.sign(H[:, c, c])[:, None]
+        for r in range(c):
+            H[:, r] -= (H[:, r, c] // H[:, c, c])[:, None] * H[:, c]
+    return H
