@@ -20,16 +20,17 @@ from flax import nnx
 
 from pjit_train.checkpoint import Checkpoints
 from pjit_train.compression import calibrate
-from pjit_train.compression.kernels import KERNELS, kernel_bytes, leaf, matrix_shape
+from pjit_train.compression.kernels import as_matrices, kernel_bytes, leaf
 from pjit_train.errors import UserError
 from pjit_train.evaluate import validate
+from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import Rules, make_mesh
 from pjit_train.step import weights
 from pjit_train.study import abstract_params, build_updater
-from sparsity.masks.layers import names
+from sparsity.masks.layers import KERNELS, names
 from sparsity.numbers.formats import check_blocks, element_bits, get_format
 from sparsity.numbers.quantized import MatmulFormats, Quantization
 from sparsity.post_training.interplay import dot_interplay, tensor_interplay
@@ -241,9 +242,10 @@ class Measures:
         read = jax.tree.map(np.asarray, read)
         text = calibrate.calibration_batches(run.data.prepare(run.seed), 1)
         found = []
+        roles = param_roles(run.model)
         for name, layer, inputs in self._inputs(program, read, text):
             kernel = leaf(numbers, name)
-            matrix = kernel.reshape(matrix_shape(name, kernel.shape))[layer]
+            matrix = as_matrices(roles[name], kernel)[layer]
             for format in self.study.formats:
                 row = _errors(jnp.asarray(inputs), jnp.asarray(matrix), pattern, format)
                 found.append({"kernel": name, "layer": layer, "format": format, **row})
@@ -312,10 +314,12 @@ def _errors(x, kernel_IO, pattern: str, format: str) -> dict[str, float]:
 
 def kernel_shapes(model: TransformerConfig, layers: str) -> dict[str, tuple[int, int, int]]:
     """(layers, inputs, outputs) by the name of every kernel that the expression finds."""
-    params = abstract_params(model, Rules())
+    params, roles = abstract_params(model, Rules()), param_roles(model)
     rows = zip(*map(jax.tree.leaves, (names(params), params)), strict=True)
     return {
-        name: matrix_shape(name, array.shape) for name, array in rows if re.search(layers, name)
+        name: roles[name].matrix_shape(array.shape)
+        for name, array in rows
+        if re.search(layers, name)
     }
 
 

@@ -20,6 +20,7 @@ from pjit_train.evaluate import validate
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.lock import held
 from pjit_train.metrics import Display, Metrics, utilisation
+from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import count_params
 from pjit_train.program import Program
 from pjit_train.run import Run
@@ -115,9 +116,12 @@ def train(
             f"{batches.tokens_per_epoch:,} training tokens, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
-        for part in (program.updater, program.quantizer):
-            if part is not None:
-                display.say(part.describe())
+        if program.updater is not None:
+            display.say(program.updater.describe())
+        if program.quantizer is not None:
+            roles = param_roles(run.model).items()
+            tied = {name: f"the head ({name})" for name, role in roles if role.kind == "embedding"}
+            display.say(program.quantizer.describe(tied))
         if notice := run.optimizer.schedule.notice(run.steps):
             display.say(notice)
         if start:

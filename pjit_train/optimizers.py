@@ -1,12 +1,12 @@
 """Optimizers and learning-rate schedules, from optax.
 
-Each class here is the configuration of one optimizer; `build(steps)` gives optax's transformation
-for a run of that many steps, with gradient clipping before it and the schedule inside. Where a
-recipe of `sparsity` wraps the optimizer, it wraps what `build` returns.
+Each class here is the configuration of one optimizer; `build(steps, roles)` gives optax's
+transformation for a run of that many steps, with gradient clipping before it and the schedule
+inside. Where a recipe of `sparsity` wraps the optimizer, it wraps what `build` returns.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from pjit_train.errors import UserError
-from pjit_train.models.projection import contraction_axes
+from pjit_train.models.roles import Role, Roles
+from sparsity.masks.layers import names
 from sparsity.ranges import Count, Decay, Fraction, NonNegative, Positive, Whole, check_fields
 from sparsity.recipes.autoswitch import scale_by_step_adam
 
@@ -97,10 +98,13 @@ class Optimizer:
     def __post_init__(self):
         check_fields(self, UserError)
 
-    def build(self, steps: int, updater=None) -> tuple[optax.GradientTransformation, Callable]:
+    def build(
+        self, steps: int, roles: Roles, updater=None
+    ) -> tuple[optax.GradientTransformation, Callable]:
         """The transformation for a run of `steps` updates, and its schedule.
 
         Args:
+          roles: of all parameters, see `models.roles.param_roles`.
           updater: of a recipe of `sparsity`, which wraps the whole; None for dense training.
 
         Raises:
@@ -109,19 +113,21 @@ class Optimizer:
         schedule = self.schedule.build(self.learning_rate, steps)
         switch = None if updater is None else updater.variance
         if switch is None:
-            transformation = self._transformation(schedule)
+            transformation = self._transformation(schedule, roles)
         else:
-            transformation = self._switching(schedule, switch, steps)
+            transformation = self._switching(schedule, roles, switch, steps)
         if self.clip_norm is not None:
             transformation = optax.chain(clip_by_global_norm(self.clip_norm), transformation)
         if updater is not None:
             transformation = updater.wrap_optax(transformation, learning_rate=schedule)
         return optax.with_extra_args_support(transformation), schedule
 
-    def _transformation(self, schedule) -> optax.GradientTransformation:
+    def _transformation(self, schedule, roles: Roles) -> optax.GradientTransformation:
         raise NotImplementedError
 
-    def _switching(self, schedule, switch, steps: int) -> optax.GradientTransformation:
+    def _switching(
+        self, schedule, roles: Roles, switch, steps: int
+    ) -> optax.GradientTransformation:
         raise UserError(
             f"optimizer: the recipe freezes Adam's variance and {type(self).__name__} has none; "
             "use AdamW, or a recipe with variance = None"
@@ -136,15 +142,14 @@ class AdamW(Optimizer):
     b2: Decay = 0.95
     epsilon: Positive = 1e-8
 
-    def _transformation(self, schedule):
-        return optax.adamw(
-            schedule, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay, mask=decayed
-        )
+    def _transformation(self, schedule, roles):
+        betas, decay = (self.b1, self.b2), self.weight_decay
+        return optax.adamw(schedule, *betas, self.epsilon, weight_decay=decay, mask=decayed(roles))
 
-    def _switching(self, schedule, switch, steps):
+    def _switching(self, schedule, roles, switch, steps):
         return optax.chain(
             scale_by_step_adam(self.b1, self.b2, self.epsilon, switch=switch, steps=steps),
-            optax.add_decayed_weights(self.weight_decay, decayed),
+            optax.add_decayed_weights(self.weight_decay, decayed(roles)),
             optax.scale_by_learning_rate(schedule),
         )
 
@@ -165,21 +170,23 @@ class Adafactor(Optimizer):
     weight_decay: NonNegative = 0.0
     min_dim_size_to_factor: Count = 128
 
-    def _transformation(self, schedule):
+    def _transformation(self, schedule, roles):
         inner = optax.adafactor(
             schedule,
             min_dim_size_to_factor=self.min_dim_size_to_factor,
             weight_decay_rate=(lambda step: self.weight_decay * schedule(step))
             if self.weight_decay
             else None,
-            weight_decay_mask=decayed,
+            weight_decay_mask=decayed(roles),
         )
 
-        def update(updates, state, params):
-            matrices, state = inner.update(_as_matrices(updates), state, _as_matrices(params))
-            return jax.tree.map(lambda x, like: x.reshape(like.shape), matrices, updates), state
+        matrices = functools.partial(_as_matrices, roles)
 
-        return optax.GradientTransformation(lambda params: inner.init(_as_matrices(params)), update)
+        def update(updates, state, params):
+            of_matrices, state = inner.update(matrices(updates), state, matrices(params))
+            return jax.tree.map(lambda x, like: x.reshape(like.shape), of_matrices, updates), state
+
+        return optax.GradientTransformation(lambda params: inner.init(matrices(params)), update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,8 +196,9 @@ class Lion(Optimizer):
     b1: Decay = 0.9
     b2: Decay = 0.99
 
-    def _transformation(self, schedule):
-        return optax.lion(schedule, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
+    def _transformation(self, schedule, roles):
+        mask = decayed(roles)
+        return optax.lion(schedule, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,10 +209,10 @@ class SGD(Optimizer):
     nesterov: bool = False
     weight_decay: NonNegative = 0.0
 
-    def _transformation(self, schedule):
+    def _transformation(self, schedule, roles):
         return optax.chain(
             optax.trace(self.momentum, self.nesterov),
-            optax.add_decayed_weights(self.weight_decay, decayed),
+            optax.add_decayed_weights(self.weight_decay, decayed(roles)),
             optax.scale_by_learning_rate(schedule),
         )
 
@@ -220,17 +228,17 @@ class Muon(Optimizer):
     adam_b1: Decay = 0.9
     adam_b2: Decay = 0.95
 
-    def _transformation(self, schedule):
+    def _transformation(self, schedule, roles):
         scale = self.adam_learning_rate / self.learning_rate
         return optax.contrib.muon(
             schedule,
             beta=self.beta,
             weight_decay=self.weight_decay,
-            weight_decay_mask=decayed,
+            weight_decay_mask=decayed(roles),
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
             adam_learning_rate=lambda step: scale * schedule(step),
-            muon_weight_dimension_numbers=matrix_axes,
+            muon_weight_dimension_numbers=functools.partial(matrix_axes, roles),
         )
 
 
@@ -249,34 +257,35 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def decayed(params):
-    """True for parameters with weight decay: all but norm scales and biases."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+def decayed(roles: Roles):
+    """The function params -> a tree of bools, True for parameters with weight decay."""
+    return lambda params: jax.tree.map(lambda name: roles[name].decays, names(params))
 
 
-def matrix_axes(params):
-    """Muon's reduction and output axes of stacked block kernels; None for all other parameters."""
+def matrix_axes(roles: Roles, params):
+    """Muon's reduction and output axes of stacked kernels; None for all other parameters."""
 
-    def axes(path, param):
-        names = [entry.key for entry in path]
-        if names[0] != "blocks" or names[-1] != "kernel":
+    def axes(name, param):
+        if not _is_stacked_kernel(roles[name]):
             return None
-        inputs = contraction_axes("/".join(names), param.shape)
+        inputs = roles[name].inputs
         return optax.contrib.MuonDimensionNumbers(
             tuple(param.ndim + axis for axis in inputs),
             tuple(axis for axis in range(1, param.ndim) if axis - param.ndim not in inputs),
         )
 
-    return jax.tree.map_with_path(axes, params)
+    return jax.tree.map(axes, names(params), params)
 
 
-def _as_matrices(params):
-    """Stacked block kernels as [layers, inputs, outputs]; all other parameters as they are."""
+def _as_matrices(roles: Roles, params):
+    """Stacked kernels as [layers, inputs, outputs]; all other parameters as they are."""
 
-    def view(param, axes):
-        if axes is None:
-            return param
-        inputs = math.prod(param.shape[i] for i in axes.reduction_axis)
-        return param.reshape(param.shape[0], inputs, -1)
+    def view(name, param):
+        role = roles[name]
+        return param.reshape(role.matrix_shape(param.shape)) if _is_stacked_kernel(role) else param
 
-    return jax.tree.map(view, params, matrix_axes(params))
+    return jax.tree.map(view, names(params), params)
+
+
+def _is_stacked_kernel(role: Role) -> bool:
+    return role.kind == "kernel" and role.stacked

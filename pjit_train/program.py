@@ -16,6 +16,7 @@ from pjit_train.attention.dispatch import check_way
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.models.loss import cross_entropy
+from pjit_train.models.roles import param_roles
 from pjit_train.run import Run
 from pjit_train.sparse_metrics import observe, observe_quantization
 from pjit_train.step import (
@@ -81,7 +82,9 @@ class Program:
     def _build_optimizer(self, params) -> None:
         """The recipe, the optimizer inside it, and the state that they make of the parameters."""
         self.updater = self.run.build_updater(params, self.quantizer)
-        self.optimizer, self.schedule = self.run.optimizer.build(self.run.steps, self.updater)
+        self.optimizer, self.schedule = self.run.optimizer.build(
+            self.run.steps, param_roles(self.run.model), self.updater
+        )
         self.abstract_state = abstract(self._new_state, params)
         self._packs_at = None if self.updater is None else self.updater.packs_at
         if self._packs_at is not None:

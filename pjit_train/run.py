@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
-from pjit_train.models.projection import contraction_axes
+from pjit_train.models.roles import contraction, param_roles
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.optimizers import Optimizer
 from pjit_train.sharding import MeshShape, Rules
@@ -107,33 +106,31 @@ class Run:
         """
         if self.quantization is None:
             return None
-        rules, table = self.rules, "embedding" if self.model.tie_head else "head"
+        roles, rules = param_roles(self.model), self.rules
 
-        def contraction(name, shape):
-            is_table = name == "head" or name.endswith("embedding")
-            return None if is_table and name != table else contraction_axes(name, shape)
-
-        def activation_ways(name):
+        def activation_shards(name):
             """Shards of the features of a matmul's inputs and of its outputs."""
-            ways = math.prod(mesh.shape[axis] for axis in rules.heads)
-            if "feed_forward" in name:
-                ways = math.prod(mesh.shape[axis] for axis in rules.mlp)
-            if name == table:
-                return 1, 1
-            return (ways, 1) if re.search(r"/(out|down)/", name) else (1, ways)
+            role = roles[name]
+            return tuple(
+                math.prod(rules.shards(mesh.shape, axis) for axis in axes)
+                for axes in (role.input_axes, role.output_axes)
+            )
 
         quantizer = self.quantization.build(
             params,
-            contraction=contraction,
+            contraction=lambda name, shape: roles[name].inputs if roles[name].matmul else None,
             seed=self.seed,
-            activation_ways=activation_ways,
-            tokens=(self.data.seq_len, math.prod(mesh.shape[axis] for axis in rules.length)),
+            activation_ways=activation_shards,
+            tokens=(self.data.seq_len, rules.shards(mesh.shape, "length")),
+            attention_operands={name for name, role in roles.items() if role.attends},
         )
-        if quantizer.formats(table) is not None and quantizer.formats(table).gradients is not None:
-            raise ValueError(
-                f"quantization: {table}: gradients of the head are not quantized; give it "
-                "gradients=None, by a pattern before the one that matches it"
-            )
+        for name, role in roles.items():
+            formats = quantizer.formats(name) if role.kind in ("embedding", "head") else None
+            if formats is not None and formats.gradients is not None:
+                raise ValueError(
+                    f"quantization: {name}: gradients of the head are not quantized; give it "
+                    "gradients=None, by a pattern before the one that matches it"
+                )
         return quantizer
 
     def build_updater(self, params, quantizer: Quantizer | None = None):
@@ -148,7 +145,7 @@ class Run:
         """
         if self.sparsity is None:
             return None
-        options = {"steps": self.steps, "contraction": contraction_axes}
+        options = {"steps": self.steps, "contraction": contraction(param_roles(self.model))}
         if quantizer is not None and self.quantization.order == "quantize_then_sparsify":
             options["scored"] = quantizer.scored
         return self.sparsity.build(params, **options)

@@ -8,7 +8,7 @@ error while tracing and not a collective found later in a profile.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -147,6 +147,10 @@ class Rules:
             )
         return PartitionSpec(*map(_present, parts))
 
+    def shards(self, sizes: Mapping[str, int], axis: str | None) -> int:
+        """Shards that a logical axis is cut into on a mesh of these sizes; 1 for None."""
+        return 1 if axis is None else math.prod(sizes[a] for a in getattr(self, axis))
+
     def check(self, mesh: Mesh, axes: Axes, shape: tuple[int, ...], name: str) -> None:
         """Checks that the mesh divides the array `name`.
 
@@ -156,7 +160,7 @@ class Rules:
         axes = (None,) * (len(shape) - len(axes)) + axes
         for axis, size in zip(axes, shape, strict=True):
             over = () if axis is None else getattr(self, axis)
-            ways = math.prod(mesh.shape[a] for a in over)
+            ways = self.shards(mesh.shape, axis)
             if size % ways:
                 shown = " * ".join(f"{a}={mesh.shape[a]}" for a in over)
                 raise UserError(

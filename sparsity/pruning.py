@@ -16,7 +16,7 @@ from sparsity.algorithms.topkast import TopKAST
 from sparsity.api import create_updater_from_config
 from sparsity.base_updater import BaseUpdater, SparseState
 from sparsity.masks.bits import pack_bits
-from sparsity.masks.layers import assign, listed, names
+from sparsity.masks.layers import KERNELS, assign, listed, names
 from sparsity.masks.nm import check_nm
 from sparsity.masks.validity import Validity, by_name, nm_validity, zeros
 from sparsity.ranges import Count, Decay, Fraction, check_fields
@@ -25,7 +25,7 @@ from sparsity.recipes.kernels import MaskedKernel, dense_tree
 from sparsity.sparsity_schedules import OneShotSchedule, PeriodicSchedule, PolynomialSchedule
 from sparsity.sparsity_types import NByM, parse_sparsity_type
 
-DEFAULT_LAYERS = (r"(attention|feed_forward)/.*kernel",)
+DEFAULT_LAYERS = (KERNELS,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

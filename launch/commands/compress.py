@@ -112,12 +112,12 @@ def run(args, began: float) -> int:
     from launch.directory import configuration
     from pjit_train.compression.compress import Compression, compress
     from pjit_train.compression.kernels import (
-        KERNELS,
         kernel_formats,
         kernel_patterns,
         quantized_kernels,
     )
     from pjit_train.huggingface import compressed_tensors
+    from sparsity.masks.layers import KERNELS
 
     if prunes:
         if pattern:

@@ -10,7 +10,6 @@ Letters in names: B batch, T tokens, D model width, I inputs of a kernel, O its 
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -145,8 +144,7 @@ def walk(
 
 def num_inputs(dense: Dense) -> int:
     """How many axes of a Dense's kernel its einsum sums over; they lead."""
-    x_axes, kernel_axes, y_axes = re.split(",|->", dense.equation)
-    return sum(axis in x_axes and axis not in y_axes for axis in kernel_axes)
+    return len(dense.kernel.get_metadata("role").inputs)
 
 
 class _Tap:

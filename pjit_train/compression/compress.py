@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import logging
-import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -23,12 +22,11 @@ from pjit_train.compression.kernels import (
     QUANTIZERS,
     REPORT,
     SCALES,
-    SMOOTHED,
+    as_matrices,
     kept_zeros,
     kernel_bytes,
     leaf,
     load_scales,
-    matrix_shape,
     parse_format,
     quantized_kernels,
     relative_error,
@@ -40,6 +38,7 @@ from pjit_train.compression.kernels import (
 from pjit_train.errors import UserError
 from pjit_train.evaluate import prepare, restore_weights, validate
 from pjit_train.loop import train
+from pjit_train.models.roles import Roles, param_roles
 from pjit_train.program import Program
 from pjit_train.run import Run, Samples
 from pjit_train.sharding import make_mesh
@@ -173,7 +172,8 @@ def compress(
     batches = prepare(run, directory)
     text = calibration_batches(batches, compression.sequences)
     step, weights = restore_weights(program, directory, step)
-    earlier = _earlier(directory, step, compression)
+    roles = param_roles(run.model)
+    earlier = _earlier(directory, step, compression, roles)
     params = _as_in(new, _trained(program, weights))
     for name in {**compression.patterns, **compression.formats}:
         if not np.isfinite(np.asarray(leaf(params, name), np.float32)).all():
@@ -200,7 +200,9 @@ def compress(
             params = work.compress(params)
             save_params(new, params, temporary)
             scales = work.scales | {
-                name: load_scales(directory, name, matrix_shape(name, leaf(params, name).shape)[0])
+                name: load_scales(
+                    directory, name, len(as_matrices(roles[name], leaf(params, name)))
+                )
                 for name in earlier
             }
             if scales:
@@ -225,7 +227,9 @@ def compress(
     return report
 
 
-def _earlier(directory: Path, step: int, compression: Compression) -> dict[str, dict[str, Any]]:
+def _earlier(
+    directory: Path, step: int, compression: Compression, roles: Roles
+) -> dict[str, dict[str, Any]]:
     """What was reported of the kernels that stay in the formats of an earlier compression.
 
     Raises a UserError where a weight of them has left its format, or would.
@@ -235,7 +239,7 @@ def _earlier(directory: Path, step: int, compression: Compression) -> dict[str, 
     for name, row in rows.items():
         for moved, what, instead in (
             (step > 0, f"training to step {step}", "use --step 0"),
-            (c.smooth is not None and re.search(SMOOTHED, name), "smoothing", "leave that out"),
+            (c.smooth is not None and roles[name].norm is not None, "smoothing", "leave that out"),
             (c.finetune > 0, "fine-tuning", "leave that out"),
             (c.method == "sparsegpt" and name in c.patterns, "sparsegpt", "use magnitude or wanda"),
         ):
@@ -262,6 +266,7 @@ class _Work:
     def __init__(self, compression, earlier, run: Run, new: Program, batches, text, folder):
         self.compression, self.earlier, self.run, self.new = compression, earlier, run, new
         self.batches, self.text, self.folder = batches, text, folder
+        self.roles = param_roles(run.model)
         self.names = list({**compression.patterns, **compression.formats})
         self.reference: dict[str, Any] = {}
         self.errors = {kind: defaultdict(list) for kind in ("sparsify", "quantize", "together")}
@@ -279,7 +284,9 @@ class _Work:
     def compress(self, params: dict[str, Any]) -> dict[str, Any]:
         c = self.compression
         if c.smooth is not None:
-            params = smooth(params, input_maxima(self.new.graph, params, self.text), c.smooth)
+            params = smooth(
+                self.roles, params, input_maxima(self.new.graph, params, self.text), c.smooth
+            )
             self._validate("smooth", params)
         self.reference = params
         for number, kind in enumerate(c.passes):
@@ -327,7 +334,7 @@ class _Work:
                     self._note(alone, name, kernel_IO, new, products_II)
             if last:
                 reference = leaf(self.reference, name)
-                reference_IO = reference.reshape(matrix_shape(name, reference.shape))[layer]
+                reference_IO = as_matrices(self.roles[name], reference)[layer]
                 self._note("together", name, reference_IO, changed, products_II)
             return changed
 
@@ -394,8 +401,8 @@ class _Work:
             kernel, pattern = leaf(written, name), kept.get(name)
             format, activations = formats.get(name, (None, None))
             parsed = None if format is None else parse_format(format)
-            shape = matrix_shape(name, kernel.shape)
-            size = kernel_bytes(shape, parsed, pattern, itemsize)
+            role = self.roles[name]
+            size = kernel_bytes(role.matrix_shape(kernel.shape), parsed, pattern, itemsize)
             for how, count in size.items():
                 whole[how] += count - kernel.size * itemsize
             kinds = {"sparsity": "sparsify", "quantization": "quantize", "together": "together"}
@@ -408,7 +415,7 @@ class _Work:
             kernels[name] = {
                 "pattern": pattern,
                 "sparsity": float(np.mean(kernel == 0)),
-                "violations": pattern and violations(name, kernel, pattern, transposable),
+                "violations": pattern and violations(role, kernel, pattern, transposable),
                 "format": format,
                 "activations": activations,
                 "bytes": {"before": kernel.size * itemsize, **size},

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 
 from pjit_train.errors import UserError
 from pjit_train.models.block_config import BlockConfig
-from pjit_train.models.projection import contraction_axes
+from pjit_train.models.roles import Role, Roles, param_roles
 from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.step import split_model
@@ -40,8 +41,6 @@ from sparsity.post_training.smoothquant import smoothing_scales
 from sparsity.sparsity_types import NByM
 
 REPORT, SCALES = "compress.json", "scales.safetensors"  # in the directory of a compressed run
-KERNELS = r"(attention|feed_forward)/.*kernel"
-"""The kernels of the blocks: what is compressed unless something else is named."""
 
 
 def parse_format(text: str) -> Format:
@@ -98,16 +97,16 @@ def kernel_formats(model: BlockConfig, layers: Mapping[str, str]) -> dict[str, s
 
 
 def _chosen(model, layers, check, what: str) -> dict[str, str]:
-    params = nnx.to_pure_dict(split_model(model, Rules())[1])
+    params, roles = nnx.to_pure_dict(split_model(model, Rules())[1]), param_roles(model)
     shapes = {
-        name: leaf.shape
+        name: roles[name].matrix_shape(leaf.shape)
         for name, leaf in zip(jax.tree.leaves(names(params)), jax.tree.leaves(params), strict=True)
-        if name.endswith("/kernel") or name == "head"
+        if roles[name].kind in ("kernel", "head")
     }
     try:
         chosen = {n: p for n, p in assign(dict.fromkeys(shapes, 0), layers).items() if p}
         for name, value in chosen.items():
-            check(name, value, *matrix_shape(name, shapes[name])[1:])
+            check(name, value, *shapes[name][1:])
     except ValueError as error:
         raise UserError(f"compress: {error}") from error
     if not chosen:
@@ -136,44 +135,46 @@ QUANTIZERS = {
 }
 
 
-SMOOTHED = r"/(query|key|value|up|gate)/kernel$"  # what `smooth` multiplies
-
-
 def smooth(
-    params: dict[str, Any], maxima: Mapping[str, np.ndarray], strength: float
+    roles: Roles, params: dict[str, Any], maxima: Mapping[str, np.ndarray], strength: float
 ) -> dict[str, Any]:
     """A model that computes the same, its norms divided by scales and their kernels multiplied.
 
-    Query, key and value share the scales of their norm, and so do up and gate. The inputs of out
-    and down come from no norm and are left.
+    Kernels that read one norm (query, key and value; up and gate) share its scales. Those whose
+    inputs come from no norm (out, down) are left.
 
     Args:
+      roles: of its parameters.
       params: of a `Transformer`, arrays of numpy; they are left as they are.
       maxima: what `calibrate.input_maxima` gives.
       strength: see `sparsity.post_training.smoothquant.smoothing_scales`.
     """
-    blocks = jax.tree.map(lambda x: x, params["blocks"])  # other dictionaries, the same arrays
-    for part, norm, readers in (
-        ("attention", "attention_norm", ("query", "key", "value")),
-        ("feed_forward", "feed_forward_norm", ("up", "gate")),
-    ):
-        layers = [blocks[part][name] for name in readers if name in blocks[part]]
-        maxima_LI = maxima[f"blocks/{part}/{readers[0]}/kernel"]
+    smoothed = dict(flatten_dict(params, sep="/"))
+    readers: dict[str, list[str]] = {}  # kernels by the name of their norm
+    for name, role in roles.items():
+        if role.norm is not None:
+            readers.setdefault(f"{name.split('/')[0]}/{role.norm}", []).append(name)
+    for norm, kernels in readers.items():
+        maxima_LI = maxima[kernels[0]]
+        matrices = [as_matrices(roles[name], smoothed[name]) for name in kernels]
         scales_LI = np.stack(
             [
-                smoothing_scales(
-                    inputs_I, [x["kernel"][i].reshape(len(inputs_I), -1) for x in layers], strength
-                )
+                smoothing_scales(inputs_I, [x[i] for x in matrices], strength)
                 for i, inputs_I in enumerate(maxima_LI)
             ]
         )
-        for name in blocks[norm]:  # scale, and of LayerNorm a bias
-            blocks[norm][name] = (blocks[norm][name] / scales_LI).astype(np.float32)
-        for layer in layers:
-            kernel = layer["kernel"]
-            scales = scales_LI.reshape(*scales_LI.shape, *[1] * (kernel.ndim - 2))
-            layer["kernel"] = (kernel * scales).astype(np.float32)
-    return params | {"blocks": blocks}
+        for name in (f"{norm}/scale", f"{norm}/bias"):
+            if name in smoothed:
+                smoothed[name] = (smoothed[name] / scales_LI).astype(np.float32)
+        for name, matrix_LIO in zip(kernels, matrices, strict=True):
+            scaled = (matrix_LIO * scales_LI[..., None]).astype(np.float32)
+            smoothed[name] = scaled.reshape(smoothed[name].shape)
+    return unflatten_dict(smoothed, sep="/")
+
+
+def as_matrices(role: Role, kernel):
+    """A kernel as matrices [layers, inputs, outputs]."""
+    return kernel.reshape(role.matrix_shape(kernel.shape))
 
 
 def squares(kernel_IO, changed_IO, products_II) -> tuple[float, float]:
@@ -201,13 +202,13 @@ def relative_error(found: list[tuple[float, float]]) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def violations(name: str, kernel, pattern: str, transposable: bool = False) -> int | None:
+def violations(role: Role, kernel, pattern: str, transposable: bool = False) -> int | None:
     """Groups of a kernel with more than N nonzeros; None where the pattern is a fraction."""
     pattern_type = parse_pattern(pattern)
     if not isinstance(pattern_type, NByM):
         return None
     axes = (-2, -1) if transposable else (-2,)
-    matrices_LIO = np.asarray(kernel).reshape(matrix_shape(name, kernel.shape))
+    matrices_LIO = as_matrices(role, np.asarray(kernel))
     n, m = pattern_type.n, pattern_type.m
     return sum(int(nm_violations(matrices_LIO, n, m, axis=axis)) for axis in axes)
 
@@ -246,13 +247,6 @@ def kernel_bytes(
         place = (pattern_type.m - 1).bit_length()
         packed = -(-kept * bits // 8) + -(-kept * place // 8) + scales
     return {"zeros": zeros, "packed": packed}
-
-
-def matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(layers, inputs, outputs) of a kernel of stacked layers, or of one that is not stacked."""
-    axes = [axis + len(shape) for axis in contraction_axes(name, shape)]
-    first, last = min(axes), max(axes) + 1
-    return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
 
 
 def leaf(params, name: str):

@@ -22,8 +22,8 @@ from flax.traverse_util import flatten_dict
 
 from pjit_train.compression.calibrate import calibration_batches, input_maxima
 from pjit_train.compression.kernels import (
+    as_matrices,
     load_scales,
-    matrix_shape,
     parse_format,
     quantized_kernels,
     violations,
@@ -39,8 +39,9 @@ from pjit_train.huggingface.compressed_tensors_codes import (
     scheme,
 )
 from pjit_train.huggingface.config import write_config
-from pjit_train.huggingface.families import Family, Tensor
+from pjit_train.huggingface.families import Tensor
 from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.roles import Roles, param_roles
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
@@ -95,7 +96,7 @@ def check(
         `compress_kernels.kernel_formats`.
     """
     huggingface.check_new(folder)
-    _Packing(write_config(config)[0], {name: _weights(*given) for name, given in formats.items()})
+    _Packing(config, {name: _weights(*given) for name, given in formats.items()})
 
 
 def _weights(format: str, activations: str | None, **rest) -> QuantizedWeights:
@@ -137,7 +138,7 @@ def save(
     """
     shapes = {"/".join(path): x.shape for path, x in flatten_dict(dict(params)).items()}
     patterns = {name: (shapes[name], pattern) for name, pattern in (patterns or {}).items()}
-    packing = _Packing(write_config(config)[0], quantized, patterns)
+    packing = _Packing(config, quantized, patterns)
     huggingface.save(folder, config, params, packing=packing, **options)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return {"bytes": size, "violations": packing.violations}
@@ -164,13 +165,13 @@ def export(
       UserError: there is no such checkpoint, or as `save`.
     """
     huggingface.check_new(folder)
-    program = Program(run, make_mesh(run.mesh))
+    program, roles = Program(run, make_mesh(run.mesh)), param_roles(run.model)
     step, weights = restore_weights(program, directory, step)
     with jax.set_mesh(program.mesh):
-        quantized = {} if plain else _trained(weights) | _compressed(run, directory)
+        quantized = {} if plain else _trained(weights, roles) | _compressed(run, directory)
         params = jax.tree.map(np.asarray, dense_tree(weights))
         counted = {} if program.updater is None else program.updater.validity(weights)
-    _Packing(write_config(run.model)[0], quantized)  # what has no name there is said first
+    _Packing(run.model, quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
     options = {"tokenizer": run.data.tokenizer}
@@ -180,17 +181,18 @@ def export(
 
 def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
     """Of the kernels that `compress` quantized."""
+    roles = param_roles(run.model)
     return {
         name: _weights(
             row["format"],
             row["activations"],
-            scales=load_scales(directory, name, run.model.num_layers if "/" in name else 1),
+            scales=load_scales(directory, name, run.model.num_layers if roles[name].stacked else 1),
         )
         for name, row in quantized_kernels(directory).items()
     }
 
 
-def _trained(weights) -> dict[str, QuantizedWeights]:
+def _trained(weights, roles: Roles) -> dict[str, QuantizedWeights]:
     """Of the kernels that a run's own quantization rounds, with the scales that it takes."""
     is_kernel = lambda x: isinstance(x, Kernel)
     leaves = jax.tree.leaves(weights, is_leaf=is_kernel)
@@ -202,7 +204,7 @@ def _trained(weights) -> dict[str, QuantizedWeights]:
         inner = kernel.kernel
         if kernel.order == "quantize_then_sparsify" and isinstance(inner, MaskedKernel):
             inner = inner.weight
-        matrices = np.asarray(dense(inner)).reshape(matrix_shape(name, kernel.shape))
+        matrices = as_matrices(roles[name], np.asarray(dense(inner)))
         scales = [rtn(matrix_IO, kernel.formats.weights).scales for matrix_IO in matrices]
         found[name] = QuantizedWeights(
             format=kernel.formats.weights, scales=scales, activations=kernel.formats.activations
@@ -227,9 +229,10 @@ def _with_input_scales(
     }
 
 
-def _linear(tensor: Tensor) -> bool:
+def _linear(tensor: Tensor, roles: Roles) -> bool:
     """Whether a tensor is the weight [outputs, inputs] of one linear layer of ours."""
-    kernel = tensor.paths[0].endswith(".kernel") or tensor.paths == ("head",)
+    role = roles.get(_kernels(tensor)[0])
+    kernel = role is not None and role.kind in ("kernel", "head")
     ours, theirs = tensor.layout.split(" -> ")
     outputs, _, inputs = theirs.partition(",")
     return kernel and len(tensor.paths) == 1 and ours == inputs + outputs
@@ -246,14 +249,15 @@ class _Packing:
 
     def __init__(
         self,
-        family: Family,
+        config: BlockConfig,
         quantized: Mapping[str, QuantizedWeights],
         patterns: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
     ):
+        family, self._roles = write_config(config)[0], param_roles(config)
         self.quantized, self.patterns = quantized, patterns or {}
         self.violations: dict[str, int] = {}
         self._written: dict[str, tuple[Tensor, bytes]] = {}  # with a digest of the values
-        self._linear = {_kernels(t)[0]: t for t in family.tensors if _linear(t)}
+        self._linear = {_kernels(t)[0]: t for t in family.tensors if _linear(t, self._roles)}
         self.config = self._config(family.architecture) if quantized else None
 
     def _config(self, architecture: str) -> dict[str, Any]:
@@ -328,7 +332,7 @@ class _Packing:
                 shape, pattern = self.patterns[kernel]
                 of_layer = shape[1:] if "{}" in tensor.name else shape
                 part = tensor.split(array, of_layer)[kernels.index(kernel)]
-                found = violations(kernel, part, pattern)
+                found = violations(self._roles[kernel], part, pattern)
                 self.violations[kernel] = self.violations.get(kernel, 0) + found
 
 

@@ -216,7 +216,7 @@ def _tensors(
     """Every tensor of theirs that the model has: its name, its row of the table, its layer."""
     for tensor in family.tensors:
         if tensor.paths[0] in params:
-            stacked = tensor.paths[0].startswith("blocks.")
+            stacked = params[tensor.paths[0]].get_metadata("role").stacked
             layers = range(params[tensor.paths[0]].shape[0]) if stacked else [None]
             yield from ((tensor.name.format(layer), tensor, layer) for layer in layers)
 

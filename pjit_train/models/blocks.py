@@ -17,6 +17,7 @@ from pjit_train.attention.dispatch import attention
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.parameters import Initializer, gathered
 from pjit_train.models.projection import Dense
+from pjit_train.models.roles import Role
 from pjit_train.sharding import fan_out
 
 
@@ -25,10 +26,9 @@ class Norm(nnx.Module):
 
     def __init__(self, config: BlockConfig, init: Initializer):
         self.config, self.rules = config, init.rules
-        self.scale = init.constant((config.d_model,), (None,), 1.0)
-        self.bias = (
-            init.constant((config.d_model,), (None,), 0.0) if config.norm == "layernorm" else None
-        )
+        vector = (config.d_model,), (None,), Role(kind="norm")
+        self.scale = init.constant(*vector, 1.0)
+        self.bias = init.constant(*vector, 0.0) if config.norm == "layernorm" else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
@@ -48,21 +48,12 @@ class Attention(nnx.Module):
         c = self.config = config
         D, H, K, d = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         q, kv = ((D, H, d), ("embed", "heads", None)), ((D, K, d), ("embed", "kv_heads", None))
-        out = ("batch", "length", "heads", None)
-        kv_out = ("batch", "length", "kv_heads", None)
-        q_bias, kv_bias = ((H, d), ("heads", None)), ((K, d), ("kv_heads", None))
-        self.query = Dense("btd,dhk->bthk", q, q_bias, out, c.init_std, c, init)
-        self.key = Dense("btd,dhk->bthk", kv, kv_bias, kv_out, c.init_std, c, init)
-        self.value = Dense("btd,dhk->bthk", kv, kv_bias, kv_out, c.init_std, c, init)
-        self.out = Dense(
-            "bthk,hkd->btd",
-            ((H, d, D), ("heads", None, "embed")),
-            ((D,), (None,)),
-            ("batch", "length", None),
-            c.residual_std,
-            c,
-            init,
-        )
+        reads = dict(std=c.init_std, config=c, init=init, norm="attention_norm", attends=True)
+        self.query = Dense("btd,dhk->bthk", *q, **reads)
+        self.key = Dense("btd,dhk->bthk", *kv, **reads)
+        self.value = Dense("btd,dhk->bthk", *kv, **reads)
+        out = (H, d, D), ("heads", None, "embed")
+        self.out = Dense("bthk,hkd->btd", *out, std=c.residual_std, config=c, init=init)
 
     def __call__(self, x_BTD, *, causal, angles=None, segments=None, cache=None):
         """Attention of every token over the others it may see.
@@ -142,24 +133,13 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: BlockConfig, init: Initializer):
         c = self.config = config
-        wide = (
-            ((c.d_model, c.d_ff), ("embed", "mlp")),
-            ((c.d_ff,), ("mlp",)),
-            ("batch", "length", "mlp"),
-        )
-        self.up = Dense("btd,df->btf", *wide, c.init_std, c, init)
-        self.gate = (
-            Dense("btd,df->btf", *wide, c.init_std, c, init) if c.activation == "swiglu" else None
-        )
-        self.down = Dense(
-            "btf,fd->btd",
-            ((c.d_ff, c.d_model), ("mlp", "embed")),
-            ((c.d_model,), (None,)),
-            ("batch", "length", None),
-            c.residual_std,
-            c,
-            init,
-        )
+        wide, narrow = (c.d_model, c.d_ff), (c.d_ff, c.d_model)
+        reads = dict(std=c.init_std, config=c, init=init, norm="feed_forward_norm")
+        gated = c.activation == "swiglu"
+        self.up = Dense("btd,df->btf", wide, ("embed", "mlp"), **reads)
+        self.gate = Dense("btd,df->btf", wide, ("embed", "mlp"), **reads) if gated else None
+        down = narrow, ("mlp", "embed")
+        self.down = Dense("btf,fd->btd", *down, std=c.residual_std, config=c, init=init)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = fan_out(x_BTD, self.up.rules.mlp)

@@ -1,5 +1,6 @@
 """Parameters of a model: made sharded, and as the forward pass uses them, cast and gathered."""
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from pjit_train.errors import UserError
+from pjit_train.models.roles import Role
 from pjit_train.sharding import (
     Axes,
     Rules,
@@ -24,7 +26,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Initializer:
-    """Makes parameters sharded by the rules, each from its own stream of random bits."""
+    """Makes parameters sharded by the rules, each from its own stream of random bits.
+
+    Their metadata say what they are: logical `axes`, and the `role`.
+    """
 
     def __init__(self, key: jax.Array, rules: Rules, param_dtype: Dtype, stack: int | None = None):
         self.rules, self.dtype, self.stack = rules, param_dtype, stack
@@ -34,20 +39,20 @@ class Initializer:
         """An initializer of parameters with a leading axis of layers."""
         return Initializer(next(self._keys), self.rules, self.dtype, layers)
 
-    def _param(self, make, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+    def _param(self, make, shape: tuple[int, ...], axes: Axes, role: Role) -> nnx.Param:
         if self.stack:
             shape, axes = (self.stack, *shape), (None, *axes)
+            role = dataclasses.replace(role, stacked=True)
         spec = out_sharding(self.rules.spec(axes))
-        return nnx.Param(make(shape, self.dtype, out_sharding=spec), axes=axes)
+        return nnx.Param(make(shape, self.dtype, out_sharding=spec), axes=axes, role=role)
 
-    def normal(self, shape: tuple[int, ...], axes: Axes, std: float) -> nnx.Param:
+    def normal(self, shape: tuple[int, ...], axes: Axes, role: Role, std: float) -> nnx.Param:
         draw = functools.partial(jax.random.normal, next(self._keys))
-        return self._param(
-            lambda *a, **k: draw(*a, **k) * jnp.asarray(std, self.dtype), shape, axes
-        )
+        make = lambda *a, **k: draw(*a, **k) * jnp.asarray(std, self.dtype)
+        return self._param(make, shape, axes, role)
 
-    def constant(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
-        return self._param(lambda s, d, **k: jnp.full(s, value, d, **k), shape, axes)
+    def constant(self, shape: tuple[int, ...], axes: Axes, role: Role, value: float) -> nnx.Param:
+        return self._param(lambda s, d, **k: jnp.full(s, value, d, **k), shape, axes, role)
 
 
 def gathered(param: nnx.Param, rules: Rules, dtype: Dtype | None = None) -> jax.Array:

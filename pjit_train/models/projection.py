@@ -18,6 +18,7 @@ from pjit_train.models.parameters import (
     gathered_value,
     is_native,
 )
+from pjit_train.models.roles import Role
 from pjit_train.sharding import (
     Axes,
     out_sharding,
@@ -168,21 +169,44 @@ class Dense(nnx.Module):
     def __init__(
         self,
         equation: str,
-        kernel: tuple[tuple[int, ...], Axes],
-        bias: tuple[tuple[int, ...], Axes] | None,
-        out_axes: Axes,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
         std: float,
         config: BlockConfig,
         init: Initializer,
+        norm: str | None = None,
+        attends: bool = False,
     ):
-        self.equation, self.out_axes, self.config, self.rules = (
-            equation,
-            out_axes,
-            config,
-            init.rules,
+        """Makes the kernel, and a bias where the configuration has one.
+
+        Args:
+          equation: "btd,df->btf": batch (b) and tokens (t) lead in the activations and in the
+            output, the axes that are summed over lead in the kernel.
+          shape: of the kernel.
+          axes: logical axes of the kernel. Those of the activations' features are the same, save
+            "embed", over which activations are whole.
+          std: of the normal distribution of a new kernel.
+          norm: see `Role`; `attends` too.
+        """
+        _, kernel_letters, y_letters = re.split(",|->", equation)
+        features = tuple(None if axis == "embed" else axis for axis in axes)
+        count = sum(letter not in y_letters for letter in kernel_letters)
+        role = Role(
+            kind="kernel",
+            inputs=tuple(range(-len(shape), count - len(shape))),
+            matmul=True,
+            input_axes=features[:count],
+            output_axes=features[count:],
+            norm=norm,
+            attends=attends,
         )
-        self.kernel = init.normal(*kernel, std)
-        self.bias = init.constant(*bias, 0.0) if bias and config.use_bias else None
+        leading = ("batch", "length")[: len(y_letters) - len(shape) + count]
+        self.equation, self.config, self.rules = equation, config, init.rules
+        self.out_axes = (*leading, *role.output_axes)
+        self.kernel = init.normal(shape, axes, role, std)
+        bias = shape[count:], role.output_axes, Role(kind="bias")
+        self.bias = init.constant(*bias, 0.0) if config.use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rules, axes, dtype = self.rules, self.kernel.get_metadata("axes"), self.config.dtype
@@ -259,24 +283,3 @@ def _probed_bwd(losses, residuals, d_y):
 
 
 _probed.defvjp(_probed_fwd, _probed_bwd)
-
-
-def contraction_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The axes of a kernel that its matmul sums over, counted from the end (stacked or not).
-
-    None for what no matmul sums over: scales of norms and biases.
-
-    Args:
-      name: of the parameter, such as "blocks/attention/query/kernel".
-      shape: of it.
-    """
-    *_, layer, parameter = ("", *name.split("/"))
-    if parameter in ("scale", "bias"):
-        return None
-    if name == "embedding":  # [vocabulary, d_model]: the head, transposed
-        return (-1,)
-    if layer == "out":  # [heads, head_dim, d_model]
-        return (-3, -2)
-    if layer in ("query", "key", "value"):  # [d_model, heads, head_dim]
-        return (-3,)
-    return (-2,)

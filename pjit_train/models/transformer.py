@@ -20,6 +20,7 @@ from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.blocks import Block, Norm, rotary_angles, run_layers
 from pjit_train.models.parameters import Initializer, gathered, gathered_for_tokens
 from pjit_train.models.projection import straight_through
+from pjit_train.models.roles import Role
 from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
 from sparsity.numbers.quantized_kernels import QuantizedKernel
 from sparsity.ranges import Count, NonNegative, Positive, Whole
@@ -122,12 +123,25 @@ class Transformer(nnx.Module):
         c = self.config = config
         self.rules = rules
         init = Initializer(key, rules, c.param_dtype)
-        self.embedding = init.normal((c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std)
-        positions = (c.max_len + c.position_offset, c.d_model), (None, "embed"), c.position_init_std
-        self.position_embedding = init.normal(*positions) if c.positions == "learned" else None
+        role = Role(
+            kind="embedding",
+            inputs=(-1,),  # of its transpose, as a head
+            matmul=c.tie_head,
+            input_axes=(None,),
+            output_axes=(None,),
+        )
+        self.embedding = init.normal(
+            (c.vocab_size, c.d_model), ("vocab", "embed"), role, c.init_std
+        )
+        role = Role(kind="positions", inputs=(-2,))
+        positions = (c.max_len + c.position_offset, c.d_model), (None, "embed"), role
+        learned = c.positions == "learned"
+        self.position_embedding = init.normal(*positions, c.position_init_std) if learned else None
         self.blocks = Block(c, init.stacked(c.num_layers))
         self.norm = Norm(c, init)
-        head = (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
+        axes = dict(input_axes=(None,), output_axes=(None,))
+        role = Role(kind="head", inputs=(-2,), matmul=True, **axes)
+        head = (c.d_model, c.vocab_size), ("embed", "vocab"), role, c.init_std
         self.head = None if c.tie_head else init.normal(*head)
 
     def hidden(self, tokens_BT, *, segments=None, cache=None, position=0):

@@ -13,6 +13,7 @@ from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.blocks import Block, Norm, run_layers
 from pjit_train.models.parameters import Initializer, gathered
 from pjit_train.models.projection import Dense
+from pjit_train.models.roles import Role
 from pjit_train.sharding import Rules, out_sharding
 from sparsity.ranges import Count, Positive
 
@@ -71,29 +72,15 @@ class ViT(nnx.Module):
         self.rules = rules = dataclasses.replace(rules, length=())
         init = Initializer(key, rules, c.param_dtype)
         D, p = c.d_model, c.patch_size
-        self.patches = Dense(
-            "btpqc,pqcd->btd",
-            ((p, p, c.channels, D), (None, None, None, "embed")),
-            ((D,), (None,)),
-            ("batch", None, None),
-            c.init_std,
-            c,
-            init,
-        )
-        self.class_token = init.normal((D,), (None,), c.init_std)
-        positions = (c.num_patches + 1, D), (None, "embed")
+        made = dict(std=c.init_std, config=c, init=init)
+        pixels = (p, p, c.channels, D), (None, None, None, "embed")
+        self.patches = Dense("btpqc,pqcd->btd", *pixels, **made)
+        self.class_token = init.normal((D,), (None,), Role(kind="token"), c.init_std)
+        positions = (c.num_patches + 1, D), (None, "embed"), Role(kind="positions", inputs=(-2,))
         self.position_embedding = init.normal(*positions, c.init_std)
         self.blocks = Block(c, init.stacked(c.num_layers))
         self.norm = Norm(c, init)
-        self.head = Dense(
-            "bd,dc->bc",
-            ((D, c.num_classes), ("embed", None)),
-            ((c.num_classes,), (None,)),
-            ("batch", None),
-            c.init_std,
-            c,
-            init,
-        )
+        self.head = Dense("bd,dc->bc", (D, c.num_classes), ("embed", None), **made)
 
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         """Logits of the classes, float32 [batch, num_classes].

@@ -9,6 +9,9 @@ import jax
 
 V = TypeVar("V")
 
+KERNELS = r"(attention|feed_forward)/.*kernel"
+"""The expression that recipes and formats have unless another is given: kernels of blocks."""
+
 
 def names(tree: Any) -> Any:
     """The tree with each leaf replaced by its name, such as "blocks/attention/query/kernel".

@@ -9,12 +9,13 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
-from sparsity.masks.layers import assign, listed, names
+from sparsity.masks.layers import KERNELS, assign, listed, names
 from sparsity.numbers.formats import Format, check_blocks, find_scheme, format_name, get_format
 from sparsity.numbers.native import Matmul, check_formats, check_matmul
 from sparsity.numbers.quantization import clipped
@@ -23,8 +24,7 @@ from sparsity.numbers.rounding import ROUNDINGS, Rounding
 from sparsity.recipes.kernel_plan import cuts, shards_of
 from sparsity.recipes.kernels import dense
 
-DEFAULT_LAYERS = {r"(attention|feed_forward)/.*kernel": "mxfp8_e4m3"}
-PRODUCT_OPERANDS = r"attention/(query|key|value)/kernel$"
+DEFAULT_LAYERS = {KERNELS: "mxfp8_e4m3"}
 _PURPOSE = 3  # keeps random bits apart from those of parameters and samples
 
 Contraction = Callable[[str, tuple[int, ...]], int | tuple[int, ...] | None]
@@ -149,6 +149,7 @@ class Quantization:
         seed: int = 0,
         activation_ways: Callable[[str], tuple[int, int]] = lambda name: (1, 1),
         tokens: tuple[int, int] | None = None,
+        attention_operands: Collection[str] = (),
     ) -> "Quantizer":
         """The quantization of a model.
 
@@ -159,9 +160,11 @@ class Quantization:
           seed: of stochastic rounding.
           activation_ways: name -> shards that features of (inputs, outputs) are cut into.
           tokens: (tokens of a sequence, shards that they are cut into), for gradients.
+          attention_operands: names of the kernels that give queries, keys and values.
 
         Raises:
-          ValueError: a pattern matches no matmul; blocks do not divide an axis or its shards.
+          ValueError: a pattern matches no matmul; blocks do not divide an axis or its shards; a
+            format of `attention`, and no kernel that gives its operands.
         """
         leaves, treedef = jax.tree.flatten(params)
         given = treedef.flatten_up_to(assign(params, self.layers))
@@ -175,7 +178,7 @@ class Quantization:
                 continue
             matmuls.append(name)
             axes = (axes,) if isinstance(axes, int) else tuple(axes)
-            operand = products if re.search(PRODUCT_OPERANDS, name) else None
+            operand = products if name in attention_operands else None
             formats = _formats(formats)
             plan = None
             if formats is not None or operand is not None:
@@ -190,8 +193,8 @@ class Quantization:
                 )
         if products is not None and not any(plan and plan.products for plan in plans):
             raise ValueError(
-                f"quantization: attention={self.attention!r} and no parameter is named "
-                f"{PRODUCT_OPERANDS}; use attention=None"
+                f"quantization: attention={self.attention!r} and no kernel gives queries, keys or "
+                "values (attention_operands); use attention=None"
             )
         return Quantizer(
             quantization=self,
@@ -317,13 +320,17 @@ class Quantizer:
         self._map(measure, tree)
         return found
 
-    def describe(self) -> str:
-        """One line: which matmuls are quantized and to what, and which are not."""
+    def describe(self, titles: Mapping[str, str] = MappingProxyType({})) -> str:
+        """One line: which matmuls are quantized and to what, and which are not.
+
+        Args:
+          titles: what people call a kernel, by its name, where that is not its name.
+        """
         chosen, dense = {}, []
         plans = {plan.name: plan for plan in self.plans if plan is not None}
         for name in self.matmuls:
             formats = str(plans[name].formats) if name in plans else ""
-            shown = "the head (embedding)" if name == "embedding" else name
+            shown = titles.get(name, name)
             if formats:
                 chosen[shown] = formats
             else:

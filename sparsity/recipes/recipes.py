@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from sparsity.masks.layers import assign, names
+from sparsity.masks.layers import KERNELS, assign, names
 from sparsity.ranges import Count, Fraction, NonNegative, check_fields
 from sparsity.recipes.autoswitch import AutoSwitch
 from sparsity.recipes.decay import Decay, Exponential, Hard, Linear, MaskDecay, check_decay
@@ -32,7 +32,7 @@ Layers = Mapping[str, str | None]
 
 Variant = Literal["paper", "code"]
 
-DEFAULT_LAYERS: Layers = {r"(attention|feed_forward)/.*kernel": "2:4"}
+DEFAULT_LAYERS: Layers = {KERNELS: "2:4"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ import torch
 from compressed_tensors import compressors, quantization
 from flax import nnx
 
-from pjit_train.compression.kernels import leaf, matrix_shape, parse_format
+from pjit_train.compression.kernels import as_matrices, leaf, parse_format
 from pjit_train.huggingface import compressed_tensors
 from pjit_train.huggingface.compressed_tensors_codes import input_scales, scheme
+from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
 from sparsity.masks.nm import nm_mask
@@ -72,7 +73,7 @@ def quantized_model(config, formats, activations=None, *, quantizer="gptq", seed
     quantized = {}
     for name, text in formats.items():
         kernel = leaf(params, name)
-        matrices, scales = kernel.reshape(matrix_shape(name, kernel.shape)), []
+        matrices, scales = as_matrices(param_roles(config)[name], kernel), []
         for i, matrix_IO in enumerate(matrices):
             matrix_IO = np.where(nm_mask(np.abs(matrix_IO), 2, 4, axis=0), matrix_IO, 0)
             matrix_IO[:, 0] = 0  # an output without any weight
@@ -110,7 +111,7 @@ def names_of_theirs(config):
 
 def expected_OI(params, kernel, layer):
     stacked = leaf(params, kernel)
-    return stacked.reshape(matrix_shape(kernel, stacked.shape))[layer].T
+    return as_matrices(param_roles(LLAMA)[kernel], stacked)[layer].T
 
 
 def by_the_library(folder, module):

@@ -11,8 +11,10 @@ from pjit_train.compression import calibrate
 from pjit_train.compression import kernels as compress
 from pjit_train.compression.compress import Compression
 from pjit_train.errors import UserError
+from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
+from sparsity.masks.layers import KERNELS
 from sparsity.numbers.formats import format_text
 
 MODEL = TransformerConfig(
@@ -23,12 +25,12 @@ FEED_FORWARD = [f"blocks/feed_forward/{name}/kernel" for name in ("up", "gate", 
 
 
 def test_by_default_the_kernels_of_attention_and_feed_forward_are_pruned_and_nothing_else():
-    patterns = compress.kernel_patterns(MODEL, {compress.KERNELS: "2:4"})
+    patterns = compress.kernel_patterns(MODEL, {KERNELS: "2:4"})
     assert patterns == dict.fromkeys([*ATTENTION, *FEED_FORWARD], "2:4")
 
 
 def test_the_first_expression_that_matches_counts():
-    layers = {"down": "dense", "feed_forward": "1:8", "^head$": "0.5", compress.KERNELS: "2:4"}
+    layers = {"down": "dense", "feed_forward": "1:8", "^head$": "0.5", KERNELS: "2:4"}
     patterns = compress.kernel_patterns(MODEL, layers)
     assert patterns == {
         **dict.fromkeys(ATTENTION, "2:4"),
@@ -104,11 +106,11 @@ def test_violations_are_counted_over_all_layers_along_the_inputs():
     kernel = np.zeros((2, 4, 2, 2))  # [layers, inputs, heads, head_dim]
     kernel[0, :3, 0, 1] = 1  # three of four inputs of one output
     kernel[1, 0] = 1  # one of four inputs of four outputs
-    name = "blocks/attention/query/kernel"
-    assert compress.violations(name, kernel, "2:4") == 1
+    role = param_roles(MODEL)["blocks/attention/query/kernel"]
+    assert compress.violations(role, kernel, "2:4") == 1
     # All four outputs of input 0 of layer 1 are kept: that is no 2:4 along the outputs.
-    assert compress.violations(name, kernel, "2:4", transposable=True) == 2
-    assert compress.violations(name, kernel, "0.5") is None
+    assert compress.violations(role, kernel, "2:4", transposable=True) == 2
+    assert compress.violations(role, kernel, "0.5") is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_bytes_are_those_of_elements_scales_and_places(format, pattern, zeros, p
 
 
 def test_formats_of_kernels_by_the_first_expression_that_matches():
-    layers = {"down": "dense", "feed_forward": "mxfp4_e2m1:8", compress.KERNELS: "int4"}
+    layers = {"down": "dense", "feed_forward": "mxfp4_e2m1:8", KERNELS: "int4"}
     assert compress.kernel_formats(MODEL, layers) == {
         **dict.fromkeys(ATTENTION, "int4"),
         **dict.fromkeys(FEED_FORWARD[:2], "mxfp4_e2m1:8"),
@@ -226,7 +228,7 @@ def test_the_smoothed_model_computes_the_same(norm):
     before = jax.tree.map(np.copy, params)
     batches = [{"inputs": rng.integers(0, 64, size=(2, 16))} for _ in range(2)]
     maxima = calibrate.input_maxima(graph, params, batches)
-    smoothed = compress.smooth(params, maxima, 0.5)
+    smoothed = compress.smooth(param_roles(config), params, maxima, 0.5)
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
     expected = nnx.merge(graph, params)(batches[0]["inputs"])

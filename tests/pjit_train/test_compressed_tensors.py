@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
-from pjit_train.compression.kernels import leaf, matrix_shape, parse_format
+from pjit_train.compression.kernels import as_matrices, leaf, parse_format
 from pjit_train.errors import UserError
 from pjit_train.huggingface import compressed_tensors
 from pjit_train.huggingface import weights as huggingface
@@ -27,6 +27,7 @@ from pjit_train.huggingface.compressed_tensors_codes import (
     unpack_floats,
     unpack_int32,
 )
+from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
 from sparsity.numbers.formats import E5M2, FP8, MX, NVFP4, Int
@@ -162,7 +163,7 @@ def model(formats, pattern=None):
     quantized = {}
     for name, text in formats.items():
         kernel, scales = leaf(params, name), []
-        matrices = kernel.reshape(matrix_shape(name, kernel.shape))
+        matrices = as_matrices(param_roles(LLAMA)[name], kernel)
         if pattern:
             matrices.reshape(len(matrices), -1, 4, matrices.shape[-1])[:, :, 2:] = 0
         for matrix_IO in matrices:
@@ -243,7 +244,7 @@ def test_n_m_is_counted_in_a_file_of_plain_numbers(tmp_path, family, dtype):
     key = QUERY.replace("query", "key")
     for name in (QUERY, key, OUT, DOWN):
         kernel = leaf(params, name)
-        groups = kernel.reshape(2, -1, 4, matrix_shape(name, kernel.shape)[2])
+        groups = kernel.reshape(2, -1, 4, param_roles(config)[name].matrix_shape(kernel.shape)[2])
         groups[:, :, 2:] = 0
         if name == key:
             groups[1, 3, :3, 5] = groups[0, 0, :, 0] = 1

@@ -10,6 +10,7 @@ import pytest
 from test_sharding import D, make_batch, make_program
 
 from pjit_train.errors import UserError
+from pjit_train.models.roles import Role
 from pjit_train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule, matrix_axes
 
 
@@ -73,11 +74,19 @@ PARAMS = {
         "norm": {"scale": jnp.ones((2, 4))},
     },
 }
+ROLES = {
+    "embedding": Role(kind="embedding", inputs=(-1,)),
+    "blocks/attention/query/kernel": Role(kind="kernel", inputs=(-3,), stacked=True),
+    "blocks/attention/query/bias": Role(kind="bias", stacked=True),
+    "blocks/attention/out/kernel": Role(kind="kernel", inputs=(-3, -2), stacked=True),
+    "blocks/feed_forward/down/kernel": Role(kind="kernel", inputs=(-2,), stacked=True),
+    "blocks/norm/scale": Role(kind="norm", stacked=True),
+}
 FLAT = Schedule(shape="constant", warmup_steps=0)
 
 
 def update(optimizer, grads, steps=10):
-    transformation, _ = optimizer.build(steps)
+    transformation, _ = optimizer.build(steps, ROLES)
     updates, _ = transformation.update(grads, transformation.init(PARAMS), PARAMS)
     return updates
 
@@ -122,7 +131,7 @@ def test_muon_orthogonalises_each_layer_of_each_kernel_by_itself():
 
 
 def test_matrix_axes_are_inputs_and_outputs():
-    axes = matrix_axes(PARAMS)
+    axes = matrix_axes(ROLES, PARAMS)
     assert axes["embedding"] is None
     query, out = (axes["blocks"]["attention"][n]["kernel"] for n in ("query", "out"))
     assert (query.reduction_axis, query.output_axis) == ((1,), (2, 3))
@@ -154,9 +163,13 @@ def test_adafactor_factors_every_block_kernel_as_matrices():
         {"blocks": {n: {"kernel": jnp.asarray(rng.normal(size=s))} for n, s in shapes.items()}}
         for _ in range(2)
     )
-    transformation, _ = Adafactor(
-        learning_rate=0.3, schedule=FLAT, min_dim_size_to_factor=10
-    ).build(1)
+    inputs = {"query": (-3,), "out": (-3, -2), "up": (-2,)}
+    roles = {
+        f"blocks/{name}/kernel": Role(kind="kernel", inputs=axes, stacked=True)
+        for name, axes in inputs.items()
+    }
+    adafactor = Adafactor(learning_rate=0.3, schedule=FLAT, min_dim_size_to_factor=10)
+    transformation, _ = adafactor.build(1, roles)
     state = transformation.init(params)
     moments = [x.size for x in jax.tree.leaves(state) if x.size > 1]
     assert sorted(moments) == sorted(layers * n for n in (width, 15, 15, width, width, 11))

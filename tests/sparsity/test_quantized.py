@@ -268,7 +268,9 @@ def test_errors_and_clipped_weights_are_counted():
 def test_what_is_quantized_and_what_is_not_is_said():
     params = {"attention": {"query": {"kernel": normal(8, 2, 4)}}, "head": normal(8, 4)}
     contraction = lambda name, shape: (-len(shape),)
-    build = lambda **options: Quantization(**options).build(params, contraction=contraction)
+    build = lambda **options: Quantization(**options).build(
+        params, contraction=contraction, attention_operands=["attention/query/kernel"]
+    )
     said = build(layers={"query": BOTH}).describe()
     assert "weights mxfp8_e4m3 in blocks of 4" in said
     assert said.endswith("in full precision: head, the products of attention")
@@ -289,7 +291,7 @@ def test_what_is_quantized_and_what_is_not_is_said():
         (lambda: MatmulFormats(rounding="up"), r"rounding='up'; use one of even"),
         (lambda: build({"v": "int8"}), r"'v' matches no (parameter|matmul)"),
         (lambda: build({"w": "hbfp8"}), r"w: weights: 48 entries are not cut into blocks of 64"),
-        (lambda: build({"w": "int8"}, attention="int8"), r"attention='int8' and no parameter"),
+        (lambda: build({"w": "int8"}, attention="int8"), r"attention='int8' and no kernel"),
         (
             lambda: build({"w": MatmulFormats(gradients=MX(block=10))}),
             r"w: gradients: 32 entries are not cut into blocks of 10",
