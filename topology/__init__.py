@@ -16,7 +16,7 @@ from topology.fleet import availability, checkpoint_interval
 from topology.fleet.pod_simulation import simulate as simulate_pod
 from topology.fleet.policies import Policy
 from topology.fleet.workload import FailureRates, Job, Outage
-from topology.hardware import PODS, TPU_V3, TPU_V4, TPU_V5P
+from topology.hardware import PODS, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E
 from topology.routing import throughput
 from topology.routing.throughput import all_to_all
 from topology.torus.shapes import legal_shapes, nearest_shape, shipped_twist
@@ -29,7 +29,9 @@ __all__ = [
     "SWITCHES",
     "TPU_V3",
     "TPU_V4",
+    "TPU_V5E",
     "TPU_V5P",
+    "TPU_V6E",
     "Changes",
     "Cost",
     "Fabric",

@@ -13,8 +13,12 @@ GiB, MiB = 2**30, 2**20
 CLOUD_V3 = "Cloud TPU documentation, TPU v3 (cloud.google.com/tpu/docs/v3)"
 CLOUD_V4 = "Cloud TPU documentation, TPU v4 (cloud.google.com/tpu/docs/v4)"
 CLOUD_V5P = "Cloud TPU documentation, TPU v5p (cloud.google.com/tpu/docs/v5p)"
+CLOUD_V5E = "Cloud TPU documentation, TPU v5e (cloud.google.com/tpu/docs/v5e)"
+CLOUD_V6E = "Cloud TPU documentation, TPU v6e (cloud.google.com/tpu/docs/v6e)"
+CACM20 = "Jouppi et al., A Domain-Specific Supercomputer, CACM 63(7), 2020"
 ISCA23 = "Jouppi et al., TPU v4, ISCA 2023 (arXiv 2304.01433)"
 SCALING_BOOK = "How to Scale Your Model (jax-ml.github.io/scaling-book), chapter TPUs"
+JAX_INFO = "JAX 0.10.2, jax/_src/pallas/mosaic/tpu_info.py"
 COMPILER = "measured: libtpu 0.0.42.1 compiling for v4"
 
 
@@ -24,6 +28,8 @@ class Chip:
 
     Attributes:
       matrix_units: on the whole chip; each multiplies and adds matrix_size^2 pairs a cycle.
+      clock: None where it is not published and sources of the matrix units disagree.
+      links: of the interconnect (ICI), two for each dimension of the pod.
       link_bandwidth: of one link of the interconnect (ICI), one direction, raw.
       link_efficiency: the part of it that large transfers reach.
       hbm_usable: what a compiled program may fill.
@@ -35,7 +41,7 @@ class Chip:
     tensor_cores: int
     matrix_units: int
     matrix_size: int
-    clock: float
+    clock: float | None
     peak_bf16: float
     peak_int8: float | None
     hbm: int
@@ -50,6 +56,11 @@ class Chip:
     link_efficiency: float | None
     power: tuple[float, float, float] | None
     sources: Mapping[str, str] = field(repr=False, compare=False)
+
+    @property
+    def usable_link_bandwidth(self) -> float:
+        """Bytes/s that large transfers reach over a link in one direction; raw where unknown."""
+        return self.link_bandwidth * (self.link_efficiency or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,11 @@ class Block:
     electrical_links: int
     optical_links: int
     sources: Mapping[str, str] = field(repr=False, compare=False)
+
+    @property
+    def side(self) -> int:
+        """Chips along a side of the cube."""
+        return self.shape[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +116,16 @@ class Pod:
 
     Attributes:
       host: None where sources disagree.
+      block: None where the pod is not made of blocks.
+      switch: None where there is none, or its wiring is not published.
       num_blocks: None where the pod is not made of blocks.
       block_grid: blocks along x, y and z where they stand for a comparison with fixed wiring.
       num_switches: optical switches; None where there are none, or none published.
+      dimensions: of the torus, 2 or 3.
       largest_slice: chips.
+      shapes: slices smaller than a block; of a pod without blocks all that there are. Chips along
+        each dimension, ascending. None where they are not published.
+      ring: chips along a dimension of a pod without blocks that wraps around; shorter ones do not.
       all_reduce_bandwidth, bisection_bandwidth: as published, bytes/s.
     """
 
@@ -118,9 +140,37 @@ class Pod:
     num_switches: int | None
     dimensions: int
     largest_slice: int
+    shapes: tuple[tuple[int, ...], ...] | None
+    ring: int | None
     all_reduce_bandwidth: float | None
     bisection_bandwidth: float | None
     sources: Mapping[str, str] = field(repr=False, compare=False)
+
+    @property
+    def version(self) -> str:
+        """The name of the pod on the command line, and Ray's and Google Cloud's: "v4"."""
+        return self.name.removeprefix("TPU ")
+
+
+def block_of(pod: Pod) -> Block:
+    """The block that a pod is made of. ValueError where it is made of none."""
+    if pod.block is None:
+        raise ValueError(f"pod {pod.name}: is not made of blocks; take {_those_with('block')}")
+    return pod.block
+
+
+def switch_of(pod: Pod) -> OpticalSwitch:
+    """The optical switch of a pod. ValueError where it has none, or none whose wiring is public."""
+    if pod.switch is None:
+        why = "it has no optical switches, its wiring is fixed"
+        if pod.block is not None:
+            why = "how its optical switches are wired is not published"
+        raise ValueError(f"pod {pod.name}: {why}; take {_those_with('switch')}")
+    return pod.switch
+
+
+def _those_with(part: str) -> str:
+    return " or ".join(pod.name for pod in PODS.values() if getattr(pod, part) is not None)
 
 
 def _sources(names_of: dict[str, str]) -> dict[str, str]:
@@ -171,24 +221,100 @@ TPU_V5P_CHIP = Chip(
     hbm_bandwidth=2765e9,
     hbm_bandwidth_usable=None,
     cmem=None,
-    vmem_per_core=None,
+    vmem_per_core=64 * MiB,
     sparse_cores=4,
     links=6,
     link_bandwidth=100e9,
-    link_efficiency=None,
+    link_efficiency=0.9,
     power=None,
     sources=_sources(
         {
             CLOUD_V5P: "tensor_cores matrix_units peak_bf16 hbm hbm_bandwidth sparse_cores links",
             SCALING_BOOK: "matrix_size peak_int8",
+            JAX_INFO: "vmem_per_core",
             "derived: peak_bf16 over the matrix units' operations a cycle": "clock",
-            "derived: 1200 GB/s of both directions of six links ("
-            + CLOUD_V5P
-            + "), as in "
-            + SCALING_BOOK: "link_bandwidth",
+            f"derived: 1200 GB/s of both directions of six links ({CLOUD_V5P})": "link_bandwidth",
+            SCALING_BOOK + ": 90 GB/s reach one link": "link_efficiency",
         }
     ),
 )
+
+TPU_V5E_CHIP = Chip(
+    name="TPU v5e",
+    tensor_cores=1,
+    matrix_units=4,
+    matrix_size=128,
+    clock=1.5e9,
+    peak_bf16=197e12,
+    peak_int8=393e12,
+    hbm=16 * GiB,
+    hbm_usable=None,
+    hbm_bandwidth=819e9,
+    hbm_bandwidth_usable=None,
+    cmem=None,
+    vmem_per_core=128 * MiB,
+    sparse_cores=0,
+    links=4,
+    link_bandwidth=50e9,
+    link_efficiency=0.9,
+    power=None,
+    sources=_sources(
+        {
+            CLOUD_V5E: "tensor_cores matrix_units peak_bf16 peak_int8 hbm hbm_bandwidth links",
+            CLOUD_V6E + ", where the two are compared": "sparse_cores",
+            SCALING_BOOK: "matrix_size clock vmem_per_core",
+            f"derived: 400 GB/s of both directions of four links ({CLOUD_V5E})": "link_bandwidth",
+            SCALING_BOOK + ": 45 GB/s reach one link": "link_efficiency",
+        }
+    ),
+)
+
+# The documentation of v6e has said 4 matrix units of 256x256, and now says 2, as JAX does. They
+# reach the peak at 1.75 or at 3.5 GHz, so the clock is unknown.
+TPU_V6E_CHIP = Chip(
+    name="TPU v6e",
+    tensor_cores=1,
+    matrix_units=2,
+    matrix_size=256,
+    clock=None,
+    peak_bf16=918e12,
+    peak_int8=1836e12,
+    hbm=32 * GiB,
+    hbm_usable=None,
+    hbm_bandwidth=1638e9,
+    hbm_bandwidth_usable=None,
+    cmem=None,
+    vmem_per_core=128 * MiB,
+    sparse_cores=2,
+    links=4,
+    link_bandwidth=100e9,
+    link_efficiency=0.9,
+    power=None,
+    sources=_sources(
+        {
+            CLOUD_V6E: "tensor_cores matrix_units matrix_size peak_bf16 peak_int8 hbm "
+            "hbm_bandwidth links",
+            JAX_INFO: "vmem_per_core sparse_cores",
+            f"derived: 800 GB/s of both directions of four links ({CLOUD_V6E})": "link_bandwidth",
+            SCALING_BOOK + ": 90 GB/s reach one link": "link_efficiency",
+        }
+    ),
+)
+
+V3_LINKS = {
+    ISCA23 + ", table 4": 70e9,
+    CACM20 + ": 656 Gbit/s": 82e9,
+    f"derived: the 340 TB/s all-reduce of 1024 chips with 4 links ({CLOUD_V3})": 83e9,
+    f"derived: the bisection of 6.4 TB/s over 64 links ({CLOUD_V3})": 100e9,
+    SCALING_BOOK: 100e9,
+}
+"""Bytes/s in one direction of a link of TPU v3, as sources have it; they do not agree.
+
+The paper on the chip gives the rate of the wire, 82 GB/s, which the published all-reduce means
+too. The paper on TPU v4 gives 70 GB/s for v3 in the table that gives 50 GB/s for v4, so these two
+are measured alike, and a comparison of v3 with v4 takes them: `TPU_V3_CHIP` has 70. The 100 GB/s
+of the scaling book stand in neither paper; they are what the published bisection comes to.
+"""
 
 TPU_V3_CHIP = Chip(
     name="TPU v3",
@@ -204,15 +330,17 @@ TPU_V3_CHIP = Chip(
     hbm_bandwidth_usable=None,
     cmem=None,
     vmem_per_core=None,
-    sparse_cores=None,
+    sparse_cores=2,
     links=4,
-    link_bandwidth=100e9,
+    link_bandwidth=70e9,
     link_efficiency=None,
     power=(123, 220, 262),
     sources=_sources(
         {
             CLOUD_V3: "tensor_cores matrix_units peak_bf16 hbm hbm_bandwidth power links",
-            SCALING_BOOK: "matrix_size link_bandwidth",
+            SCALING_BOOK: "matrix_size",
+            ISCA23 + ", table 4; others in V3_LINKS": "link_bandwidth",
+            ISCA23 + ", table 4": "sparse_cores",
             "derived: peak_bf16 over the matrix units' operations a cycle": "clock",
         }
     ),
@@ -228,6 +356,34 @@ HOST = Host(
         {
             CLOUD_V4: "chips shape",
             SCALING_BOOK + ", about": "pcie_bandwidth network_bandwidth",
+        }
+    ),
+)
+
+HOST_V5E = Host(
+    chips=8,
+    shape=(2, 4, 1),
+    pcie_bandwidth=16e9,
+    network_bandwidth=25e9,
+    sources=_sources(
+        {
+            CLOUD_V5E: "chips network_bandwidth",
+            SCALING_BOOK: "shape",
+            SCALING_BOOK + ", about": "pcie_bandwidth",
+        }
+    ),
+)
+
+HOST_V6E = Host(
+    chips=8,
+    shape=(2, 4, 1),
+    pcie_bandwidth=32e9,
+    network_bandwidth=100e9,
+    sources=_sources(
+        {
+            CLOUD_V6E: "chips network_bandwidth",
+            SCALING_BOOK: "shape",
+            SCALING_BOOK + ", about": "pcie_bandwidth",
         }
     ),
 )
@@ -260,6 +416,9 @@ OPTICAL_SWITCH = OpticalSwitch(
     ),
 )
 
+_INSIDE_A_BLOCK = ((1, 2, 2), (1, 2, 4), (1, 4, 4), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_OF_ONE_RING = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+
 TPU_V4 = Pod(
     name="TPU v4",
     chip=TPU_V4_CHIP,
@@ -272,12 +431,15 @@ TPU_V4 = Pod(
     num_switches=48,
     dimensions=3,
     largest_slice=4096,
+    shapes=_INSIDE_A_BLOCK,
+    ring=None,
     all_reduce_bandwidth=1.1e15,
     bisection_bandwidth=24e12,
     sources=_sources(
         {
             CLOUD_V4: "num_chips dimensions largest_slice all_reduce_bandwidth bisection_bandwidth",
             ISCA23: "num_blocks block_grid num_switches",
+            "derived: whole hosts inside a block": "shapes",
         }
     ),
 )
@@ -294,6 +456,8 @@ TPU_V5P = Pod(
     num_switches=None,
     dimensions=3,
     largest_slice=6144,
+    shapes=_INSIDE_A_BLOCK,
+    ring=None,
     all_reduce_bandwidth=None,
     bisection_bandwidth=None,
     sources=_sources(
@@ -301,6 +465,57 @@ TPU_V5P = Pod(
             CLOUD_V5P: "num_chips dimensions largest_slice",
             "derived: 8960 chips in cubes of 64": "num_blocks",
             "derived: 16x20x28 chips (" + SCALING_BOOK + ")": "block_grid",
+            "derived: whole hosts inside a block": "shapes",
+        }
+    ),
+)
+
+TPU_V5E = Pod(
+    name="TPU v5e",
+    chip=TPU_V5E_CHIP,
+    host=HOST_V5E,
+    block=None,
+    switch=None,
+    num_chips=256,
+    num_blocks=None,
+    block_grid=None,
+    num_switches=None,
+    dimensions=2,
+    largest_slice=256,
+    shapes=_OF_ONE_RING,
+    ring=16,
+    all_reduce_bandwidth=51.2e12,
+    bisection_bandwidth=1.6e12,
+    sources=_sources(
+        {
+            CLOUD_V5E: "num_chips dimensions largest_slice shapes all_reduce_bandwidth "
+            "bisection_bandwidth",
+            SCALING_BOOK: "ring",
+        }
+    ),
+)
+
+TPU_V6E = Pod(
+    name="TPU v6e",
+    chip=TPU_V6E_CHIP,
+    host=HOST_V6E,
+    block=None,
+    switch=None,
+    num_chips=256,
+    num_blocks=None,
+    block_grid=None,
+    num_switches=None,
+    dimensions=2,
+    largest_slice=256,
+    shapes=_OF_ONE_RING,
+    ring=16,
+    all_reduce_bandwidth=102.4e12,
+    bisection_bandwidth=3.2e12,
+    sources=_sources(
+        {
+            CLOUD_V6E: "num_chips dimensions largest_slice shapes all_reduce_bandwidth "
+            "bisection_bandwidth",
+            SCALING_BOOK: "ring",
         }
     ),
 )
@@ -317,6 +532,8 @@ TPU_V3 = Pod(
     num_switches=None,
     dimensions=2,
     largest_slice=1024,
+    shapes=None,
+    ring=None,
     all_reduce_bandwidth=340e12,
     bisection_bandwidth=6.4e12,
     sources=_sources(
@@ -326,4 +543,4 @@ TPU_V3 = Pod(
     ),
 )
 
-PODS = {pod.name: pod for pod in (TPU_V4, TPU_V5P, TPU_V3)}
+PODS = {pod.name: pod for pod in (TPU_V4, TPU_V5P, TPU_V5E, TPU_V6E, TPU_V3)}

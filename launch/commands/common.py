@@ -102,6 +102,26 @@ def real(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+PODS = ("v4", "v5p", "v5e", "v6e")
+
+
+def add_pod(sub: argparse.ArgumentParser, of: str) -> None:
+    """The option --pod, for `pod_of`."""
+    sub.add_argument(
+        "--pod",
+        choices=PODS,
+        default="v4",
+        help=f"the generation of TPU whose {of} (default: v4)",
+    )
+
+
+def pod_of(version: str):
+    """The data of a pod that --pod names."""
+    from topology import hardware
+
+    return hardware.PODS[f"TPU {version}"]
+
+
 def add_run(sub: argparse.ArgumentParser) -> None:
     """The options that say and change a run, for `run_bindings`."""
     sub.add_argument(

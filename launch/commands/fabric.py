@@ -1,8 +1,8 @@
-"""`torsion fabric`: the blocks, slices and optical switches of a TPU v4 pod."""
+"""`torsion fabric`: the blocks, slices and optical switches of a TPU pod."""
 
 import json
 
-from launch.commands.common import add_command
+from launch.commands.common import add_command, add_pod, pod_of
 from launch.commands.slice import add_draw
 
 
@@ -11,8 +11,8 @@ def add(commands) -> None:
         commands,
         run,
         "fabric",
-        "show the blocks, slices and optical switches of a TPU v4 pod",
-        "Places slices on the 64 blocks, lets parts fail, says what that costs, and proves the "
+        "show the blocks, slices and optical switches of a TPU pod",
+        "Places slices on its blocks, lets parts fail, says what that costs, and proves the "
         "cross-connects by following the light through them.",
     )
     fabric.add_argument(
@@ -32,6 +32,7 @@ def add(commands) -> None:
         help="parts that fail once the slices are there: block:12 host:12,3 chip:12,0,1,3 "
         "link:12,0,1,3,+x ocs:x,0,0 port:x,0,0,17",
     )
+    add_pod(fabric, "pod it is")
     add_draw(fabric, "fabric")
     fabric.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -41,7 +42,7 @@ def run(args, began: float) -> int:
     from launch.reports.slices import check_drawing
 
     check_drawing(args.draw)
-    pod = place(args.slices, args.failed)
+    pod = place(args.slices, args.failed, pod_of(args.pod))
     found = report(pod)
     if args.draw is not None:
         found["drawn"] = [str(file) for file in draw(pod, found, args.draw)]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.commands.common import add_command, add_run, real, run_bindings, whole
+from launch.commands.common import add_command, add_pod, add_run, real, run_bindings, whole
 
 
 def add(commands) -> None:
@@ -11,13 +11,14 @@ def add(commands) -> None:
         run,
         "pod",
         "train on a pod of hosts, and survive losing some",
-        "Emulates the hosts of a TPU v4 slice here, each group of them a process with emulated "
+        "Emulates the hosts of a TPU slice here, each group of them a process with emulated "
         "devices, or runs on those of a Ray cluster (--address). The run directory is that of "
         "`torsion train`; with the same --out, the run goes on. Ctrl-C saves and ends; a second "
         "one ends at once. See docs/pods.md.",
     )
     pod.add_argument("configs", nargs="+", metavar="CONFIG.gin", help="what to train")
     pod.add_argument("--slice", required=True, metavar="SHAPE", help="such as 4x4x8_twisted")
+    add_pod(pod, "slice it is")
     pod.add_argument(
         "--hosts-per-process",
         type=whole(1),
@@ -50,7 +51,7 @@ def add(commands) -> None:
         help="seconds without a step after which all start again (default: 60)",
     )
     group.add_argument(
-        "--blocks", type=whole(1), metavar="N", help="blocks that the pod has (default: 64)"
+        "--blocks", type=whole(1), metavar="N", help="blocks that the pod has (default: all)"
     )
     group.add_argument(
         "--fail",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.commands.common import add_command, whole
+from launch.commands.common import add_command, add_pod, pod_of, whole
 from pjit_train.errors import UserError
 
 
@@ -107,13 +107,15 @@ def _add_pod(studies) -> None:
         "table.md, results.json and "
         "figures are in --out.",
     )
+    add_pod(pod, "published figures they are")
     pod.add_argument("--json", action="store_true", help="print one JSON document")
     pod.add_argument("--out", metavar="DIR", default="runs/study-pod", help="(runs/study-pod)")
 
 
 def _run_pod(args, began: float) -> int:
-    from launch.reports.pod_study import study_pod
+    from launch.reports.pod_study import check_pod, study_pod
 
+    check_pod(pod_of(args.pod))
     return study_pod(Path(args.out), as_json=args.json)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import ray
 
-from launch.pod import manager as managers
 from launch.pod.faults import Fault
 from launch.pod.hosts import Hosts, check_mesh, traffic_of
 from launch.pod.plan import Plan
@@ -15,7 +14,7 @@ from launch.pod.staff import Host
 from launch.pod.waits import Waits
 from launch.process import proxy_note
 from pjit_train.errors import TrainingError, UserError
-from topology import TPU_V4, Part, Slice, lay_mesh
+from topology import Part, Slice, lay_mesh
 
 _POLL = 0.1  # seconds between two questions to every agent
 _ANSWER = 5.0  # seconds that an agent has for an answer
@@ -105,8 +104,7 @@ class Attempt:
         after = f", found {time.monotonic() - struck:.1f} s after it was made" if struck else ""
         if lost:
             text = " and ".join(self._name(i) for i in lost)
-            state = self._owner.ask("state")
-            placement = managers.placement_of(state)
+            placement = self._owner.ask("placement")
             parts = self._failing or [  # what failed is known only where it was asked for
                 str(self._layout.part(placement, host))
                 for i in lost
@@ -190,9 +188,9 @@ class Attempt:
 
     def _fail_sigterm(self, fault: Fault) -> None:
         process = int(fault.what) % len(self._hosts)
-        state = self._owner.ask("state")
+        placement = self._owner.ask("placement")
         host = self._layout.hosts_of(process)[0]
-        self._notice = str(self._layout.part(managers.placement_of(state), host))
+        self._notice = str(self._layout.part(placement, host))
         self._signal(fault, "SIGTERM")
 
     def _signal(self, fault: Fault, name: str) -> None:
@@ -201,8 +199,7 @@ class Attempt:
 
     def _fail_host(self, fault: Fault) -> None:
         host = int(fault.what) % self._slice.num_hosts
-        state = self._owner.ask("state")
-        self._failing = [str(self._layout.part(managers.placement_of(state), host))]
+        self._failing = [str(self._layout.part(self._owner.ask("placement"), host))]
         self._hosts[host // self._layout.hosts_per_process].agent.die.remote()
 
     def _fail_node(self, fault: Fault) -> None:
@@ -210,11 +207,10 @@ class Attempt:
 
     def _fail_block(self, fault: Fault) -> None:
         """All hosts of the block are gone."""
-        state = self._owner.ask("state")
-        part = f"block:{state['blocks'][int(fault.what) % len(state['blocks'])]}"
-        self._failing = [part]
-        placement = managers.placement_of(state)
-        for process in self._layout.processes_on(placement, Part.parse(part, TPU_V4)):
+        placement = self._owner.ask("placement")
+        part = Part("block", (placement.blocks[int(fault.what) % len(placement.blocks)],))
+        self._failing = [str(part)]
+        for process in self._layout.processes_on(placement, part):
             self._hosts[process].agent.die.remote()
 
     def _fail_ocs(self, fault: Fault) -> None:
@@ -266,7 +262,7 @@ def patience(plan: Plan, kind: str, step: int) -> float:
 
 
 def communication_share(plan: Plan, slice: Slice) -> float:
-    """The part of a step on a TPU v4 slice that is communication, if none of it is hidden.
+    """The part of a step on a TPU slice that is communication, if none of it is hidden.
 
     The traffic at the links' bandwidth against the step's arithmetic at the chips' peak.
     """
@@ -274,7 +270,7 @@ def communication_share(plan: Plan, slice: Slice) -> float:
     traffic, data = traffic_of(plan.run, sizes), plan.run.data
     links = lay_mesh(slice, sizes, traffic).seconds
     flops = plan.run.model.flops_per_token(data.seq_len) * data.batch_size * data.seq_len
-    return links / (links + flops / (slice.num_chips * TPU_V4.chip.peak_bf16))
+    return links / (links + flops / (slice.num_chips * slice.pod.chip.peak_bf16))
 
 
 def shown(items: list, most: int = 8) -> str:

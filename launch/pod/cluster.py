@@ -98,8 +98,8 @@ def joined(address: str) -> Iterator[str | None]:
         ray.shutdown()
 
 
-def chips(hosts_per_process: int) -> dict[str, int]:
-    """What a process takes of the cluster's real chips, 4 a host; nothing where it has none.
+def chips(hosts_per_process: int, chips_per_host: int) -> dict[str, int]:
+    """What a process takes of the cluster's real chips; nothing where it has none.
 
     Raises:
       UserError: a process would have several TPU hosts.
@@ -113,8 +113,8 @@ def chips(hosts_per_process: int) -> dict[str, int]:
                 f"--hosts-per-process {hosts_per_process}: each host of a real TPU slice has a "
                 "process of its own; use 1"
             )
-        return {"TPU": 4}
-    return {"GPU": 4 * hosts_per_process} if there.get("GPU") else {}
+        return {"TPU": chips_per_host}
+    return {"GPU": chips_per_host * hosts_per_process} if there.get("GPU") else {}
 
 
 def _unreachable(host: str, port: int) -> str | None:

@@ -54,6 +54,7 @@ def _main(options: dict) -> int:
 
 
 def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
+    from launch.commands.common import pod_of
     from launch.configure import build_run
     from launch.directory import check_directory
     from launch.pod import faults, timeline
@@ -62,18 +63,24 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     from launch.pod.view import View
     from launch.process import proxy_note
     from pjit_train.record import to_train
-    from topology import TPU_V4, Slice
+    from topology import Slice
+    from topology.hardware import switch_of
 
     run, text = build_run(options["configs"], options["bindings"])
     directory = Path(options["out"]).absolute()
     check_directory(directory, text)
     run = dataclasses.replace(run, data=to_train(run.data, directory))
+    pod = pod_of(options["pod"])
     try:
-        slice = Slice.parse(options["slice"])
+        switch_of(pod)  # which rewires the slice around failures
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    try:
+        slice = Slice.parse(options["slice"], pod)
     except ValueError as error:
         raise UserError(f"--slice {options['slice']}: {error}") from error
     each = options["hosts_per_process"] or default_hosts_per_process(slice)
-    named = [faults.Fault.parse(one) for one in options["fail"]]
+    named = [faults.Fault.parse(one, pod) for one in options["fail"]]
     if options["chaos"]:
         named += faults.chaos(
             faults.parse_chaos(options["chaos"]),
@@ -81,6 +88,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
             processes=slice.num_hosts // each,
             hosts=slice.num_hosts,
             blocks=slice.num_blocks,
+            pod=pod,
             seed=options["chaos_seed"],
         )
     plan = Plan(
@@ -90,7 +98,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
         slice=slice,
         hosts_per_process=each,
         elastic=options["elastic"],
-        blocks=options["blocks"] or TPU_V4.num_blocks,
+        blocks=options["blocks"] or pod.num_blocks,
         hang_seconds=options["hang_after"],
         faults=tuple(named),
         emulate=True,
@@ -110,7 +118,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
 
         chips = {}
         if options["address"] is not None:
-            chips = cluster.chips(each)
+            chips = cluster.chips(each, pod.host.chips)
             plan = dataclasses.replace(plan, emulate=not chips)
         if options["dashboard"] or options["address"] is not None:
             from launch.pod.dashboard import publish

@@ -7,6 +7,8 @@ import numpy as np
 
 from pjit_train.errors import UserError
 from topology import TPU_V4, Part
+from topology.fabric.parts import switches
+from topology.hardware import Pod
 
 # What each kind takes after its colon; "" for those that there is one of.
 KINDS = {
@@ -36,7 +38,7 @@ class Fault:
         return f"{self.kind}{':' if self.what else ''}{self.what}@step:{self.step}"
 
     @classmethod
-    def parse(cls, text: str) -> "Fault":
+    def parse(cls, text: str, pod: Pod = TPU_V4) -> "Fault":
         """The failure that a text such as host:3@step:40 names. UserError with the kinds."""
         match = re.fullmatch(r"(\w+)(?::([^@]+))?@step:([0-9]{1,9})", text.strip())
         kind, what, step = match.groups() if match else ("", "", "0")
@@ -45,7 +47,7 @@ class Fault:
             raise UserError(f"--fail {text}: want KIND:WHICH@step:N, such as {EXAMPLES}")
         if kind == "ocs":
             try:
-                Part.parse(f"ocs:{what}", TPU_V4)
+                Part.parse(f"ocs:{what}", pod)
             except ValueError as error:
                 raise UserError(f"--fail {text}: {error}") from error
         elif wants and not re.fullmatch(r"[0-9]{1,9}", what):
@@ -82,17 +84,24 @@ def parse_chaos(text: str) -> dict[str, float]:
 
 
 def chaos(
-    rates: dict[str, float], *, steps: int, processes: int, hosts: int, blocks: int, seed: int
+    rates: dict[str, float],
+    *,
+    steps: int,
+    processes: int,
+    hosts: int,
+    blocks: int,
+    seed: int,
+    pod: Pod = TPU_V4,
 ) -> list[Fault]:
     """Random failures, by step: after each step one of each kind with its rate as chance.
 
     They depend on the arguments alone.
     """
-    found = []
+    found, places = [], 1 + max(switch.i for switch in switches(pod))
     for kind, rate in sorted(rates.items()):
         rng = np.random.default_rng([seed, CHAOS.index(kind)])
         hit, which = rng.random(steps) < rate, rng.integers(2**31, size=steps)
-        switch = rng.integers(4, size=(steps, 2))
+        switch = rng.integers(places, size=(steps, 2))
         for step in range(1, steps):
             if not hit[step - 1]:
                 continue

@@ -11,9 +11,8 @@ import numpy as np
 from pjit_train.errors import UserError
 from pjit_train.run import Run
 from topology import Part, Placement, Slice, Traffic, lay_mesh
-from topology.torus.shapes import BLOCK
+from topology.fabric.parts import host_in_block
 
-CHIPS = 4  # of a host
 _TILES = ((2, 2, 1), (2, 1, 2), (1, 2, 2))  # of a slice that the chips of a host take
 
 
@@ -47,7 +46,11 @@ class Hosts:
 
     @property
     def devices_per_process(self) -> int:
-        return self.hosts_per_process * CHIPS
+        return self.hosts_per_process * self._chips
+
+    @property
+    def _chips(self) -> int:
+        return self.slice.pod.host.chips
 
     def hosts_of(self, process: int) -> range:
         first = process * self.hosts_per_process
@@ -56,14 +59,14 @@ class Hosts:
     @cached_property
     def device_of_chip(self) -> np.ndarray:
         """int [N]: of each chip, row-major over the slice, the device that stands for it."""
-        box = np.minimum(self.slice.shape, BLOCK)
+        box = np.minimum(self.slice.shape, self.slice.pod.block.side)
         tile = next(t for t in _TILES if not (box % t).any())
         block, place = np.divmod(self.slice.coordinates, box)
         there, inside = np.divmod(place, tile)
         block = np.ravel_multi_index(tuple(block.T), self.slice.block_shape)
         host = np.ravel_multi_index(tuple(there.T), tuple(box // tile))
-        host += block * (box.prod() // CHIPS)
-        return host * CHIPS + np.ravel_multi_index(tuple(inside.T), tile)
+        host += block * (box.prod() // self._chips)
+        return host * self._chips + np.ravel_multi_index(tuple(inside.T), tile)
 
     @property
     def coordinates(self) -> np.ndarray:
@@ -76,10 +79,10 @@ class Hosts:
 
     def part(self, placement: Placement, host: int) -> Part:
         """The host of the pod on which a host of the slice is."""
-        chip = int(np.flatnonzero(self.device_of_chip == host * CHIPS)[0])
-        block, inside = divmod(int(placement.chips[chip]), BLOCK**3)
-        x, y, z = inside // BLOCK**2, inside // BLOCK % BLOCK, inside % BLOCK
-        return Part("host", (block, (x // 2 * 2 + y // 2) * BLOCK + z))
+        of = self.slice.pod.block
+        chip = int(np.flatnonzero(self.device_of_chip == host * self._chips)[0])
+        block, inside = divmod(int(placement.chips[chip]), of.chips)
+        return Part("host", (block, host_in_block(of, inside)))
 
     def processes_on(self, placement: Placement, part: Part) -> list[int]:
         """The processes that have a host on a block of the pod, or are on this very host."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.files import write_whole
-from topology import Fabric, Part, Placement, Slice, fabric, legal_shapes
+from topology import TPU_V4, Fabric, Part, Placement, Slice, fabric, legal_shapes
 from topology.drawing import scene
 from topology.fabric import light
+from topology.hardware import Pod
 from topology.routing import throughput
-from topology.torus.shapes import times
 
 _NAME = "run"  # of the one slice that the pod holds
 
@@ -24,18 +24,19 @@ class Manager:
     Args:
       file: its state; read where it exists.
       blocks: of the pod that may be used, the lowest-numbered; the others count as drained.
+      pod: whose fabric it is.
     """
 
-    def __init__(self, file: str, blocks: int):
+    def __init__(self, file: str, blocks: int, pod: Pod = TPU_V4):
         self._file = Path(file)
-        self._fabric = Fabric()
+        self._fabric = Fabric(pod=pod)
         spare = range(blocks, self._fabric.pod.num_blocks)
         self._outside = frozenset(Part("block", (b,)) for b in spare)
         if self._file.exists():
-            self._fabric = _read(json.loads(self._file.read_text()))
+            self._fabric = _read(json.loads(self._file.read_text()), pod)
         self._fabric = replace(self._fabric, drained=self._fabric.drained | self._outside)
 
-    def place(self, wanted: str, smaller: list[str]) -> dict[str, Any]:
+    def place(self, wanted: Slice, smaller: list[Slice]) -> dict[str, Any]:
         """The slice on healthy blocks: where it is, or moved, or the first of `smaller` that fits.
 
         Returns:
@@ -45,8 +46,7 @@ class Manager:
           ValueError: too few blocks are free and healthy.
         """
         before, error = self._fabric, None
-        for text in (wanted, *smaller):
-            slice = Slice.parse(text)
+        for slice in (wanted, *smaller):
             held = before.placements.get(_NAME)
             try:
                 if held is not None and held.slice == slice:
@@ -102,6 +102,10 @@ class Manager:
             "free": len(self._fabric.free_blocks),
         }
 
+    def placement(self) -> Placement | None:
+        """The slice and its blocks; None before it is placed."""
+        return self._fabric.placements.get(_NAME)
+
     def _keep(self, new):
         self._fabric = new
         write_whole(self._file, json.dumps(self.state()))
@@ -121,25 +125,19 @@ def _links(pod, part):
     return () if hit is None else hit.links
 
 
-def placement_of(state: dict[str, Any]) -> Placement:
-    """The placement that a manager's `state()` tells."""
-    return Placement(Slice.parse(state["slice"]), tuple(state["blocks"]))
+def smaller_shapes(slice: Slice) -> list[Slice]:
+    """Slices of fewer chips, the largest first, those of like shape before others."""
+    shapes = legal_shapes(slice.num_blocks, slice.pod)
+    slices = [Slice(shape=shape, pod=slice.pod) for shape in shapes]
+    fewer = [one for one in slices if one.num_chips < slice.num_chips]
+    return sorted(fewer, key=lambda one: (-one.num_chips, one.shape[2] - one.shape[0]))
 
 
-def smaller_shapes(slice: Slice) -> list[str]:
-    """Legal shapes of fewer chips, the largest first, those like the slice before others."""
-    fewer = [
-        s for s in legal_shapes(slice.num_blocks) if Slice(shape=s).num_chips < slice.num_chips
-    ]
-    return [times(s) for s in sorted(fewer, key=lambda s: (-s[0] * s[1] * s[2], s[2] - s[0]))]
-
-
-def _read(state):
-    failed = frozenset(Part.parse(text, Fabric().pod) for text in state["failed"])
-    drained = frozenset(Part.parse(text, Fabric().pod) for text in state["drained"])
+def _read(state, pod):
+    failed = frozenset(Part.parse(text, pod) for text in state["failed"])
+    drained = frozenset(Part.parse(text, pod) for text in state["drained"])
     switches = frozenset(part for part in drained if part.kind == "ocs")
-    found = Fabric(drained=switches)
+    found = Fabric(pod=pod, drained=switches)
     if state["slice"] is not None:
-        placement = placement_of(state)
-        found = fabric.place(found, _NAME, placement.slice, placement.blocks)
+        found = fabric.place(found, _NAME, Slice.parse(state["slice"], pod), state["blocks"])
     return replace(found, failed=failed, drained=drained)

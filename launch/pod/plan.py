@@ -9,7 +9,7 @@ from launch.pod.faults import Fault
 from launch.pod.hosts import Hosts, check_mesh
 from pjit_train.errors import UserError
 from pjit_train.run import Run
-from topology import TPU_V4, Slice
+from topology import Slice
 
 MiB, GiB = 2**20, 2**30
 # Measured, shared pages in parts: a trainer that waits, imported JAX and all, and what it takes
@@ -48,10 +48,11 @@ class Plan:
     emulate: bool
 
     def __post_init__(self):
-        if self.blocks < self.slice.num_blocks or self.blocks > TPU_V4.num_blocks:
+        there = self.slice.pod.num_blocks
+        if not self.slice.num_blocks <= self.blocks <= there:
             raise UserError(
                 f"--blocks {self.blocks}: slice {self.slice} takes {self.slice.num_blocks} and the "
-                f"pod has {TPU_V4.num_blocks}; use a number between"
+                f"pod has {there}; use a number between"
             )
         if not self.hang_seconds >= 5:
             raise UserError(f"--hang-after {self.hang_seconds}: use 5 seconds or more")

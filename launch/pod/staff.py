@@ -15,6 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.pod.agent import Agent
 from launch.process import proxy_note
+from topology import Slice
+from topology.torus.shapes import times
 
 _ANSWER = 5.0  # seconds that an agent has for an answer
 _START = 300.0  # seconds that an agent has to start
@@ -46,7 +48,7 @@ class Staff:
       standing: what holds for every attempt, of every agent.
       chips: that an agent takes of the cluster's, by Ray's name of the resource ("TPU" or "GPU");
         empty where devices are emulated.
-      topology: of the TPU slice, such as "4x4x8", on whose hosts the agents have to be.
+      slice: of TPU chips, on whose hosts the agents have to be.
       say: is told what is waited for.
     """
 
@@ -54,12 +56,12 @@ class Staff:
         self,
         standing: dict[str, Any],
         chips: dict[str, int],
-        topology: str,
+        slice: Slice,
         say: Callable[[str], None],
     ):
         self._standing, self._chips, self._say = standing, chips, say
-        self._topology = topology if "TPU" in chips else None
-        self._slice = None  # Ray's reservation of a TPU slice
+        self._wanted = slice if "TPU" in chips else None
+        self._slice = None  # Ray's reservation of it
         self._places: list[Host | None] = []  # of the processes, in their order
         self._spares: list[Host] = []
         self._coming: list[Any] = []  # agents that are being made
@@ -103,7 +105,7 @@ class Staff:
     def keep_spare(self) -> None:
         """Sees, without waiting, that another agent is ready or coming."""
         self._arrive(wait=0.0)
-        if not self._spares and not self._coming and self._topology is None:
+        if not self._spares and not self._coming and self._wanted is None:
             self._coming.append(self._make())
 
     def release(self, lost: list[Host], attempt: int) -> None:
@@ -183,10 +185,11 @@ class Staff:
           Its handle, before it is known to be alive.
         """
         where = "SPREAD"
-        if self._topology is not None:
+        if self._wanted is not None:
             if self._slice is None:
                 self._slice = tpu.slice_placement_group(
-                    topology=self._topology, accelerator_version="v4"
+                    topology=times(self._wanted.sizes),
+                    accelerator_version=self._wanted.pod.version,
                 )
             where = PlacementGroupSchedulingStrategy(self._slice.placement_group)
         take = {name: n for name, n in self._chips.items() if name != "GPU"}

@@ -23,7 +23,6 @@ from launch.pod.trainer import Fence
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.waiting import told
 from topology import Slice
-from topology.torus.shapes import times
 
 _ANSWER = 300.0  # seconds that the manager has for an answer, with its start
 _FRUITLESS = 3  # attempts in a row that reach no new step, after which the run is given up
@@ -51,14 +50,14 @@ class Supervisor:
         self.staff = Staff(
             plan.standing_orders(),
             chips or {},
-            times(plan.slice.shape),
+            plan.slice,
             self._say_wait,
         )
         # On this node: it is there as long as this process.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         manager = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Manager)
         self.manager = manager.options(scheduling_strategy=node).remote(
-            str(plan.directory / "pod" / "fabric.json"), plan.blocks
+            str(plan.directory / "pod" / "fabric.json"), plan.blocks, plan.slice.pod
         )
         self.done = {event["fault"] for event in record.of("fault")}
         self.slow = 0.0
@@ -115,7 +114,7 @@ class Supervisor:
         number = self._fence.current() + 1
         self._fence.raise_to(number)
         state = self._place()
-        layout = self.plan.hosts(Slice.parse(state["slice"]))
+        layout = self.plan.hosts(self.ask("placement").slice)
         self.record(
             "attempt",
             attempt=number,
@@ -166,9 +165,9 @@ class Supervisor:
         """The manager's state with the slice placed, a smaller one where that is allowed."""
         smaller = []
         if self.plan.elastic:
-            smaller = [text for text in smaller_shapes(self.plan.slice) if self._can_take(text)]
+            smaller = [slice for slice in smaller_shapes(self.plan.slice) if self._can_take(slice)]
         try:
-            state = self.ask("place", str(self.plan.slice), smaller)
+            state = self.ask("place", self.plan.slice, smaller)
         except ray.exceptions.RayTaskError as error:
             hint = "" if self.plan.elastic else "; --elastic goes on on a smaller one"
             raise TrainingError(f"{error.cause}{hint}") from error
@@ -181,9 +180,9 @@ class Supervisor:
             )
         return state
 
-    def _can_take(self, text: str) -> bool:
+    def _can_take(self, slice: Slice) -> bool:
         try:
-            check_mesh(self.plan.run, Slice.parse(text))
+            check_mesh(self.plan.run, slice)
         except UserError:
             return False
         return True

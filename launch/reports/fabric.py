@@ -1,5 +1,6 @@
 """`torsion fabric`: a pod's blocks, slices and optical switches, and a drawing of them."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import numpy as np
 from launch.reports.slices import count, kept, kept_text, named
 from pjit_train.errors import UserError
 from pjit_train.signals import deferred
-from topology import TPU_V4, Fabric, Part, Slice, fabric
+from topology import TPU_V4, Fabric, Part, Slice, fabric, hardware
 from topology.drawing import scene
 from topology.drawing.page import ranges
 from topology.fabric import light
-from topology.fabric.parts import SWITCHES
+from topology.fabric.parts import switches
+from topology.torus.shapes import times
 
 WIDTH = 120  # characters that the tables need
 
@@ -36,8 +38,8 @@ class Pod:
     asked: dict[str, str]
 
 
-def place(slices: Sequence[str], failed: Sequence[str] = ()) -> Pod:
-    """A pod of 64 blocks with slices, then with failures.
+def place(slices: Sequence[str], failed: Sequence[str] = (), machine: hardware.Pod = TPU_V4) -> Pod:
+    """A pod with slices, then with failures.
 
     A slice whose block fails gets a free healthy one in its place, and the fibre at a failed port
     goes to a spare one; slices go on without the links of a failed switch. The slices are named 1,
@@ -49,18 +51,20 @@ def place(slices: Sequence[str], failed: Sequence[str] = ()) -> Pod:
       failed: parts as `topology.Part` parses them.
 
     Raises:
-      UserError: a slice cannot be wired, does not fit into the healthy blocks, or asks for a block
-        (and so for its ports) that another has; or there is no such part.
+      UserError: the wiring of the pod's switches is not known; a slice cannot be wired, does not
+        fit into the healthy blocks, or asks for a block (and so for its ports) that another has; or
+        there is no such part.
     """
     wanted = [one for text in slices for one in re.split(r",(?=\d+x)", text.strip())]
     for text in slices:
         if not text.strip(" ,"):
             raise UserError(f"--slices {text!r}: no slice; write for example 4x4x8_twisted,8x8x8")
     try:
-        parts = frozenset(Part.parse(text, TPU_V4) for text in failed)
-        asked = [_parse(text) for text in wanted]
-        _put(Fabric(failed=parts), asked)  # or says that they do not fit
-        before = _put(Fabric(), asked)
+        dark = Fabric(pod=machine)
+        parts = frozenset(Part.parse(text, machine) for text in failed)
+        asked = [_parse(text, machine) for text in wanted]
+        _put(replace(dark, failed=parts), asked)  # or says that they do not fit
+        before = _put(dark, asked)
     except ValueError as error:
         said = re.sub(
             r"slice '(\d+)'", lambda m: f"slice {m[1]} ({wanted[int(m[1]) - 1]})", str(error)
@@ -108,12 +112,12 @@ def report(pod: Pod) -> dict[str, Any]:
             {"ocs": str(switch)}
             | {state: int(np.sum(row == code)) for code, state in enumerate(scene.PORT_STATES)}
             | {"cross_connects": sorted(map(list, now.connects.get(switch, {}).items()))}
-            for switch, row in zip(SWITCHES, states, strict=True)
+            for switch, row in zip(switches(now.pod), states, strict=True)
         ],
         "cross_connects": sum(map(len, now.connects.values())),
         "cost": {
-            "place": _cost(fabric.reconfigure(Fabric(), pod.before)),
-            "failures": _cost(changed)
+            "place": _cost(fabric.reconfigure(Fabric(pod=now.pod), pod.before), now.pod),
+            "failures": _cost(changed, now.pod)
             | {
                 "moves": [dict(zip(("slice", "from", "to"), m, strict=True)) for m in pod.moves],
                 "fibres_moved": len(now.patches),
@@ -135,14 +139,14 @@ def show(pod: Pod, found: dict[str, Any], console) -> None:
     colour = {name: scene.slice_colour(n) for n, name in enumerate(names)}
     colour |= {"free": "bright_black", "failed": f"bold {scene.FAILED_COLOUR}"}
     console.print(
-        f"{found['pod']} pod: {len(states)} blocks of 4x4x4 chips, {counts['used']} in slices, "
-        f"{counts['free']} free, {counts['failed']} failed"
+        f"{found['pod']} pod: {len(states)} blocks of {times(pod.after.pod.block.shape)} chips, "
+        f"{counts['used']} in slices, {counts['free']} free, {counts['failed']} failed"
     )
     grid = Table.grid(padding=(0, 1))
     width = max(2, *(len(name) for name in names)) if names else 2
-    for row in range(8):
-        cells = [Text(f"{8 * row:>3} ", style="bright_black")]
-        for state in states[8 * row : 8 * row + 8]:
+    for first in range(0, len(states), 8):
+        cells = [Text(f"{first:>3} ", style="bright_black")]
+        for state in states[first : first + 8]:
             text = {"free": "·", "failed": "✗"}.get(state, state)
             cells.append(Text(text.rjust(width), style=colour[state]))
         grid.add_row(*cells)
@@ -245,14 +249,14 @@ def _called(found):
     return {row["name"]: f"slice {row['name']} ({row['asked']})" for row in found["slices"]}
 
 
-def _parse(text):
+def _parse(text, machine):
     """(slice, its blocks or None) of "4x4x8@3,17"."""
     name, at, blocks = text.partition("@")
     if not at:
-        return Slice.parse(name), None
+        return Slice.parse(name, machine), None
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", blocks):
         raise ValueError(f"slice {text!r}: after @ stand its blocks, such as {name}@0,1")
-    return Slice.parse(name), tuple(map(int, blocks.split(",")))
+    return Slice.parse(name, machine), tuple(map(int, blocks.split(",")))
 
 
 def _put(pod, asked):
@@ -294,11 +298,11 @@ def _slice(pod, name, far):
     }
 
 
-def _cost(changes):
+def _cost(changes, machine):
     return {
         "breaks": changes.num_breaks,
         "makes": changes.num_makes,
-        "seconds": changes.seconds(TPU_V4.switch),
+        "seconds": changes.seconds(machine.switch),
     }
 
 
@@ -310,9 +314,9 @@ def _switch_table(found):
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bright_black")
     for d in "xyz":
         table.add_column(f"ports used, OCS {d},i,j")
-    switches = iter(found["switches"])
-    faces = [[[next(switches) for _ in range(4)] for _ in range(4)] for _ in range(3)]
-    for i in range(4):
+    each, side = iter(found["switches"]), math.isqrt(len(found["switches"]) // 3)
+    faces = [[[next(each) for _ in range(side)] for _ in range(side)] for _ in range(3)]
+    for i in range(side):
         cells = []
         for face in faces:
             line = Text()

@@ -15,6 +15,7 @@ from scipy.optimize import brentq
 from launch.reports.pod_figures import FIGURES
 from launch.reports.pod_table import make_table
 from launch.study_files import compute_and_write
+from pjit_train.errors import UserError
 from topology import TPU_V4, Fabric, Policy, Slice, fabric, simulate_pod
 from topology.fabric import light
 from topology.fabric.parts import fibre_end
@@ -30,11 +31,11 @@ from topology.fleet.workload import (
     generate_maintenance,
     generate_outages,
 )
-from topology.hardware import CLOUD_V4, ISCA23
+from topology.hardware import CLOUD_V4, ISCA23, Pod
 from topology.routing.routing import best_single_path, dimension_order, direction_loads
 from topology.routing.throughput import all_to_all, switch_links
 from topology.routing.wild_first import wild_first
-from topology.torus.shapes import BLOCK, legal_shapes, times
+from topology.torus.shapes import legal_shapes, times
 from topology.torus.twists import ranked_twists
 
 NSDI24 = "Zu et al., Resiliency at Scale, NSDI 2024"
@@ -85,6 +86,15 @@ def study_pod(out: Path, *, as_json: bool = False, study: PodStudy | None = None
         FIGURES,
         as_json=as_json,
     )
+
+
+def check_pod(pod: Pod) -> None:
+    """Raises a UserError where too little was published of a pod to put figures beside it."""
+    if pod.name != TPU_V4.name:
+        raise UserError(
+            f"study pod: of {pod.name} neither the gain of twists, nor goodput, nor failures of "
+            f"switches are published, which the study puts beside ours; take {TPU_V4.name}"
+        )
 
 
 def find(study: PodStudy, tell: Callable[[str], None] = lambda part: None) -> dict[str, Any]:
@@ -276,7 +286,7 @@ def compare_wiring() -> list[dict[str, Any]]:
     ports = max(len({p for pair in held.items() for p in pair}) for held in pod.connects.values())
     blocks = TPU_V4.num_blocks
     fibres = [
-        fibre_end(switch, port, blocks) for switch in pod.connects for port in range(2 * blocks)
+        fibre_end(switch, port, TPU_V4) for switch in pod.connects for port in range(2 * blocks)
     ]
     bisection = slice.bisection_links * TPU_V4.chip.link_bandwidth
     usable = TPU_V4.chip.link_efficiency
@@ -307,7 +317,7 @@ def rank_twists(max_blocks: int) -> list[dict[str, Any]]:
     """Of every shape, the twist with the best all-to-all of all that the wiring can make."""
     rows = []
     for shape in legal_shapes(max_blocks):
-        if shape[0] < BLOCK or shape[2] == BLOCK:
+        if shape[0] < TPU_V4.block.side or shape[2] == TPU_V4.block.side:
             continue
         ranked = ranked_twists(shape, measure=lambda slice: all_to_all(slice).max_link_load)
         loads = {str(slice): load for slice, load in ranked}

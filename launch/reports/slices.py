@@ -12,25 +12,31 @@ from pjit_train.errors import UserError
 from pjit_train.signals import deferred
 from topology import TPU_V4, Part, Slice
 from topology.drawing import scene
+from topology.hardware import Pod
 from topology.routing import throughput
 
 
-def report(shape: str, failed_ocs: str | None = None, failed: Sequence[str] = ()) -> dict[str, Any]:
+def report(
+    shape: str, failed_ocs: str | None = None, failed: Sequence[str] = (), pod: Pod = TPU_V4
+) -> dict[str, Any]:
     """The figures of a slice, as `torsion slice --json` prints them.
 
     Args:
-      shape: such as "4x4x8" or "4x4x8_twisted".
+      shape: such as "4x4x8" or "4x4x8_twisted", or "8x16" of TPU v5e.
       failed_ocs: "x,0,0": dimension and in-face position of an optical switch that fails.
       failed: parts that fail, as `topology.Part` parses them; blocks are the slice's own, 0 ..
         num_blocks - 1.
+      pod: the machine whose slice it is.
 
     Returns:
-      Links are counted in one direction. `wrap` names the dimensions that wrap around, `twist` has
-      the shifts (chips along x, y and z) that each wraparound adds. `bisection_links` is the least
+      `blocks` is None where the pod is not made of blocks. Links are counted in one direction.
+      `wrap` names the dimensions that wrap around, `twist` has the shifts (chips along x, y and z)
+      that each wraparound adds. `bisection_links` is the least
       cut into halves where `bisection_exact`, else the smallest that was found.
       `all_to_all.max_link_load` is the load of the most loaded link when each chip sends one unit
       to every other, the least over all routings, and `lower_bound` the proof of it;
-      `ratio_to_regular` the regular slice's load over this one's. All these are of the whole slice.
+      `ratio_to_regular` the regular slice's load over this one's; `bytes_per_second_per_chip` is
+      None of one chip. All these are of the whole slice.
       With failures, `failed` names them, `lost_chips` and `lost_links` count what they take, and
       what is left is told as by `kept`; unknown where chips are lost (the slice needs another
       block).
@@ -39,19 +45,22 @@ def report(shape: str, failed_ocs: str | None = None, failed: Sequence[str] = ()
       UserError: there is no such slice or part, or the part is none of this slice's.
     """
     try:
-        slice, parts = _parse(shape, failed_ocs, failed)
-        flow = throughput.all_to_all(slice)
-        regular = throughput.all_to_all(Slice(shape=slice.shape)) if slice.is_twisted else flow
-        bandwidth = TPU_V4.chip.link_bandwidth
+        slice, parts = _parse(shape, failed_ocs, failed, pod)
+        flow = regular = throughput.all_to_all(slice)
+        if slice.is_twisted:
+            regular = throughput.all_to_all(Slice(shape=slice.sizes, pod=pod))
+        alone, bandwidth = slice.num_chips == 1, pod.chip.link_bandwidth
         found = {
+            "pod": pod.name,
             "slice": str(slice),
-            "shape": list(slice.shape),
+            "shape": list(slice.sizes),
             "twisted": slice.is_twisted,
             "twist": [list(row) for row in slice.twist],
             "torus": bool(slice.is_torus),
             "wrap": "".join(d for d, wraps in zip("xyz", slice.wrap, strict=True) if wraps),
             "chips": slice.num_chips,
-            "blocks": slice.num_blocks,
+            "hosts": slice.num_hosts,
+            "blocks": None if pod.block is None else slice.num_blocks,
             "diameter": int(slice.diameter),
             "mean_distance": float(slice.mean_distance),
             "bisection_links": int(slice.bisection_links),
@@ -59,10 +68,10 @@ def report(shape: str, failed_ocs: str | None = None, failed: Sequence[str] = ()
             "all_to_all": {
                 "max_link_load": float(flow.max_link_load),
                 "lower_bound": float(flow.lower_bound),
-                "ratio_to_regular": float(regular.max_link_load / flow.max_link_load),
-                "bytes_per_second_per_chip": throughput.bytes_per_second_per_chip(
-                    slice, flow.max_link_load, bandwidth
-                ),
+                "ratio_to_regular": 1.0 if alone else regular.max_link_load / flow.max_link_load,
+                "bytes_per_second_per_chip": None
+                if alone
+                else throughput.bytes_per_second_per_chip(slice, flow.max_link_load, bandwidth),
             },
         }
         if parts:
@@ -168,12 +177,7 @@ def figures(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         ("diameter", count(found["diameter"], "hop")),
         ("mean distance", f"{found['mean_distance']:.3f} hops"),
         ("bisection", f"{most}{count(found['bisection_links'], 'link')}, one way"),
-        (
-            "all-to-all",
-            f"{a2a['bytes_per_second_per_chip'] / 1e9:.1f} GB/s a chip, "
-            f"most loaded link {a2a['max_link_load']:.2f} units (proved: no routing has less than "
-            f"{a2a['lower_bound']:.2f})",
-        ),
+        ("all-to-all", _all_to_all_text(a2a)),
     ]
     if found["twisted"]:
         rows.append(("against untwisted", f"{a2a['ratio_to_regular']:.3f} times the all-to-all"))
@@ -182,11 +186,22 @@ def figures(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     after = [("failed", ", ".join(found["failed"]))]
     if found["lost_chips"]:
         lost = count(found["lost_chips"], "chip")
-        after.append(("lost", f"{lost}: the slice needs another block"))
+        needs = "other chips" if found["blocks"] is None else "another block"
+        after.append(("lost", f"{lost}: the slice needs {needs}"))
     else:
         after.append(("lost", count(found["lost_links"], "link")))
         after.append(("all-to-all", kept_text(found)))
     return [("before the failure", rows), ("after it", after)]
+
+
+def _all_to_all_text(a2a):
+    if a2a["bytes_per_second_per_chip"] is None:
+        return "none: one chip has no other to send to"
+    return (
+        f"{a2a['bytes_per_second_per_chip'] / 1e9:.1f} GB/s a chip, "
+        f"most loaded link {a2a['max_link_load']:.2f} units (proved: no routing has less than "
+        f"{a2a['lower_bound']:.2f})"
+    )
 
 
 def draw(
@@ -195,6 +210,7 @@ def draw(
     path: str,
     failed_ocs: str | None = None,
     failed: Sequence[str] = (),
+    pod: Pod = TPU_V4,
 ) -> tuple[Path, Path]:
     """Writes the page and the picture of a slice beside each other.
 
@@ -208,7 +224,7 @@ def draw(
     from topology.drawing import page, picture
 
     try:
-        slice, parts = _parse(shape, failed_ocs, failed)
+        slice, parts = _parse(shape, failed_ocs, failed, pod)
         chips, links = scene.lost(slice, parts)
         around = None
         if links.size and not chips.size and not found["cut_in_two"]:
@@ -222,11 +238,12 @@ def draw(
         ]
         rows, a2a = whole[1], found["all_to_all"]
         at = next(i for i, (name, _) in enumerate(rows) if name == "all-to-all")
-        rows[at : at + 1] = [
-            ("all-to-all", f"{a2a['bytes_per_second_per_chip'] / 1e9:.1f} GB/s a chip"),
-            ("most loaded link", f"{a2a['max_link_load']:.2f} units"),
-            ("proved lower bound", f"{a2a['lower_bound']:.2f} units"),
-        ]
+        if slice.num_chips > 1:
+            rows[at : at + 1] = [
+                ("all-to-all", f"{a2a['bytes_per_second_per_chip'] / 1e9:.1f} GB/s a chip"),
+                ("most loaded link", f"{a2a['max_link_load']:.2f} units"),
+                ("proved lower bound", f"{a2a['lower_bound']:.2f} units"),
+            ]
         title = ", ".join(filter(None, ["Interconnect", whole[0]]))
         sections = [page.figures(title, rows, "" if after else _note(drawn, found))]
         if after:
@@ -268,24 +285,33 @@ def count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
-def _parse(shape, failed_ocs, failed):
+def _parse(shape, failed_ocs, failed, pod):
     """(slice, parts that failed)."""
     names = ([f"ocs:{failed_ocs}"] if failed_ocs is not None else []) + list(failed)
-    parts = [Part.parse(name, TPU_V4) for name in names]
-    return Slice.parse(shape), list(dict.fromkeys(parts))
+    parts = [Part.parse(name, pod) for name in names]
+    return Slice.parse(shape, pod), list(dict.fromkeys(parts))
 
 
 def _title(found):
     kind = "twisted torus" if found["twisted"] else "torus" if found["torus"] else "mesh"
-    chips = f"a {kind} of {found['chips']} chips in {count(found['blocks'], 'block')}"
-    some = 0 < len(found["wrap"]) < 3
-    return f"{found['slice']}: {chips}" + (f", wrapped in {', '.join(found['wrap'])}" * some)
+    title = f"{found['slice']}: a {kind} of {found['chips']} chips"
+    if found["chips"] == 1:
+        title = f"{found['slice']}: one chip"
+    if found["blocks"] is not None:
+        title += f" in {count(found['blocks'], 'block')}"
+    if found["pod"] != TPU_V4.name:
+        title += f" of {found['pod']}"
+    if found["wrap"] and not found["torus"]:
+        title += f", wrapped in {', '.join(found['wrap'])}"
+    return title
 
 
 def _note(drawn, found):
     """What the colours of links mean."""
     if found.get("cut_in_two"):
         return "No loads are shown: the slice is cut in two."
+    if not drawn.links.size:
+        return "One chip has no links."
     if not drawn.values:
         return (
             "No loads are shown: the best routing around these failures takes minutes to find. "

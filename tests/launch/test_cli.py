@@ -13,7 +13,9 @@ import pytest
 import launch.process
 import pjit_train.loop
 from launch.cli import main
+from launch.commands.common import PODS, pod_of
 from pjit_train.errors import TrainingError, UserError
+from topology import hardware
 
 TORSION = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 SMALL = """\
@@ -132,6 +134,11 @@ def test_options_are_short_for_bindings_and_come_last(here, trained):
         ),
         ("tokenizer no*.txt --vocab-size 300", "TextFiles: 'no*.txt' matches no file in {here}"),
         (
+            "study pod --pod v5p",
+            "study pod: of TPU v5p neither the gain of twists, nor goodput, nor failures of "
+            "switches are published, which the study puts beside ours; take TPU v4",
+        ),
+        (
             "tokenizer corpus.txt --vocab-size 300 --out small.gin",
             "small.gin exists; remove it, or use another --out",
         ),
@@ -222,12 +229,20 @@ def test_nobody_to_join(here, capfd):
         launch.process.join(where, 1, 2, patience=0.0)
 
 
+def test_pods_are_those_whose_slices_are_known():
+    assert [pod_of(version).version for version in PODS] == list(PODS)
+    known = {pod.version for pod in hardware.PODS.values() if pod.shapes is not None}
+    assert set(PODS) == known
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_is_a_script_of_the_shell(shell, capfd):
     assert main(["completion", shell]) == 0
     script = capfd.readouterr().out
     assert "--log-every" in script
     assert "tokenizer" in script
+    for version in PODS:
+        assert version in script
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
 

@@ -33,6 +33,55 @@ def test_figures_are_the_known_ones(shape, load, ratio, diameter, distance, caps
     assert found["chips"] == 64 * found["blocks"]
 
 
+# Slice, pod, links of the bisection, wraparound, hosts, blocks.
+OF_PODS = [
+    ("16x16x24", "v5p", 512, "xyz", 1536, 96),
+    ("4x4x8_twisted", "v5p", 64, "xyz", 32, 2),
+    ("16x16", "v5e", 32, "xy", 32, None),
+    ("8x16", "v6e", 16, "y", 16, None),
+    ("4x4", "v5e", 4, "", 2, None),
+    ("1x1", "v6e", 0, "", 1, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "pod", "bisection", "wrap", "hosts", "blocks"), OF_PODS)
+def test_slices_of_every_pod(shape, pod, bisection, wrap, hosts, blocks, capsys):
+    assert main(["slice", shape, "--pod", pod, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pod"], found["slice"]) == (f"TPU {pod}", shape)
+    assert found["shape"] == [int(k) for k in shape.removesuffix("_twisted").split("x")]
+    assert (found["bisection_links"], found["wrap"]) == (bisection, wrap)
+    assert (found["hosts"], found["blocks"]) == (hosts, blocks)
+    each, load = (
+        found["all_to_all"][name] for name in ("bytes_per_second_per_chip", "max_link_load")
+    )
+    sent = {"v5p": 100e9, "v5e": 50e9, "v6e": 100e9}[pod] * (found["chips"] - 1)
+    assert (each or 0) * load == pytest.approx(sent)
+    assert main(["slice", shape, "--pod", pod]) == 0
+    assert f" of TPU {pod}" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_v4_is_the_pod_unless_another_is_named(capsys):
+    assert main(["slice", "4x4x8", "--json"]) == 0
+    unnamed = json.loads(capsys.readouterr().out)
+    assert unnamed["pod"] == "TPU v4"
+    assert main(["slice", "4x4x8", "--pod", "v4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == unnamed
+
+
+def test_links_that_fail_on_other_pods(capsys):
+    failed = ["--failed", "link:0,0,+y", "--json"]
+    assert main(["slice", "2x2", "--pod", "v5e", *failed]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["lost_chips"], found["lost_links"], found["cut_in_two"]) == (0, 1, False)
+    # A ring of four becomes a line of four: 4 pairs go over its middle, in place of 2.
+    assert found["all_to_all_kept"] == pytest.approx(0.5)
+    assert main(["slice", "4x4x8", "--pod", "v5p", "--failed", "link:0,0,0,3,+z"]) == 0
+    assert "1 link" in capsys.readouterr().out
+    assert main(["slice", "4x4", "--pod", "v6e", "--failed", "chip:0,0"]) == 0
+    assert "1 chip: the slice needs other chips" in capsys.readouterr().out
+
+
 def test_a_failed_switch_costs_what_it_costs(capsys):
     assert main(["slice", "4x4x8", "--failed-ocs", "z,0,0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["all_to_all_kept"] == pytest.approx(0.9375)
@@ -64,6 +113,14 @@ def test_a_failed_switch_costs_what_it_costs(capsys):
         (["4x4x8", "--draw", "/nonexistent/x"], "no folder /nonexistent to write in"),
         (["4x4x8", "--draw", "/nonexistent/"], "no folder /nonexistent to write in"),
         (["4x4x8_twist:0,0,2/0,0,0/0,0,0", "--draw"], "in place of 2 of x take 0"),
+        (["4x4x8", "--pod", "v5e"], "not a slice of TPU v5e, which has 2 dimensions"),
+        (["4x4", "--pod", "v4"], "not a slice of TPU v4, which has 3 dimensions"),
+        (["32x32", "--pod", "v6e"], "the nearest legal is 16x16"),
+        (["16x16_twisted", "--pod", "v5e"], "no slice of TPU v5e is twisted"),
+        (["16x32x32", "--pod", "v5p"], "the largest slice of TPU v5p has 96"),
+        (["4x4x8", "--pod", "v5p", "--failed-ocs", "x,0,0"], "wired is not published"),
+        (["4x4", "--pod", "v5e", "--failed-ocs", "x,0,0"], "neither blocks nor optical switches"),
+        (["4x4", "--pod", "v5e", "--failed", "chip:9,9"], "whose chips are 0,0 .. 3,3"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
@@ -170,6 +227,11 @@ def test_draw_writes_a_page_and_a_picture_and_says_so(tmp_path, monkeypatch, cap
             assert last == f"wrote {name}.html and {name}.png"
         assert (tmp_path / f"{name}.html").read_text().startswith("<!doctype html>")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for shape, pod in (("8x16", "v5e"), ("1x1", "v6e"), ("2x2x2", "v5p")):
+        assert main(["slice", shape, "--pod", pod, "--draw", f"{shape}-{pod}"]) == 0
+        assert f"of TPU {pod}" in (tmp_path / f"{shape}-{pod}.html").read_text()
+        assert (tmp_path / f"{shape}-{pod}.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
     (tmp_path / "here").mkdir()
     assert main(["slice", "2x2x1", "--draw", "here/", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,9 +1,11 @@
 import dataclasses
 import itertools
+import math
 
 import pytest
 
-from topology import PODS, TPU_V3, TPU_V4, TPU_V5P
+from topology import PODS, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, Slice
+from topology.hardware import V3_LINKS, block_of, switch_of
 
 ROWS = [
     row
@@ -20,7 +22,7 @@ def test_every_published_figure_has_a_source(row):
     assert set(row.sources) == {name for name in figures if getattr(row, name) is not None}
 
 
-@pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
+@pytest.mark.parametrize("pod", [p for p in PODS.values() if p.chip.clock], ids=lambda p: p.name)
 def test_matrix_units_and_clock_give_the_peak(pod):
     chip = pod.chip
     peak = 2 * chip.matrix_units * chip.matrix_size**2 * chip.clock
@@ -55,4 +57,36 @@ def test_links_of_a_block():
 def test_other_pods():
     assert TPU_V5P.num_blocks * 64 == TPU_V5P.num_chips == 16 * 20 * 28
     assert TPU_V5P.num_chips / TPU_V5P.host.chips == 2240
-    assert 2 * 32 * TPU_V3.chip.link_bandwidth == TPU_V3.bisection_bandwidth  # a 32x32 torus
+
+
+@pytest.mark.parametrize("pod", [TPU_V5E, TPU_V6E], ids=lambda pod: pod.name)
+def test_published_figures_of_a_pod_of_two_dimensions_agree_with_each_other(pod):
+    raw, side = pod.chip.link_bandwidth, pod.ring
+    assert side**2 == pod.num_chips == max(math.prod(shape) for shape in pod.shapes)
+    assert pod.chip.links == 2 * pod.dimensions
+    assert pod.num_chips * pod.chip.links * raw == pod.all_reduce_bandwidth
+    assert 2 * side * raw == pod.bisection_bandwidth
+    assert pod.num_chips // pod.host.chips == 32  # hosts, as the documentation has it
+    slice = Slice(shape=(side, side), pod=pod)
+    assert slice.bisection_links * raw == pod.bisection_bandwidth
+
+
+def test_what_sources_say_of_the_links_of_v3():
+    """The paper on v4 has the same measure for both; the pod's own figures mean two others."""
+    values = list(V3_LINKS.values())
+    assert TPU_V3.chip.link_bandwidth == values[0] == 70e9
+    assert values[1] == 656e9 / 8
+    assert TPU_V3.all_reduce_bandwidth / 1024 / 4 == pytest.approx(values[2], rel=1e-3)
+    assert TPU_V3.bisection_bandwidth / (2 * 32) == values[3]  # a 32x32 torus
+
+
+def test_what_is_not_known_of_a_pod_is_said_with_the_pods_of_which_it_is():
+    assert block_of(TPU_V5P).side == 4
+    with pytest.raises(ValueError, match="TPU v5e: is not made of blocks; take TPU v4 or TPU v5p"):
+        block_of(TPU_V5E)
+    with pytest.raises(ValueError, match=r"TPU v5p: how its optical switches.*; take TPU v4$"):
+        switch_of(TPU_V5P)
+    with pytest.raises(
+        ValueError, match="TPU v6e: it has no optical switches, its wiring is fixed"
+    ):
+        switch_of(TPU_V6E)

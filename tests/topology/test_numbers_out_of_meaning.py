@@ -126,7 +126,7 @@ CALLS = [
 
 # Public names that take no numbers of a caller's: data, modules, and what only holds arrays.
 EXEMPT = {
-    *("DIRECTIONS", "PODS", "SWITCHES", "TPU_V3", "TPU_V4", "TPU_V5P"),
+    *("DIRECTIONS", "PODS", "SWITCHES", "TPU_V3", "TPU_V4", "TPU_V5E", "TPU_V5P", "TPU_V6E"),
     *("Changes", "Cost", "Fabric", "Groups", "Layout", "Part", "Switch"),
     *("dimension_rings", "hamiltonian_ring", "replay", "schedule"),
 }

@@ -318,7 +318,7 @@ def test_translations():
         ("32x32x32", "slice 32x32x32: takes 512 blocks, a pod has 64; .* is 16x16x16"),
         ("1x1x1", "whole hosts .* nearest legal is 1x2x2"),
         ("0x4x4", "three positive sizes"),
-        ("8x8", "not a slice; write for example 4x4x8"),
+        ("8x8", "not a slice of TPU v4, which has 3 dimensions; write for example 4x4x8"),
         ("4x4x8_twistd", "not a slice"),
         ("4x4x8_twist:0,0,4", "not a slice"),
         ("4x4x8_twist:0,0,4/0,-/0,0,0", "not a slice"),

@@ -27,7 +27,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, shortest_path
 
 from topology.collectives.groups import Groups, path_links, vectors_between, ways_between
-from topology.hardware import TPU_V4_CHIP
+from topology.hardware import TPU_V4, Pod
 from topology.numbers import number
 from topology.routing.loads import lower_bounds as traffic_lower_bounds
 from topology.torus.slices import Slice
@@ -68,12 +68,13 @@ class Network:
     """What links give.
 
     Attributes:
-      bandwidth: usable bytes/s of a link in one direction.
+      bandwidth: usable bytes/s of a link in one direction; of TPU v4 unless given, and `Network.of`
+        has that of another pod.
       hop_latency: seconds; about 1 us on TPU ("How to Scale Your Model", chapter TPUs).
       efficiencies: of strategies; see `EFFICIENCIES`.
     """
 
-    bandwidth: float = TPU_V4_CHIP.link_bandwidth * TPU_V4_CHIP.link_efficiency
+    bandwidth: float = TPU_V4.chip.usable_link_bandwidth
     hop_latency: float = 1e-6
     efficiencies: Mapping[str, float] = field(default_factory=lambda: EFFICIENCIES)
 
@@ -82,6 +83,11 @@ class Network:
         for name, value in rates.items():
             number(f"network: {name}", value, above=0)
         number("network: hop_latency", self.hop_latency, unit="seconds")
+
+    @classmethod
+    def of(cls, pod: Pod) -> "Network":
+        """The network of a pod's slices."""
+        return cls(bandwidth=pod.chip.usable_link_bandwidth)
 
     def fitted(self, measured: Iterable[tuple[str, "Cost", float, float]]) -> "Network":
         """The network whose efficiencies fit measured times best (least squares of the rates).
@@ -281,7 +287,7 @@ def lower_bounds(
 
 
 def _chip_load(kind, groups):
-    degree = (groups.slice.neighbours >= 0).sum(axis=1).min()
+    degree = max(1, (groups.slice.neighbours >= 0).sum(axis=1).min())
     # In an all-reduce of n members each chip sends all its data, as parts or as sums.
     part = (groups.size - 1) / groups.size if kind != "all_reduce" else float(groups.size > 1)
     return part / degree

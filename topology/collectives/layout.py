@@ -108,7 +108,7 @@ def lay_mesh(
     Raises:
       ValueError: the product is another, or traffic names an axis that is not there.
     """
-    network = network or Network()
+    network = network or Network.of(slice.pod)
     _check_mesh(slice, mesh, traffic)
     search = _Search(slice, mesh, traffic, network)
     best, limit = {}, math.inf  # the limit is the seconds of the worst in `best`, once it is full
@@ -166,7 +166,8 @@ def traffic_seconds(
         raise ValueError(f"devices of shape {devices.shape}: the mesh is {tuple(mesh.values())}")
     return tuple(
         one.seconds(
-            groups_of_axes(slice, devices, [names.index(a) for a in one.axes]), network or Network()
+            groups_of_axes(slice, devices, [names.index(a) for a in one.axes]),
+            network or Network.of(slice.pod),
         )
         for one in traffic
     )
@@ -273,7 +274,7 @@ class _Search:
         if one.kind == "all_to_all":
             h = np.arange(1, 1 + math.ceil(n ** (1 / 3)))
             received = np.repeat(h, 4 * h**2 + 2)[: n - 1].sum()
-        degree = (self.slice.neighbours >= 0).sum(axis=1).max()
+        degree = max(1, (self.slice.neighbours >= 0).sum(axis=1).max())
         return one._seconds(Cost(0, received / n / degree), self.network)
 
     def cost(self, kind, b, digits):

@@ -36,7 +36,7 @@ def replay(schedule: Schedule, bytes: float, network: Network | None = None) -> 
     Raises:
       ValueError: a transfer's path passes a link that does not exist, or ends elsewhere.
     """
-    network, groups = network or Network(), schedule.groups
+    network, groups = network or Network.of(schedule.groups.slice.pod), schedule.groups
     whole = schedule.kind == "permute"
     piece = bytes / schedule.pieces / (1 if whole else groups.size)
     total, seconds = np.zeros(6 * groups.slice.num_chips), []

@@ -30,7 +30,7 @@ from topology.drawing.scene import (
     stubs,
 )
 from topology.fabric.fabric import Fabric
-from topology.fabric.parts import SWITCHES
+from topology.fabric.parts import switches
 
 # Stand in what is written here, so that no other files are replaced.
 _MARKS = {".html": b'name="generator" content="torsion"', ".png": b"Software\0torsion"}
@@ -95,15 +95,16 @@ def fabric_sections(fabric: Fabric) -> tuple[list[str], str]:
     homes = {(s, port): home for (s, home), port in fabric.patches.items()}
     spares = 2 * fabric.pod.num_blocks
     ports = range(fabric.pod.switch.ports)
+    lanes = switches(fabric.pod)
     data = {
-        "names": [str(switch) for switch in SWITCHES],
+        "names": [str(switch) for switch in lanes],
         "states": PORT_STATES,
         "state": port_states(fabric).tolist(),
-        "joined": [[joined.get(s, {}).get(port, -1) for port in ports] for s in SWITCHES],
+        "joined": [[joined.get(s, {}).get(port, -1) for port in ports] for s in lanes],
         # The fibre at each port: 0 .. num_blocks - 1 the + one of a block, then the - ones.
         "fibre": [
             [-1 if (s, port) in fabric.patches else homes.get((s, port), port) for port in ports]
-            for s in SWITCHES
+            for s in lanes
         ],
         "blocks": fabric.pod.num_blocks,
         "colours": [FREE_COLOUR, LOAD_COLOURS[0], KIND_COLOURS[1], FAILED_COLOUR],

@@ -21,6 +21,7 @@ from topology.drawing.scene import (
 _STYLES = ("-", "-", (0, (3, 2)))  # of KINDS
 _WIDTHS = (1.0, 0.7, 0.8)
 _LAYERS = 24
+_LEAST = 2.0  # chips that there is room for, however few are drawn
 
 
 def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
@@ -162,6 +163,12 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )
     axes.autoscale_view()
+    for low, high, set_limits in (
+        (*axes.get_xlim(), axes.set_xlim),
+        (*axes.get_ylim(), axes.set_ylim),
+    ):
+        if high - low < _LEAST:
+            set_limits((low + high - _LEAST) / 2, (low + high + _LEAST) / 2)
 
     figure.text(0.03, 0.955, heading, size=17, weight="bold", color="#1b2330", va="center")
     text = "\n".join(part for line in lines for part in textwrap.wrap(line, 92))

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from topology.fabric import fabric as fabrics
 from topology.fabric.fabric import Fabric
-from topology.fabric.light import impact, trace
-from topology.fabric.parts import CHIPS, SWITCHES, Part, Switch, chip_in_block
+from topology.fabric.light import trace
+from topology.fabric.losses import lost
+from topology.fabric.parts import Part, Switch, face_chip, switches
 from topology.routing.flows import Flow
 from topology.routing.loads import link_loads
 from topology.routing.routing import dimension_order, direction_loads
-from topology.routing.throughput import all_to_all, is_cut, orbits, switch_links
-from topology.torus.shapes import BLOCK, DIMENSIONS, Shape
+from topology.routing.throughput import all_to_all, is_cut, orbits
+from topology.torus.shapes import DIMENSIONS, Shape
 from topology.torus.slices import Slice
 
 KINDS = ("inner", "wrap", "twist")
@@ -85,31 +85,6 @@ class Scene:
     captions: tuple[tuple[str, np.ndarray], ...]
 
 
-def lost(slice: Slice, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """Chips (int) and directed link ids (int, 6 * chip + direction) that a slice loses with parts.
-
-    Blocks are those of the slice: 0 .. num_blocks - 1, row-major over `slice.block_shape`.
-
-    Raises:
-      ValueError: a part is none of the slice's; says which it has.
-    """
-    blocks = tuple(range(slice.num_blocks))
-    pod = fabrics.place(Fabric(), "it", slice, blocks)
-    chips, links = set(), set()
-    for part in parts:
-        if part.kind == "ocs":
-            switch_links(slice, *part.where)  # says why there are none
-        found = impact(pod, part).get("it")
-        if found is None:
-            has = "block is 0" if len(blocks) == 1 else f"blocks are 0 .. {blocks[-1]}"
-            raise ValueError(
-                f"part {part}: carries nothing of {slice}, whose {has}; take a part that it uses"
-            )
-        chips.update(found.chips)
-        links.update(found.links)
-    return np.array(sorted(chips), int), np.array(sorted(links), int)
-
-
 def optimum(
     slice: Slice,
     failed_links=(),
@@ -150,14 +125,16 @@ def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = No
     if flow is None and not is_cut(slice, around):
         flow = optimum(slice, around)
     loads = {} if flow is None else {OPTIMUM: flow.loads}
-    if not around.size:
+    if slice.num_chips == 1:
+        loads = {}
+    elif not around.size:
         loads[DIMENSION_ORDER] = _dimension_order_loads(slice)
 
-    places = slice.coordinates
-    box = _box(slice, slice.shape, slice.neighbours[:, ::2], places + _GAP * (places // BLOCK))
+    places, block = slice.coordinates, slice.pod.block
+    apart = 0 if block is None else _GAP * (places // block.side)
+    box = _box(slice, slice.shape, slice.neighbours[:, ::2], places + apart)
     (tails, heads), forward = box["links"].T, 2 * box["dimensions"]
     ahead, back = 6 * tails + forward, 6 * heads + forward + 1
-    blocks = np.ravel_multi_index(tuple((places // BLOCK).T), slice.block_shape)
     low, high = box["positions"].min(axis=0), box["positions"].max(axis=0)
     corner = low - 0.8
     ends = [np.where(np.arange(3) == d, high + 0.6, corner) for d in range(3)]
@@ -165,10 +142,7 @@ def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = No
         title=str(slice),
         nodes="chip",
         radius=0.17,
-        labels=tuple(
-            f"chip ({x}, {y}, {z}), block {b}"
-            for (x, y, z), b in zip(places.tolist(), blocks.tolist(), strict=True)
-        ),
+        labels=_chip_labels(slice),
         groups=np.zeros(slice.num_chips, int),
         group_names=("chip",),
         node_failed=np.isin(np.arange(slice.num_chips), chips),
@@ -195,7 +169,8 @@ def fabric_scene(fabric: Fabric) -> Scene:
     A link stands for the 16 fibres between two faces, one through each switch of a dimension;
     `values` counts those that carry light, and it is failed where some do not.
     """
-    far = trace(fabric).reshape(-1, CHIPS, 6)
+    block, lanes = fabric.pod.block, switches(fabric.pod)
+    far = trace(fabric).reshape(-1, block.chips, 6)
     used = {block for placement in fabric.placements.values() for block in placement.blocks}
     rest = [block for block in range(fabric.pod.num_blocks) if block not in used]
     boxes, order, lit, captions = [], [], [], []
@@ -205,13 +180,14 @@ def fabric_scene(fabric: Fabric) -> Scene:
         ahead = np.full((len(places), 3), -1)
         if slice.is_whole_blocks:
             for d in range(3):
-                to = slice.reduce((places + np.eye(3, dtype=int)[d]) * BLOCK) // BLOCK
+                ahead_of = (places + np.eye(3, dtype=int)[d]) * block.side
+                to = slice.reduce(ahead_of) // block.side
                 inside = to[:, d] < slice.block_shape[d]
                 ahead[inside, d] = np.ravel_multi_index(tuple(to[inside].T), slice.block_shape)
         box = _box(slice, slice.block_shape, ahead, _SPACING * places)
         for (tail, _), d in zip(box["links"], box["dimensions"], strict=True):
-            ends = [far[blocks[tail], _face_chip(s), 2 * d] >= 0 for s in SWITCHES if s.d == d]
-            lit.append(sum(ends))
+            mine = [face_chip(block, s) for s in lanes if s.d == d]
+            lit.append(sum(far[blocks[tail], chip, 2 * d] >= 0 for chip in mine))
         # The longest dimension lies across, the shortest in depth.
         turn = np.argsort(-np.array(slice.block_shape), kind="stable")
         box["positions"], box["controls"] = box["positions"][:, turn], box["controls"][:, :, turn]
@@ -240,7 +216,7 @@ def fabric_scene(fabric: Fabric) -> Scene:
         groups=groups,
         group_names=tuple(captions),
         node_failed=np.isin(order, sorted(fabric.unhealthy_blocks)),
-        link_failed=lit < BLOCK**2,
+        link_failed=lit < block.side**2,
         values={LIT: np.column_stack([lit, lit])},
         captions=tuple(zip(captions, tops, strict=True)),
         **whole,
@@ -262,14 +238,14 @@ def group_colours(scene: Scene) -> list[str]:
 
 
 def port_states(fabric: Fabric) -> np.ndarray:
-    """int [48, ports], into PORT_STATES: what each port of each of `parts.SWITCHES` does.
+    """int [48, ports], into PORT_STATES: what each port of each of `parts.switches` does.
 
     Used are those that a cross-connect joins; free ones have a fibre of a block, spare ones none.
     """
     ports, spares = fabric.pod.switch.ports, 2 * fabric.pod.num_blocks
-    states = np.zeros((len(SWITCHES), ports), int)
+    rows = {switch: row for row, switch in enumerate(switches(fabric.pod))}
+    states = np.zeros((len(rows), ports), int)
     states[:, spares:] = PORT_STATES.index("spare")
-    rows = {switch: row for row, switch in enumerate(SWITCHES)}
     for (switch, _), port in fabric.patches.items():
         states[rows[switch], port] = PORT_STATES.index("free")
     for switch, held in fabric.connects.items():
@@ -303,6 +279,17 @@ def stubs(scene: Scene) -> np.ndarray:
     out = 0.6 * step / np.where(length > 0, length, 1)
     out[rows, scene.dimensions] = 0.9
     return out
+
+
+def _chip_labels(slice):
+    places, block = slice.coordinates, slice.pod.block
+    if block is None:
+        return tuple(f"chip ({x}, {y})" for x, y, _ in places.tolist())
+    blocks = np.ravel_multi_index(tuple((places // block.side).T), slice.block_shape)
+    return tuple(
+        f"chip ({x}, {y}, {z}), block {b}"
+        for (x, y, z), b in zip(places.tolist(), blocks.tolist(), strict=True)
+    )
 
 
 def _dimension_order_loads(slice):
@@ -395,10 +382,3 @@ def _lay_out(boxes) -> list[np.ndarray]:
         box["controls"] = box["controls"] + place
     tops = reach * (0, 1, 0) - (0, 0.45, 0)
     return list(places + tops)
-
-
-def _face_chip(switch):
-    """The index, in its block, of the chip whose + link goes to a switch."""
-    chip = [switch.i, switch.j]
-    chip.insert(switch.d, BLOCK - 1)
-    return chip_in_block(*chip)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from topology.fabric.parts import CHIPS, SWITCHES, Part, Switch, check_part
-from topology.hardware import TPU_V4, OpticalSwitch, Pod
+from topology.fabric.parts import Part, Switch, check_part, switches
+from topology.hardware import TPU_V4, OpticalSwitch, Pod, block_of, switch_of
 from topology.numbers import whole
-from topology.torus.shapes import BLOCK, legal_shapes, nearest_shape, times
+from topology.torus.shapes import legal_shapes, nearest_shape, times
 from topology.torus.slices import Slice
 
 Connects = Mapping[Switch, Mapping[int, int]]
@@ -44,9 +44,10 @@ class Placement:
     @property
     def chips(self) -> np.ndarray:
         """int [N]: of every chip of the slice, 64 * block + its index in the block."""
-        block, chip = np.divmod(self.slice.coordinates, BLOCK)
+        of = block_of(self.slice.pod)
+        block, chip = np.divmod(self.slice.coordinates, of.side)
         block = np.ravel_multi_index(tuple(block.T), self.slice.block_shape)
-        return np.array(self.blocks)[block] * CHIPS + chip @ (BLOCK**2, BLOCK, 1)
+        return np.array(self.blocks)[block] * of.chips + chip @ (of.side**2, of.side, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,8 @@ class Fabric:
       drained: blocks and switches out of use for maintenance.
 
     Raises:
-      ValueError: the pod is not made of blocks, or has no such block, switch, port or part.
+      ValueError: the pod is not made of blocks, the wiring of its switches is not published, a
+        slice is of another pod, or the pod has no such block, switch, port or part.
     """
 
     pod: Pod = TPU_V4
@@ -72,9 +74,9 @@ class Fabric:
     drained: frozenset[Part] = frozenset()
 
     def __post_init__(self):
-        if self.pod.block is None:
-            raise ValueError(f"pod {self.pod.name}: is not made of blocks; take TPU v4 or TPU v5p")
+        switch_of(self.pod)
         for name, placement in self.placements.items():
+            _check_pod(self.pod, placement.slice)
             for block in placement.blocks:
                 whole(f"slice {name!r}: block", block, most=self.pod.num_blocks - 1)
         for switch, held in self.connects.items():
@@ -163,12 +165,13 @@ def choose(fabric: Fabric, slice: Slice, policy: Policy = lowest_numbered) -> tu
     Raises:
       ValueError: there are too few; names the nearest shape that fits.
     """
+    _check_pod(fabric.pod, slice)
     free, total = fabric.free_blocks, fabric.pod.num_blocks
     if slice.num_blocks <= len(free):
         return tuple(policy(fabric, free, slice.num_blocks))
     state = f"{len(free)} of {total} are free and healthy"
-    fits = legal_shapes(len(free)) if free else []
-    nearest = nearest_shape(slice.shape, among=fits) if fits else None
+    fits = legal_shapes(len(free), fabric.pod) if free else []
+    nearest = nearest_shape(slice.shape, among=fits, pod=fabric.pod) if fits else None
     advice = f"the nearest that fits is {times(nearest)}" if nearest else "release a slice first"
     blocks = "1 block" if slice.num_blocks == 1 else f"{slice.num_blocks} blocks"
     raise ValueError(f"slice {slice}: needs {blocks}, {state}; {advice}")
@@ -184,13 +187,13 @@ def connects_of(fabric: Fabric, placement: Placement) -> dict[Switch, dict[int, 
     if not slice.is_whole_blocks:
         return {}
     places = np.indices(slice.block_shape).reshape(3, -1).T
-    connects = {}
+    connects, side = {}, fabric.pod.block.side
     for d in range(3):
-        to = slice.reduce((places + np.eye(3, dtype=int)[d]) * BLOCK) // BLOCK
+        to = slice.reduce((places + np.eye(3, dtype=int)[d]) * side) // side
         inside = to[:, d] < slice.block_shape[d]  # the last place of a dimension without wraparound
         to = blocks[np.ravel_multi_index(tuple(to[inside].T), slice.block_shape)]
         pairs = list(zip(blocks[inside].tolist(), to.tolist(), strict=True))
-        for switch in SWITCHES:
+        for switch in switches(fabric.pod):
             if switch.d == d and pairs and Part("ocs", tuple(switch)) not in fabric.drained:
                 connects[switch] = {
                     fabric.port(switch, a): fabric.port(switch, fabric.pod.num_blocks + b)
@@ -256,7 +259,7 @@ def replace_block(
             f"slice {name!r}: block {old} is not one of its blocks {_listed(placement.blocks)}"
         )
     if new is None:
-        one = Slice(shape=(BLOCK,) * 3)
+        one = Slice(shape=fabric.pod.block.shape, pod=fabric.pod)
         new = choose(fabric, one, policy)[0]
     new = whole(f"slice {name!r}: block", new, most=last)
     free = [b for b in fabric.free_blocks if b != old]
@@ -426,6 +429,11 @@ def placement_of(fabric: Fabric, name: str) -> Placement:
         there = ", ".join(map(repr, fabric.placements)) or "none"
         raise ValueError(f"slice {name!r}: no such slice; there are {there}")
     return fabric.placements[name]
+
+
+def _check_pod(pod, slice):
+    if slice.pod.name != pod.name:
+        raise ValueError(f"slice {slice}: is one of {slice.pod.name}, the pod is {pod.name}")
 
 
 def _held(fabric, switch, out, into):

@@ -7,22 +7,22 @@ claimed map from a slice's chips to the pod's is an isomorphism, and nothing els
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from topology.fabric.fabric import Fabric, fail, placement_of
 from topology.fabric.parts import (
-    CHIPS,
-    ENDS,
-    SWITCHES,
     Part,
     Switch,
     chip_in_block,
     chips_of,
+    ends_of,
     fibre_end,
     link_end,
+    switches,
 )
-from topology.torus.shapes import BLOCK
+from topology.hardware import Block
 
 
 def trace(fabric: Fabric) -> np.ndarray:
@@ -31,9 +31,10 @@ def trace(fabric: Fabric) -> np.ndarray:
     Link ends are numbered as in `parts.link_end`. Where ports are used twice (see
     `port_conflicts`), the later cross-connect counts.
     """
-    far = np.tile(_WIRES, (fabric.pod.num_blocks, 1))
-    far = np.where(far >= 0, far + ENDS * np.arange(len(far))[:, None], -1).ravel()
-    ends = {switch: _fibres(fabric, switch) for switch in SWITCHES}
+    far = np.tile(_wires(fabric.pod.block), (fabric.pod.num_blocks, 1))
+    first = ends_of(fabric.pod.block) * np.arange(len(far))[:, None]
+    far = np.where(far >= 0, far + first, -1).ravel()
+    ends = {switch: _fibres(fabric, switch) for switch in switches(fabric.pod)}
     for switch, held in fabric.connects.items():
         for out, into in held.items():
             a, b = ends[switch].get(out), ends[switch].get(into)
@@ -87,14 +88,16 @@ def check(fabric: Fabric) -> list[str]:
         for block in np.unique(blocks[owner[blocks] >= 0]):
             lines.append(f"block {block} is in slice {name!r} and in another")
         owner[blocks] = n
-    far = trace(fabric)
+    far, pod = trace(fabric), fabric.pod
     for name in fabric.placements:
         lines += _wrong_links(fabric, name, far)
     near = np.flatnonzero(far >= 0)
-    here, there = owner[near // ENDS], owner[far[near] // ENDS]
-    apart = (near // ENDS != far[near] // ENDS) & ((here != there) | (here < 0))
+    block, other = near // ends_of(pod.block), far[near] // ends_of(pod.block)
+    here, there = owner[block], owner[other]
+    apart = (block != other) & ((here != there) | (here < 0))
     for end in near[apart]:
-        lines.append(f"{_link(end)} reaches {_link(far[end])}, which is not of the same slice")
+        to = _link(pod.block, far[end])
+        lines.append(f"{_link(pod.block, end)} reaches {to}, which is not of the same slice")
     return lines
 
 
@@ -110,7 +113,9 @@ class Impact:
 def impact(fabric: Fabric, part: Part) -> dict[str, Impact]:
     """The slices that the failure of a part touches, and how."""
     before, after = trace(fabric), trace(fail(fabric, part))
-    lost = [] if part.block is None else [part.block * CHIPS + c for c in chips_of(part)]
+    block, lost = fabric.pod.block, []
+    if part.block is not None:
+        lost = [part.block * block.chips + c for c in chips_of(part, block)]
     touched = {}
     for name, placement in fabric.placements.items():
         chips = placement.chips
@@ -123,7 +128,7 @@ def impact(fabric: Fabric, part: Part) -> dict[str, Impact]:
 
 def _wrong_links(fabric, name, far):
     placement = placement_of(fabric, name)
-    slice, chips = placement.slice, placement.chips
+    slice, chips, block = placement.slice, placement.chips, fabric.pod.block
     if len(np.unique(chips)) < len(chips):
         return [f"slice {name!r}: a block stands twice in its blocks {placement.blocks}"]
     to = slice.neighbours
@@ -133,20 +138,22 @@ def _wrong_links(fabric, name, far):
     if not slice.is_whole_blocks:
         wrong &= to >= 0
     return [
-        f"slice {name!r}: chip {c} ({_link(6 * chips[c] + j)}) reaches {_link(does[c, j])}, "
-        f"should reach {_link(should[c, j])}"
+        f"slice {name!r}: chip {c} ({_link(block, 6 * chips[c] + j)}) reaches "
+        f"{_link(block, does[c, j])}, should reach {_link(block, should[c, j])}"
         for c, j in np.argwhere(wrong).tolist()
     ]
 
 
 def _fibres(fabric, switch):
     """{port: link end} of the fibres that are at the ports of a switch."""
-    blocks = fabric.pod.num_blocks
-    return {fabric.port(switch, p): fibre_end(switch, p, blocks) for p in range(2 * blocks)}
+    pod = fabric.pod
+    fibres = range(2 * pod.num_blocks)
+    return {fabric.port(switch, p): fibre_end(switch, p, pod) for p in fibres}
 
 
 def _dark_ends(fabric, part, ends):
     """The link ends that get no light because a part failed."""
+    pod = fabric.pod
     if part.kind == "ocs":
         return list(ends[Switch(*part.where)].values())
     if part.kind == "port":
@@ -155,29 +162,27 @@ def _dark_ends(fabric, part, ends):
         return [] if end is None else [end]
     if part.kind == "link":
         block, *chip, direction = part.where
-        return [link_end(block, chip_in_block(*chip), direction)]
-    return [link_end(part.where[0], c, j) for c in chips_of(part) for j in range(6)]
+        return [link_end(pod, block, chip_in_block(pod.block, *chip), direction)]
+    return [link_end(pod, part.where[0], c, j) for c in chips_of(part, pod.block) for j in range(6)]
 
 
-def _link(end):
+def _link(of: Block, end):
     if end < 0:
         return "nothing"
-    block, rest = divmod(int(end), ENDS)
+    block, rest = divmod(int(end), ends_of(of))
     chip, direction = divmod(rest, 6)
-    place = (chip // BLOCK**2, chip // BLOCK % BLOCK, chip % BLOCK)
+    place = (chip // of.side**2, chip // of.side % of.side, chip % of.side)
     return str(Part("link", (block, *place, direction)))
 
 
-def _wires():
+@cache
+def _wires(block: Block) -> np.ndarray:
     """int [384]: the link ends of a block that its own wires join; -1 at the faces."""
-    ends = np.full((BLOCK, BLOCK, BLOCK, 3, 2), -1)
-    number = np.arange(ENDS).reshape(ends.shape)
+    ends = np.full((*block.shape, 3, 2), -1)
+    number = np.arange(ends_of(block)).reshape(ends.shape)
     for d in range(3):
         low, high = np.moveaxis(ends, d, 0)[:-1], np.moveaxis(ends, d, 0)[1:]
         numbers = np.moveaxis(number, d, 0)
         low[..., d, 0] = numbers[1:][..., d, 1]
         high[..., d, 1] = numbers[:-1][..., d, 0]
     return ends.ravel()
-
-
-_WIRES = _wires()

@@ -1,4 +1,4 @@
-"""The parts of a pod that fail or are drained, and the rule by which its fibres are laid.
+"""The parts of a pod that fail or are drained, and the rule by which TPU v4's fibres are laid.
 
 A block's chips are (x, y, z), each 0 .. 3. Of each of its six faces, 16 links leave by fibre. The
 link at place (i, j) of the faces across dimension d (i and j being the chip's other two
@@ -12,12 +12,9 @@ ports are spares.
 import re
 from typing import NamedTuple
 
-from topology.hardware import Pod
+from topology.hardware import TPU_V4, Block, Pod, block_of, switch_of
 from topology.numbers import whole
-from topology.torus.shapes import BLOCK, DIMENSIONS
-
-CHIPS = BLOCK**3  # of a block
-ENDS = 6 * CHIPS  # link ends of a block: 6 directions of each chip
+from topology.torus.shapes import DIMENSIONS
 
 
 class Switch(NamedTuple):
@@ -31,18 +28,26 @@ class Switch(NamedTuple):
         return f"{DIMENSIONS[self.d]},{self.i},{self.j}"
 
 
-SWITCHES = [Switch(d, i, j) for d in range(3) for i in range(BLOCK) for j in range(BLOCK)]
+def switches(pod: Pod) -> list[Switch]:
+    """All optical switches of a pod. ValueError where how they are wired is not published."""
+    switch_of(pod)
+    places = range(block_of(pod).side)
+    return [Switch(d, i, j) for d in range(3) for i in places for j in places]
+
+
+SWITCHES = switches(TPU_V4)
 
 
 class Part(NamedTuple):
     """A part of a pod, written as `Part.parse` reads it.
 
-    kind and where:
+    kind and where, on a pod of blocks:
       block (block,), host (block, host), chip (block, x, y, z);
       link (block, x, y, z, direction): the link that leaves that chip in a direction 0 .. 5 of
         +x, -x, +y, -y, +z, -z; inside the block a wire, at its face the fibre to the switch;
-      ocs (d, i, j), port (d, i, j, port).
-    A host has the 2x2x1 chips whose (x // 2, y // 2, z) counts to its number, row-major.
+      ocs (d, i, j), port (d, i, j, port), of TPU v4.
+    On a pod without blocks chip (x, y) and link (x, y, direction), counted in the slice.
+    A host of a block has the 2x2x1 chips whose (x // 2, y // 2, z) counts to its number, row-major.
     """
 
     kind: str
@@ -53,24 +58,22 @@ class Part(NamedTuple):
         if self.kind in ("ocs", "port"):
             where[0] = DIMENSIONS[self.where[0]]
         if self.kind == "link":
-            where[4] = _DIRECTIONS[self.where[4]]
+            where[-1] = _DIRECTIONS[self.where[-1]]
         return f"{self.kind}:{','.join(where)}"
 
     @classmethod
     def parse(cls, text: str, pod: Pod) -> "Part":
         """The part that a text names: block:12, host:12,3, chip:12,0,1,3, link:12,0,1,3,+x,
-        ocs:x,0,0 or port:x,0,0,17.
+        ocs:x,0,0 or port:x,0,0,17; on a pod without blocks chip:0,1 or link:0,1,+x.
 
         Raises:
           ValueError: the pod has no such part; says what it has.
         """
         kind, _, where = text.strip().partition(":")
         names = where.split(",")
-        ranges = _ranges(pod).get(kind)
-        if ranges is None:
-            raise ValueError(f"part {text!r}: no such kind; write for example {_EXAMPLES}")
+        ranges = _ranges(pod, kind, f"part {text!r}")
         if len(names) != len(ranges):
-            raise ValueError(f"part {text!r}: write it like {_example(kind)}")
+            raise ValueError(f"part {text!r}: write it like {_examples(pod)[kind]}")
         values = []
         for name, (what, allowed) in zip(names, ranges, strict=True):
             if isinstance(allowed, int):
@@ -87,34 +90,67 @@ class Part(NamedTuple):
 
     @property
     def block(self) -> int | None:
-        """The block that it belongs to; None of a switch and of its ports."""
-        return None if self.kind in ("ocs", "port") else self.where[0]
+        """The block that it belongs to; None of a switch and its ports, and without blocks."""
+        in_slice = self.kind in ("chip", "link") and len(self.where) < 4
+        return None if self.kind in ("ocs", "port") or in_slice else self.where[0]
 
 
 _DIRECTIONS = [sign + d for d in DIMENSIONS for sign in "+-"]
-_EXAMPLES = "block:12, host:12,3, chip:12,0,1,3, link:12,0,1,3,+x, ocs:x,0,0 or port:x,0,0,17"
 
 
-def _example(kind):
-    return next(one for one in re.split(r", (?=[a-z])| or ", _EXAMPLES) if one.startswith(kind))
-
-
-def _ranges(pod):
-    block = ("block", pod.num_blocks)
-    chip = [("coordinate of a chip", BLOCK)] * 3
-    switch = [
-        ("dimension", tuple(DIMENSIONS)),
-        ("place in a face", BLOCK),
-        ("place in a face", BLOCK),
-    ]
-    return {
-        "block": [block],
-        "host": [block, ("host of a block", pod.block.hosts)],
-        "chip": [block, *chip],
-        "link": [block, *chip, ("direction", tuple(_DIRECTIONS))],
-        "ocs": switch,
-        "port": [*switch, ("port", pod.switch.ports)],
+def _examples(pod):
+    """{kind of part that the pod has: an example of it}."""
+    if pod.block is None:
+        return {"chip": "chip:0,1", "link": "link:0,1,+x"}
+    examples = {
+        "block": "block:12",
+        "host": "host:12,3",
+        "chip": "chip:12,0,1,3",
+        "link": "link:12,0,1,3,+x",
     }
+    if pod.switch is not None:
+        examples |= {"ocs": "ocs:x,0,0", "port": "port:x,0,0,17"}
+    return examples
+
+
+def example_text(pod: Pod) -> str:
+    """Examples of all kinds of parts that a pod has: "chip:0,1 or link:0,1,+x"."""
+    *most, last = _examples(pod).values()
+    return f"{', '.join(most)} or {last}"
+
+
+def _ranges(pod, kind, name):
+    """(what it is, how many or which there are) of each number of a part of a kind.
+
+    Raises:
+      ValueError: the pod has no parts of this kind; begins with the name.
+    """
+    directions = _DIRECTIONS[: 2 * pod.dimensions]
+    if pod.block is None:
+        places = [("coordinate of a chip", max(map(max, pod.shapes or ((1,),))))] * pod.dimensions
+        kinds = {"chip": places, "link": [*places, ("direction", tuple(directions))]}
+        if kind in ("block", "host", "ocs", "port"):
+            raise ValueError(
+                f"{name}: {pod.name} has neither blocks nor optical switches; write for example "
+                f"{example_text(pod)}"
+            )
+    else:
+        block = ("block", pod.num_blocks)
+        chip = [("coordinate of a chip", pod.block.side)] * 3
+        kinds = {
+            "block": [block],
+            "host": [block, ("host of a block", pod.block.hosts)],
+            "chip": [block, *chip],
+            "link": [block, *chip, ("direction", tuple(directions))],
+        }
+        if kind in ("ocs", "port"):
+            place = ("place in a face", pod.block.side)
+            switch = [("dimension", tuple(DIMENSIONS)), place, place]
+            ports = switch_of(pod).ports
+            kinds |= {"ocs": switch, "port": [*switch, ("port", ports)]}
+    if kind not in kinds:
+        raise ValueError(f"{name}: no such kind; write for example {example_text(pod)}")
+    return kinds[kind]
 
 
 def check_part(part: Part, pod: Pod) -> Part:
@@ -123,11 +159,14 @@ def check_part(part: Part, pod: Pod) -> Part:
     Raises:
       ValueError: the pod has no such part.
     """
-    if not isinstance(part, Part) or not isinstance(part.where, tuple):
-        raise ValueError(f"part {part!r}: is no Part; Part.parse reads for example {_EXAMPLES}")
-    ranges = next((r for kind, r in _ranges(pod).items() if kind == part.kind), None)
-    if ranges is None or len(ranges) != len(part.where):
-        raise ValueError(f"part {tuple(part)}: no such part; for example {_EXAMPLES}")
+    named = isinstance(part, Part) and isinstance(part.kind, str)
+    if not named or not isinstance(part.where, tuple):
+        raise ValueError(
+            f"part {part!r}: is no Part; Part.parse reads for example {example_text(pod)}"
+        )
+    ranges = _ranges(pod, part.kind, f"part {tuple(part)}")
+    if len(ranges) != len(part.where):
+        raise ValueError(f"part {tuple(part)}: no such part; for example {example_text(pod)}")
     where = []
     for value, (what, allowed) in zip(part.where, ranges, strict=True):
         count = allowed if isinstance(allowed, int) else len(allowed)
@@ -135,34 +174,51 @@ def check_part(part: Part, pod: Pod) -> Part:
     return Part(part.kind, tuple(where))
 
 
-def chip_in_block(x: int, y: int, z: int) -> int:
+def chip_in_block(block: Block, x: int, y: int, z: int) -> int:
     """The index of a chip in its block: row-major, z the fastest."""
-    return (x * BLOCK + y) * BLOCK + z
+    return (x * block.side + y) * block.side + z
 
 
-def link_end(block: int, chip: int, direction: int) -> int:
+def host_in_block(block: Block, chip: int) -> int:
+    """The number, in its block, of the host of a chip (see `Part`)."""
+    x, rest = divmod(chip, block.side**2)
+    y, z = divmod(rest, block.side)
+    return (x // 2 * (block.side // 2) + y // 2) * block.side + z
+
+
+def ends_of(block: Block) -> int:
+    """Link ends of a block: 6 directions of each chip."""
+    return 6 * block.chips
+
+
+def link_end(pod: Pod, block: int, chip: int, direction: int) -> int:
     """The number of the end of a link at a chip: 6 * (64 * block + chip in block) + direction."""
-    return block * ENDS + 6 * chip + direction
+    return block * ends_of(block_of(pod)) + 6 * chip + direction
 
 
-def fibre_end(switch: Switch, port: int, num_blocks: int) -> int | None:
+def fibre_end(switch: Switch, port: int, pod: Pod) -> int | None:
     """The link end whose fibre is laid to a port of a switch; None of a spare port."""
-    if port >= 2 * num_blocks:
+    if port >= 2 * pod.num_blocks:
         return None
+    minus, block = divmod(port, pod.num_blocks)
+    return link_end(pod, block, face_chip(block_of(pod), switch, minus), 2 * switch.d + minus)
+
+
+def face_chip(block: Block, switch: Switch, minus: int = 0) -> int:
+    """The index, in its block, of the chip whose + (or -) link goes to a switch."""
     chip = [switch.i, switch.j]
-    minus, block = divmod(port, num_blocks)
-    chip.insert(switch.d, 0 if minus else BLOCK - 1)
-    return link_end(block, chip_in_block(*chip), 2 * switch.d + minus)
+    chip.insert(switch.d, 0 if minus else block.side - 1)
+    return chip_in_block(block, *chip)
 
 
-def chips_of(part: Part) -> list[int]:
+def chips_of(part: Part, block: Block) -> list[int]:
     """The chips, by index in their block, that are lost with a part; none of links and switches."""
     if part.kind == "block":
-        return list(range(CHIPS))
+        return list(range(block.chips))
     if part.kind == "chip":
-        return [chip_in_block(*part.where[1:])]
+        return [chip_in_block(block, *part.where[1:])]
     if part.kind == "host":
-        x, rest = divmod(part.where[1], 2 * BLOCK)
-        y, z = divmod(rest, BLOCK)
-        return [chip_in_block(2 * x + i, 2 * y + j, z) for i in range(2) for j in range(2)]
+        x, rest = divmod(part.where[1], block.side // 2 * block.side)
+        y, z = divmod(rest, block.side)
+        return [chip_in_block(block, 2 * x + i, 2 * y + j, z) for i in range(2) for j in range(2)]
     return []

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from topology.fabric.fabric import boxes
-from topology.hardware import TPU_V4, Pod
+from topology.hardware import TPU_V4, Pod, block_of
 from topology.numbers import number, whole
 from topology.torus.shapes import times
 
@@ -33,7 +33,7 @@ _MOST_TERMS = 200_000  # of an inclusion-exclusion sum
 
 def block_availability(host_availability: float, pod: Pod = TPU_V4) -> float:
     """a^hosts: the part of the time that all hosts of a block are up."""
-    return _probability(host_availability) ** _blocks_of(pod).block.hosts
+    return _probability(host_availability) ** block_of(pod).hosts
 
 
 def ocs_goodput(host_availability: float, slice_blocks: int, pod: Pod = TPU_V4) -> float:
@@ -249,12 +249,6 @@ def _polynomials(shape, grid, wraparound):
 
 def _probability(a):
     return number("host_availability", a, most=1, unit="a part of the time, like 0.999")
-
-
-def _blocks_of(pod):
-    if pod.block is None:
-        raise ValueError(f"pod {pod.name}: is not made of blocks; take TPU v4 or TPU v5p")
-    return pod
 
 
 def _fitting(n, total):

@@ -24,7 +24,7 @@ from topology.fleet.pod_report import Event, JobRecord, Report
 from topology.fleet.policies import DEFAULT_POLICY, Policy
 from topology.fleet.progress import ASSUMED_COSTS, Costs, Progress
 from topology.fleet.workload import PUBLISHED_RATES, FailureRates, Job, Outage
-from topology.hardware import TPU_V4, Pod
+from topology.hardware import TPU_V4, Pod, block_of
 from topology.numbers import number
 
 
@@ -48,8 +48,7 @@ def simulate(
       ValueError: a job can never be placed, two jobs have one name, a part is not of the pod, or
         the pod is not made of blocks.
     """
-    if pod.block is None:
-        raise ValueError(f"pod {pod.name}: is not made of blocks; take TPU v4 or TPU v5p")
+    block_of(pod)
     number("horizon", horizon, above=0, unit="seconds")
     simulation = _Simulation(policy, costs, rates, pod)
     seen = set()

@@ -12,10 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from topology.fabric.parts import SWITCHES, Part
-from topology.hardware import TPU_V4, Pod
+from topology.fabric.parts import Part, switches
+from topology.hardware import TPU_V4, Block, Pod, block_of
 from topology.numbers import number, whole
-from topology.torus.shapes import BLOCK
 from topology.torus.slices import Slice
 
 DAY = 86400.0
@@ -31,15 +30,6 @@ SIZES = {
 are smaller than a block, 33 % have a geometry that can be twisted, 28 % are twisted. Assumed: which
 shapes each group has, and that inside a group a slice of n blocks comes 1/n times as often as one
 of one block, so that all sizes take as much of the machine."""
-
-_CABLES = [
-    (*place, 2 * d + minus)
-    for place in np.ndindex(BLOCK, BLOCK, BLOCK)
-    for d in range(3)
-    for minus in (0, 1)
-    if not minus or place[d] == 0
-]
-"""(x, y, z, direction) of a block's 144 wires and 96 fibres, each once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +121,8 @@ class FailureRates:
 
     def block_failures(self, pod: Pod = TPU_V4) -> float:
         """Failures of a block a second: of any of its hosts and cables."""
-        return (pod.block.hosts * self.host + len(_CABLES) * self.cable) / DAY
+        block = block_of(pod)
+        return (block.hosts * self.host + len(_cables(block)) * self.cable) / DAY
 
     def block_availability(self, pod: Pod = TPU_V4) -> float:
         """The part of the time that all hosts and cables of a block are up.
@@ -141,7 +132,8 @@ class FailureRates:
         """
         host = 1 / (1 + self.host / DAY * self.host_repair)
         cable = 1 / (1 + self.cable / DAY * self.cable_repair)
-        return host**pod.block.hosts * cable ** len(_CABLES)
+        block = block_of(pod)
+        return host**block.hosts * cable ** len(_cables(block))
 
 
 PUBLISHED_RATES = FailureRates()
@@ -185,13 +177,14 @@ def generate_jobs(
             raise ValueError(f"jobs: sizes: the share {share} has no slices")
     if not sum(sizes) > 0:
         raise ValueError(f"jobs: sizes {sizes}: shares of slices, together more than 0")
+    block_of(pod)
     names, chances = [], []
     for share, group in sizes.items():
-        weights = np.array([1 / _slice(name).num_blocks for name in group])
+        weights = np.array([1 / _slice(name, pod).num_blocks for name in group])
         names += group
         chances += (share * weights / weights.sum()).tolist()
     chances = np.array(chances) / sum(chances)
-    blocks = np.array([_slice(name).num_blocks for name in names])
+    blocks = np.array([_slice(name, pod).num_blocks for name in names])
     rate = load * pod.num_blocks / float(chances @ blocks) / mean_work
     number("jobs: load times horizon / mean_work", rate * horizon, most=_MOST, unit="jobs")
     rng = np.random.default_rng([seed, 1])
@@ -208,7 +201,7 @@ def generate_jobs(
     return [
         Job(
             name=f"job{number}",
-            slice=_slice(names[size]),
+            slice=_slice(names[size], pod),
             arrival=arrival,
             work=work,
             priority=int(first),
@@ -227,13 +220,13 @@ def generate_outages(
     """
     number("outages: horizon", horizon, unit="seconds")
     seed = whole("outages: seed", seed)
-    blocks = range(pod.num_blocks)
-    hosts = [Part("host", (b, h)) for b in blocks for h in range(pod.block.hosts)]
-    cables = [Part("link", (b, *cable)) for b in blocks for cable in _CABLES]
-    switches = [Part("ocs", tuple(switch)) for switch in SWITCHES] if pod.switch else []
+    block, blocks = block_of(pod), range(pod.num_blocks)
+    hosts = [Part("host", (b, h)) for b in blocks for h in range(block.hosts)]
+    cables = [Part("link", (b, *cable)) for b in blocks for cable in _cables(block)]
+    all_switches = [Part("ocs", tuple(switch)) for switch in switches(pod)] if pod.switch else []
     found = []
     for key, (parts, rate) in enumerate(
-        ((hosts, rates.host), (cables, rates.cable), (switches, rates.switch))
+        ((hosts, rates.host), (cables, rates.cable), (all_switches, rates.switch))
     ):
         if not parts:
             continue
@@ -256,6 +249,7 @@ def generate_maintenance(
     horizon: float, *, every: float, lasts: float, pod: Pod = TPU_V4
 ) -> list[Outage]:
     """A planned outage of each block in each period of `every` seconds, one block after another."""
+    block_of(pod)
     number("maintenance: horizon", horizon, unit="seconds")
     number("maintenance: every", every, above=0, unit="seconds")
     number("maintenance: lasts", lasts, above=0, most=every, unit="seconds of every")
@@ -278,5 +272,17 @@ _MOST = 1_000_000  # jobs or outages of a simulation, at a kilobyte each
 
 
 @lru_cache
-def _slice(name):
-    return Slice.parse(name)
+def _cables(block: Block) -> list[tuple[int, ...]]:
+    """(x, y, z, direction) of a block's 144 wires and 96 fibres, each once."""
+    return [
+        (*place, 2 * d + minus)
+        for place in np.ndindex(block.shape)
+        for d in range(3)
+        for minus in (0, 1)
+        if not minus or place[d] == 0
+    ]
+
+
+@lru_cache
+def _slice(name, pod):
+    return Slice.parse(name, pod)

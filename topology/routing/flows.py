@@ -95,7 +95,7 @@ def least_max_load(
             max_link_load=0.0,
             lower_bound=0.0,
             loads=np.zeros(neighbours.shape),
-            prices=(neighbours >= 0) / (neighbours >= 0).sum(),
+            prices=(neighbours >= 0) / max(1, (neighbours >= 0).sum()),
             sources=np.zeros(0, int),
             flows=np.zeros((0, N, 6)),
             detours={},

@@ -78,7 +78,7 @@ def lower_bounds(slice: Slice, traffic) -> dict[str, float]:
     """
     traffic = _checked(slice, traffic)
     bounds = {"chip": _chip_bound(slice, traffic), "cut": _cut_bound(slice, traffic)}
-    links = (slice.neighbours >= 0).sum()
+    links = max(1, (slice.neighbours >= 0).sum())
     if not slice.is_torus:
         tail, direction = np.nonzero(slice.neighbours >= 0)
         graph = np.zeros((slice.num_chips,) * 2, bool)
@@ -117,7 +117,7 @@ def _steps(slice, d, reach):
 
 
 def _chip_bound(slice, traffic):
-    degree = (slice.neighbours >= 0).sum(axis=1)
+    degree = np.maximum(1, (slice.neighbours >= 0).sum(axis=1))
     return float(np.maximum(traffic.sum(axis=1) / degree, traffic.sum(axis=0) / degree).max())
 
 

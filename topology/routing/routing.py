@@ -262,6 +262,8 @@ def _mesh_order(slice, ties, order):
 
 def _order(slice, d):
     """Steps along +d that lead from a chip back to itself."""
+    if slice.shape[d] == 1:
+        return 1
     chip, steps = int(slice.neighbours[0, 2 * d]), 1
     while chip:
         chip, steps = int(slice.neighbours[chip, 2 * d]), steps + 1

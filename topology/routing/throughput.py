@@ -18,9 +18,10 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from topology.hardware import switch_of
 from topology.numbers import number, whole
 from topology.routing.flows import Flow, least_max_load
-from topology.torus.shapes import BLOCK, shipped_twist
+from topology.torus.shapes import shipped_twist
 from topology.torus.slices import DIRECTIONS, Slice
 
 
@@ -83,7 +84,7 @@ def closed_form(slice: Slice) -> float | None:
                 for k, wraps in zip(slice.shape, slice.wrap, strict=True)
             )
         )
-    if slice.twist != shipped_twist(slice.shape):
+    if slice.twist != shipped_twist(slice.shape, slice.pod):
         return None
     n, middle, _ = sorted(slice.shape)
     return (7 * n**4 - 2 * n**2) / 24 if middle == n else (35 * n**4 - 8 * n**2) / 48
@@ -122,8 +123,10 @@ def bisection_is_least(slice: Slice, lower_bound: float) -> bool:
     Args:
       lower_bound: of T, proved; the optimum of all-to-all.
     """
+    if not slice.is_twisted:
+        return True
     least = slice.num_chips**2 / 4 / lower_bound
-    return not slice.is_twisted or slice.bisection_links <= math.ceil(least * (1 - 1e-6))
+    return slice.bisection_links <= math.ceil(least * (1 - 1e-6))
 
 
 def bytes_per_second_per_chip(slice: Slice, max_link_load: float, bandwidth: float) -> float:
@@ -145,12 +148,15 @@ def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
     other two coordinates, in the order x, y, z, are i and j modulo 4.
 
     Raises:
-      ValueError: there is no such switch, or the slice has no optical links in that dimension.
+      ValueError: there is no such switch, its wiring is not published, or the slice has no optical
+        links in that dimension.
     """
+    switch_of(slice.pod)
+    side = slice.pod.block.side
     dimension = whole("switch: dimension", dimension, most=2)
-    i, j = whole("switch: i", i, most=BLOCK - 1), whole("switch: j", j, most=BLOCK - 1)
-    place = np.delete(slice.coordinates % BLOCK, dimension, axis=1)
-    last = slice.coordinates[:, dimension] % BLOCK == BLOCK - 1
+    i, j = whole("switch: i", i, most=side - 1), whole("switch: j", j, most=side - 1)
+    place = np.delete(slice.coordinates % side, dimension, axis=1)
+    last = slice.coordinates[:, dimension] % side == side - 1
     chips = np.flatnonzero(last & (place == (i, j)).all(axis=1))
     ahead = slice.neighbours[chips, 2 * dimension]
     chips, ahead = chips[ahead >= 0], ahead[ahead >= 0]

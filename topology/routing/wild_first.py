@@ -27,7 +27,6 @@ from topology.collectives.prices import best_mix
 from topology.routing.deadlock import Datelines, buffers, end_datelines
 from topology.routing.routing import dimension_order, routes
 from topology.routing.throughput import orbits, switch_links
-from topology.torus.shapes import BLOCK
 from topology.torus.slices import Slice
 
 
@@ -212,12 +211,12 @@ def _datelines(slice, dimension, i, j) -> Datelines:
     of a ring of k chips (k/2 - 1 where both directions have theirs at the same place), and all but
     the dateline's own in the short dimension of a twisted slice.
     """
-    lines = list(end_datelines(slice))
+    lines, side = list(end_datelines(slice)), slice.pod.block.side
     for d, place in zip(_order(dimension)[1:], (i, j), strict=True):
         k = slice.shape[d]
-        if slice.is_twisted or k > 2 * BLOCK:  # a column may be left one way only
-            ahead, back = place, place + BLOCK * (k > 2 * BLOCK)
-        elif k == BLOCK:  # lose the hop into the failed column, which nobody misses
+        if slice.is_twisted or k > 2 * side:  # a column may be left one way only
+            ahead, back = place, place + side * (k > 2 * side)
+        elif k == side:  # lose the hop into the failed column, which nobody misses
             ahead = back = place + 2
         else:  # lose the hops from the middle between two failed columns on, which nobody misses
             ahead, back = place + 1, place + 3

@@ -1,50 +1,64 @@
-"""Which shapes and twists of a slice the wiring of a pod can make, and the nearest that it can."""
+"""Which shapes and twists of a slice the wiring of a pod can make, and the nearest that it can.
+
+Limits are the pod's data (`topology.hardware`). A pod of blocks makes any box of whole blocks, up
+to its largest slice, and some boxes inside a block; another pod has the shapes that it lists.
+"""
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from topology import numbers
+from topology.hardware import PODS, TPU_V4, Pod
 
-BLOCK = 4  # chips along a side of a block, the electrically wired cube
-MAX_BLOCKS = 64  # of a TPU v4 pod
 DIMENSIONS = "xyz"
 
-Shape = tuple[int, int, int]
-Twist = tuple[Shape, Shape, Shape]
+Shape = tuple[int, ...]
+Twist = tuple[tuple[int, int, int], ...]
 NO_TWIST: Twist = ((0, 0, 0),) * 3
 
-# Whole hosts (2x2x1 chips) inside one block, dimensions ascending.
-_PARTS_OF_A_BLOCK = [(1, 2, 2), (1, 2, 4), (1, 4, 4), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
 
-
-def shipped_twist(shape: Shape) -> Twist | None:
+def shipped_twist(shape: Shape, pod: Pod = TPU_V4) -> Twist | None:
     """The twist of `_twisted`, or None where the shape has none.
 
     n x n x 2n: both short dimensions shift the long one by n; n x 2n x 2n: the short dimension
-    shifts both long ones by n. n is a multiple of 4, and the dimensions may stand in any order.
+    shifts both long ones by n. n is a multiple of a block's side, and the dimensions may stand in
+    any order. A pod without blocks ships no twists.
     """
-    _check_sizes(shape)
+    shape = in_three(shape, pod)
     n, twice = min(shape), max(shape)
-    if n % BLOCK or twice != 2 * n or not set(shape) <= {n, twice}:
+    if pod.block is None or n % pod.block.side or twice != 2 * n or not set(shape) <= {n, twice}:
         return None
     return tuple(tuple(n if k == n and to != n else 0 for to in shape) for k in shape)
 
 
-def legal_shapes(max_blocks: int = MAX_BLOCKS) -> list[Shape]:
-    """All legal shapes, dimensions ascending, the smallest first."""
-    max_blocks = numbers.whole("max_blocks", max_blocks, most=2**16)
-    whole = [
-        (BLOCK * i, BLOCK * j, BLOCK * k)
-        for i in range(1, max_blocks + 1)
-        for j in range(i, max_blocks // i + 1)
-        for k in range(j, max_blocks // (i * j) + 1)
-    ]
-    return sorted(_PARTS_OF_A_BLOCK + whole, key=lambda shape: (math.prod(shape), shape))
+def legal_shapes(max_blocks: int | None = None, pod: Pod = TPU_V4) -> list[Shape]:
+    """All legal shapes, dimensions ascending, the smallest first.
+
+    Args:
+      max_blocks: of slices of whole blocks; by default those of the pod's largest slice.
+    """
+    if pod.shapes is None:
+        raise ValueError(f"pod {pod.name}: which slices wrap around is not published; {_take(pod)}")
+    whole = []
+    if pod.block is not None:
+        side, most = pod.block.side, pod.largest_slice // pod.block.chips
+        if max_blocks is not None:
+            most = numbers.whole("max_blocks", max_blocks, most=2**16)
+        whole = [
+            (side * i, side * j, side * k)
+            for i in range(1, most + 1)
+            for j in range(i, most // i + 1)
+            for k in range(j, most // (i * j) + 1)
+        ]
+    return sorted([*pod.shapes, *whole], key=lambda shape: (math.prod(shape), shape))
 
 
-def nearest_shape(shape: Shape, *, whole: bool = False, among=None) -> Shape:
+def nearest_shape(
+    shape: Shape, *, whole: bool = False, among: Sequence[Shape] | None = None, pod: Pod = TPU_V4
+) -> Shape:
     """The legal shape nearest to any shape, its dimensions in the same order.
 
     Nearest is the least sum of squared logarithms of the ratios of the sorted dimensions; of equal
@@ -54,8 +68,9 @@ def nearest_shape(shape: Shape, *, whole: bool = False, among=None) -> Shape:
       whole: only shapes of whole blocks.
       among: shapes with ascending dimensions; all legal ones by default.
     """
-    _check_sizes(shape)
-    among = [s for s in among or legal_shapes() if s[0] % BLOCK == 0 or not whole]
+    _check_sizes(shape, pod)
+    side = pod.block.side if whole and pod.block is not None else 1
+    among = [s for s in among or legal_shapes(pod=pod) if s[0] % side == 0]
     sizes = np.sort([min(max(k, 1), 10**9) for k in shape])
     away = np.log(among) - np.log(sizes)
     best = np.lexsort((-np.prod(among, axis=1), (away**2).sum(axis=1).round(9)))[0]
@@ -63,45 +78,94 @@ def nearest_shape(shape: Shape, *, whole: bool = False, among=None) -> Shape:
     return tuple(int(among[best][place]) for place in places)
 
 
-def nearest_twistable(shape: Shape) -> Shape:
-    """The shape nearest to any that has a shipped twist."""
-    twistable = [s for s in legal_shapes() if shipped_twist(s)]
-    return nearest_shape(shape, among=twistable)
+def nearest_twistable(shape: Shape, pod: Pod = TPU_V4) -> Shape | None:
+    """The shape nearest to any that has a shipped twist; None where the pod has none."""
+    twistable = [s for s in legal_shapes(pod=pod) if shipped_twist(s, pod)]
+    return nearest_shape(shape, among=twistable, pod=pod) if twistable else None
 
 
-def check_shape(shape: Shape) -> None:
+def in_three(shape: Shape, pod: Pod = TPU_V4) -> tuple[int, int, int]:
+    """The shape along x, y and z: 1 in those that the pod does not have."""
+    _check_sizes(shape, pod)
+    return (*shape, *(1,) * (3 - len(shape)))
+
+
+def check_shape(shape: Shape, pod: Pod = TPU_V4) -> None:
     """Raises a ValueError, with the nearest legal shape, where it is not legal."""
-    ordered = tuple(sorted(shape))
-    whole = all(k % BLOCK == 0 and k > 0 for k in shape)
-    blocks = math.prod(k // BLOCK for k in shape)
-    if ordered in _PARTS_OF_A_BLOCK or (whole and blocks <= MAX_BLOCKS):
+    legal = legal_shapes(0, pod)  # those that are not of whole blocks
+    wrong = None
+    if tuple(sorted(shape)) in legal:
         return
-    if whole:
-        wrong = f"takes {blocks} blocks, a pod has {MAX_BLOCKS}"
-    elif max(shape) > BLOCK:
-        wrong = f"beyond one block every dimension is a multiple of {BLOCK}"
+    if pod.block is None:
+        shapes = [times(s) for s in legal]
+        wrong = f"slices of {pod.name} are {', '.join(shapes[:-1])} and {shapes[-1]}"
     else:
-        wrong = "inside a block a slice is whole hosts of 2x2x1, its dimensions 1, 2 or 4"
+        side, most = pod.block.side, pod.largest_slice // pod.block.chips
+        whole = all(k % side == 0 and k > 0 for k in shape)
+        blocks = math.prod(k // side for k in shape)
+        if whole and blocks <= most:
+            return
+        if whole and most == pod.num_blocks:
+            wrong = f"takes {blocks} blocks, a pod has {most}"
+        elif whole:
+            wrong = f"takes {blocks} blocks, the largest slice of {pod.name} has {most}"
+        elif max(shape) > side:
+            wrong = f"beyond one block every dimension is a multiple of {side}"
+        else:
+            wrong = "inside a block a slice is whole hosts of 2x2x1, its dimensions 1, 2 or 4"
+    nearest = times(nearest_shape(shape, pod=pod))
+    raise ValueError(f"slice {times(shape)}: {wrong}; the nearest legal is {nearest}")
+
+
+def wraparound(shape: Shape, pod: Pod = TPU_V4) -> tuple[bool, bool, bool]:
+    """The dimensions x, y and z in which the wiring of a legal shape can wrap around.
+
+    Whole blocks do in all, by the optical switches; on a pod without blocks, dimensions as long as
+    its ring do.
+    """
+    if pod.block is None:
+        return tuple(k == pod.ring for k in in_three(shape, pod))
+    return (all(k % pod.block.side == 0 for k in shape),) * 3
+
+
+def check_wrap(shape: Shape, wrap: tuple[bool, bool, bool], pod: Pod = TPU_V4) -> None:
+    """Raises a ValueError where the wiring of a legal shape does not wrap around so."""
+    can = wraparound(shape, pod)
+    if all(c or not w for c, w in zip(can, wrap, strict=True)):
+        return
+    if pod.block is not None:
+        raise ValueError(
+            f"slice {times(shape)}: wraparound needs every dimension to be a multiple of "
+            f"{pod.block.side}; the nearest that wraps is "
+            f"{times(nearest_shape(shape, whole=True, pod=pod))}"
+        )
+    there = ", ".join(d for d, c in zip(DIMENSIONS, can, strict=True) if c) or "no dimension"
     raise ValueError(
-        f"slice {times(shape)}: {wrong}; the nearest legal is {times(nearest_shape(shape))}"
+        f"slice {times(shape)}: on {pod.name} dimensions of {pod.ring} chips wrap around, and no "
+        f"shorter ones; this one wraps in {there}"
     )
 
 
-def check_twist(shape: Shape, twist: Twist, wrap) -> None:
+def check_twist(shape: Shape, twist: Twist, wrap, pod: Pod = TPU_V4) -> None:
     """Raises a ValueError where the wiring of a legal shape cannot make the twist."""
     if len(twist) != 3 or any(len(row) != 3 for row in twist):
         raise ValueError(f"twist {twist}: three rows of three shifts, like {NO_TWIST}")
     if twist == NO_TWIST:
         return
     name = f"twist {'/'.join(','.join(map(str, row)) for row in twist)} of {times(shape)}"
+    if pod.block is None:
+        raise ValueError(
+            f"{name}: the wiring of {pod.name} is fixed, without twists; drop the twist"
+        )
     if not all(wrap):
         raise ValueError(f"{name}: a twisted slice wraps around in x, y and z; drop the twist")
+    side = pod.block.side
     for row, d in zip(twist, DIMENSIONS, strict=True):
         for s in row:
-            if s % BLOCK:
+            if s % side:
                 raise ValueError(
                     f"{name}: the wiring keeps a chip's place in its block's face, so a shift is "
-                    f"a multiple of {BLOCK}; in place of {s} of {d} take {BLOCK * round(s / BLOCK)}"
+                    f"a multiple of {side}; in place of {s} of {d} take {side * round(s / side)}"
                 )
     if shift_order(twist) is None:
         raise ValueError(
@@ -118,11 +182,16 @@ def shift_order(twist: Twist) -> tuple[int, int, int] | None:
     return None
 
 
-def _check_sizes(shape):
-    if len(shape) != 3:
-        raise ValueError(f"shape {times(shape)}: three sizes like 4x4x8")
+def _check_sizes(shape, pod):
+    if len(shape) != pod.dimensions:
+        like = "three sizes like 4x4x8" if pod.dimensions == 3 else "two sizes like 4x8"
+        raise ValueError(f"shape {times(shape)}: {like}")
     for k in shape:
         numbers.whole(f"size of the shape {times(shape)}", k, least=-(10**9))
+
+
+def _take(pod):
+    return "take one of " + ", ".join(p.name for p in PODS.values() if p.shapes is not None)
 
 
 def times(shape) -> str:

@@ -1,61 +1,72 @@
 """Slices of a pod: meshes, tori and twisted tori of chips, and what their graph is like.
 
-A slice whose dimensions are multiples of 4 is the Cayley graph of Z^3 / L: its chips are the
+A slice that wraps around in all its dimensions is the Cayley graph of Z^3 / L: its chips are the
 vectors of Z^3, two of them the same chip where they differ by a vector of the lattice L, which
 k_d e_d - twist_d (d = x, y, z) span; neighbours differ by +-e_d. A regular torus has a twist of
-zero. So every chip sees the same network, and what is asked of one chip holds for all.
+zero. So every chip sees the same network, and what is asked of one chip holds for all. A slice of
+a pod of two dimensions is one chip thick along z.
 
 Letters: N chips, d one of the dimensions x, y, z, k_d = shape[d].
 """
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from topology.hardware import TPU_V4, Pod, block_of
 from topology.numbers import whole
 from topology.torus.bisection import least_cut_found
 from topology.torus.shapes import (
-    BLOCK,
     DIMENSIONS,
     NO_TWIST,
     Shape,
     Twist,
     check_shape,
     check_twist,
-    nearest_shape,
+    check_wrap,
+    in_three,
     nearest_twistable,
     shift_order,
     shipped_twist,
     times,
+    wraparound,
 )
 
 DIRECTIONS = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])
 """The columns of `Slice.neighbours`: +x, -x, +y, -y, +z, -z."""
 
 _LARGEST = 10**9  # size or shift that a message is given about
+_SIZES = {2: "two positive sizes like 4x8", 3: "three positive sizes like 4x4x8"}
+_EXAMPLES = {
+    2: "8x16 or 8x16_wrap:",
+    3: "4x4x8, 4x4x8_twisted, 4x4x12_twist:0,0,4/0,0,4/0,0,0 or 4x4x8_wrap:z",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A slice: its shape, its twist, and which dimensions wrap around.
+    """A slice of a pod: its shape, its twist, and which dimensions wrap around.
 
     Legal shapes, with the dimensions in any order (the names x, y and z of a slice are its own):
-      - 4i x 4j x 4k chips, in at most 64 blocks of 4x4x4: 4x4x4, 4x4x8, ... 16x16x16, 4x4x256;
-      - whole hosts inside one block: 2x2x1, 2x4x1, 4x4x1, 2x2x2, 2x2x4, 2x4x4.
+      - on a pod of blocks (TPU v4, v5p) 4i x 4j x 4k chips, in as many blocks of 4x4x4 as its
+        largest slice has: 4x4x4, 4x4x8, ... 16x16x16; whole hosts inside one block: 2x2x1, 2x4x1,
+        4x4x1, 2x2x2, 2x2x4, 2x4x4;
+      - on TPU v5e and v6e those of `Pod.shapes`, from 1x1 to 16x16.
 
     Attributes:
-      shape: chips along x, y and z.
+      shape: chips along x, y and z; on a pod of two dimensions z is 1, and may be left out.
       twist: `[3][3]`; row d is the shift (in chips) that a step +d past the end of dimension d adds
         when it wraps. A shift that itself carries a coordinate past its end adds that dimension's
         shift too: coordinates are reduced modulo L. Multiples of 4, because the optical wiring
         keeps a chip's place in its block's face; and x, y and z have an order in which every
         dimension shifts only later ones, or the box of chips would not tile Z^3 by L (Hajos's
         theorem), so the graph would not be a torus of N chips.
-      wrap: whether each dimension wraps around; by default where every dimension is a multiple
-        of 4. A twisted slice wraps in all three.
+      wrap: whether each dimension wraps around; by default wherever the wiring can
+        (`shapes.wraparound`). A twisted slice wraps in all three.
+      pod: the machine whose wiring, hosts and limits it has.
 
     Raises:
       ValueError: the shape, the twist or the wraparound cannot be wired; names the nearest legal.
@@ -64,71 +75,77 @@ class Slice:
     shape: Shape
     twist: Twist = NO_TWIST
     wrap: tuple[bool, bool, bool] | None = None
+    pod: Pod = field(default=TPU_V4, repr=False)
 
     def __post_init__(self):
-        if len(self.shape) != 3:
-            raise ValueError(f"slice {times(self.shape)}: shape of three positive sizes like 4x4x8")
-        name = f"slice {times(self.shape)}: three positive sizes like 4x4x8; size of the shape"
-        shape = tuple(whole(name, k, least=1, most=_LARGEST) for k in self.shape)
-        check_shape(shape)
-        of_blocks = all(k % BLOCK == 0 for k in shape)
-        wrap = (of_blocks,) * 3 if self.wrap is None else self.wrap
-        if np.shape(wrap) != (3,) or not all(w in (0, 1) for w in wrap):
-            raise ValueError(f"slice {times(shape)}: wrap {wrap}: True or False for x, y and z")
-        wrap = tuple(bool(w) for w in wrap)
-        if any(wrap) and not of_blocks:
+        pod, sizes = self.pod, tuple(self.shape)
+        if pod.dimensions == 2 and len(sizes) == 3 and sizes[2] == 1:
+            sizes = sizes[:2]
+        if len(sizes) != pod.dimensions:
             raise ValueError(
-                f"slice {times(shape)}: wraparound needs every dimension to be a multiple of "
-                f"{BLOCK}; the nearest that wraps is {times(nearest_shape(shape, whole=True))}"
+                f"slice {times(sizes)}: shape of {_SIZES[pod.dimensions]} on {pod.name}"
             )
-        name = f"slice {times(shape)}: shift of the twist"
+        name = f"slice {times(sizes)}: {_SIZES[pod.dimensions]}; size of the shape"
+        sizes = tuple(whole(name, k, least=1, most=_LARGEST) for k in sizes)
+        check_shape(sizes, pod)
+        wrap = wraparound(sizes, pod) if self.wrap is None else self.wrap
+        if np.shape(wrap) != (3,) or not all(w in (0, 1) for w in wrap):
+            raise ValueError(f"slice {times(sizes)}: wrap {wrap}: True or False for x, y and z")
+        wrap = tuple(bool(w) for w in wrap)
+        check_wrap(sizes, wrap, pod)
+        name = f"slice {times(sizes)}: shift of the twist"
         twist = tuple(
             tuple(whole(name, s, least=-_LARGEST, most=_LARGEST) for s in row) for row in self.twist
         )
-        check_twist(shape, twist, wrap)
+        check_twist(sizes, twist, wrap, pod)
+        shape = in_three(sizes, pod)
         for name, value in (("shape", shape), ("twist", twist), ("wrap", wrap)):
             object.__setattr__(self, name, value)
         inside = tuple(tuple(row.tolist()) for row in self.reduce(twist))  # the same L
         object.__setattr__(self, "twist", inside)
 
     @classmethod
-    def parse(cls, text: str) -> "Slice":
-        """The slice that `str` of it names.
+    def parse(cls, text: str, pod: Pod = TPU_V4) -> "Slice":
+        """The slice of a pod that `str` of it names.
 
         `4x4x8` is regular; `4x4x8_twisted` has the twist that ships; `_twist:0,0,4/0,0,4/0,0,0`
         gives the three rows of any other; `_wrap:xy` wraps only those dimensions, `_wrap:` none.
+        On a pod of two dimensions `8x16`.
         """
-        names = r"(\d{1,6})x(\d{1,6})x(\d{1,6})(_twisted)?(?:_twist:([-\d,/]+))?(?:_wrap:([xyz]*))?"
+        sizes = r"(\d{1,6}(?:x\d{1,6}){1,2})"
+        names = sizes + r"(_twisted)?(?:_twist:([-\d,/]+))?(?:_wrap:([xyz]*))?"
         match = re.fullmatch(names, text.strip(), re.ASCII)
-        rows = match and match[5] and [row.split(",") for row in match[5].split("/")]
-        wrong_rows = rows and ([len(row) for row in rows] != [3] * 3 or match[4])
+        rows = match and match[3] and [row.split(",") for row in match[3].split("/")]
+        wrong_rows = rows and ([len(row) for row in rows] != [3] * 3 or match[2])
         numbers = all(re.fullmatch(r"-?[0-9]{1,6}", s) for row in rows or [] for s in row)
         if not match or wrong_rows or not numbers:
             raise ValueError(
-                f"slice {text!r}: not a slice; write for example 4x4x8, 4x4x8_twisted, "
-                "4x4x12_twist:0,0,4/0,0,4/0,0,0 or 4x4x8_wrap:z"
+                f"slice {text!r}: not a slice; write for example {_EXAMPLES[pod.dimensions]}"
             )
-        shape = tuple(int(k) for k in match.groups()[:3])
+        shape = tuple(int(k) for k in match[1].split("x"))
+        if len(shape) != pod.dimensions and shape[pod.dimensions :] != (1,):
+            raise ValueError(
+                f"slice {text!r}: not a slice of {pod.name}, which has {pod.dimensions} "
+                f"dimensions; write for example {_EXAMPLES[pod.dimensions]}"
+            )
+        shape = shape[: pod.dimensions]
         twist = tuple(tuple(int(s) for s in row) for row in rows) if rows else NO_TWIST
-        if match[4]:
-            check_shape(shape)
-            twist = shipped_twist(shape)
+        if match[2]:
+            check_shape(shape, pod)
+            twist = shipped_twist(shape, pod)
             if twist is None:
-                raise ValueError(
-                    f"slice {text!r}: only n x n x 2n and n x 2n x 2n ship twisted, n a multiple "
-                    f"of {BLOCK}; the nearest is {times(nearest_twistable(shape))}_twisted"
-                )
-        wrap = None if match[6] is None else tuple(d in match[6] for d in DIMENSIONS)
-        return cls(shape=shape, twist=twist, wrap=wrap)
+                raise ValueError(f"slice {text!r}: {_no_twist(shape, pod)}")
+        wrap = None if match[4] is None else tuple(d in match[4] for d in DIMENSIONS)
+        return cls(shape=shape, twist=twist, wrap=wrap, pod=pod)
 
     def __str__(self) -> str:
-        name = times(self.shape)
+        name = times(self.sizes)
         if self.is_twisted:
-            if self.twist == shipped_twist(self.shape):
+            if self.twist == shipped_twist(self.sizes, self.pod):
                 name += "_twisted"
             else:
                 name += "_twist:" + "/".join(",".join(map(str, row)) for row in self.twist)
-        if self.wrap != (self.is_whole_blocks,) * 3:
+        if self.wrap != wraparound(self.sizes, self.pod):
             name += "_wrap:" + "".join(d for d, w in zip(DIMENSIONS, self.wrap, strict=True) if w)
         return name
 
@@ -137,13 +154,20 @@ class Slice:
         return self.twist != NO_TWIST
 
     @property
+    def sizes(self) -> Shape:
+        """The shape along the dimensions that the pod has."""
+        return self.shape[: self.pod.dimensions]
+
+    @property
     def is_whole_blocks(self) -> bool:
-        return all(k % BLOCK == 0 for k in self.shape)
+        block = self.pod.block
+        return block is not None and all(k % block.side == 0 for k in self.shape)
 
     @property
     def is_torus(self) -> bool:
-        """Whether every dimension wraps, so that all chips are alike; twisted or not."""
-        return all(self.wrap)
+        """Whether all dimensions of more than a chip wrap, so that all chips are alike; twisted or
+        not."""
+        return all(wraps or k == 1 for k, wraps in zip(self.shape, self.wrap, strict=True))
 
     @property
     def num_chips(self) -> int:
@@ -151,17 +175,23 @@ class Slice:
 
     @property
     def num_hosts(self) -> int:
-        return self.num_chips // 4
+        """Hosts that the slice takes; a part of a host takes one."""
+        return -(-self.num_chips // self.pod.host.chips)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that the slice takes; a part of a block takes one."""
-        return max(1, self.num_chips // BLOCK**3)
+        """Blocks that the slice takes; a part of a block takes one.
+
+        Raises:
+          ValueError: the pod is not made of blocks.
+        """
+        return max(1, self.num_chips // block_of(self.pod).chips)
 
     @property
-    def block_shape(self) -> Shape:
-        """Blocks along x, y and z."""
-        return tuple(max(1, k // BLOCK) for k in self.shape)
+    def block_shape(self) -> tuple[int, int, int]:
+        """Blocks along x, y and z. ValueError as of `num_blocks`."""
+        side = block_of(self.pod).side
+        return tuple(max(1, k // side) for k in self.shape)
 
     @cached_property
     def lattice(self) -> np.ndarray:
@@ -242,6 +272,8 @@ class Slice:
     def mean_distance(self) -> float:
         """Hops from a chip to another, averaged over all ordered pairs of distinct chips."""
         counts = self._distance_counts
+        if self.num_chips == 1:
+            return 0.0
         return float(counts @ np.arange(len(counts)) / counts[1:].sum())
 
     @cached_property
@@ -256,6 +288,8 @@ class Slice:
         {v : frac(w . v) < 1/2} of the phases w that L leaves whole (w . L in Z) and whose order is
         even, and of others improved by exchanging chips (see `topology.torus.bisection`).
         """
+        if self.num_chips == 1:
+            return 0
         if not self.is_torus:
             planes = zip(self.shape, self.wrap, strict=True)
             cuts = [(1 + wraps) * self.num_chips // k for k, wraps in planes if k % 2 == 0]
@@ -296,12 +330,12 @@ class Slice:
                 (self.shape[d], self.wrap[d]) == (self.shape[e], self.wrap[e])
                 for d, e in enumerate(order)
             ]
-            if not self.is_torus and not all(alike):
+            if not self.is_twisted and not all(alike):
                 continue
             for signs in itertools.product((1, -1), repeat=3):
                 P = np.zeros((3, 3), int)
                 P[range(3), order] = signs
-                if not self.is_torus or not self.reduce(self.lattice @ P.T).any():
+                if not self.is_twisted or not self.reduce(self.lattice @ P.T).any():
                     found.append(P)
         return _frozen(np.array(found))
 
@@ -330,6 +364,17 @@ class Slice:
                     f"{DIMENSIONS[d]}; give 0 there"
                 )
         return self.index(self.reduce(self.coordinates + vector))
+
+
+def _no_twist(shape, pod):
+    """Why a shape has no twist that ships, and which has."""
+    nearest = nearest_twistable(shape, pod)
+    if nearest is None:
+        return f"no slice of {pod.name} is twisted, its wiring is fixed; take {times(shape)}"
+    return (
+        "only n x n x 2n and n x 2n x 2n ship twisted, n a multiple of "
+        f"{pod.block.side}; the nearest is {times(nearest)}_twisted"
+    )
 
 
 def _unit(d):

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from topology.torus.shapes import BLOCK, NO_TWIST, Shape, nearest_shape, shipped_twist, times
+from topology.hardware import TPU_V4, Pod, block_of
+from topology.torus.shapes import NO_TWIST, Shape, nearest_shape, shipped_twist, times
 from topology.torus.slices import Slice
 
 
@@ -20,54 +21,55 @@ def mean_distance_then_diameter(slice: Slice) -> tuple[float, int]:
 
 
 def ranked_twists(
-    shape: Shape, measure: Callable = mean_distance_then_diameter
+    shape: Shape, measure: Callable = mean_distance_then_diameter, pod: Pod = TPU_V4
 ) -> list[tuple[Slice, object]]:
     """The networks that the wiring can make of a shape, the best first, each with its measure.
 
     Args:
-      shape: multiples of 4.
+      shape: of whole blocks.
       measure: Slice -> anything that sorts, less being better; for example the exact all-to-all
         optimum.
     """
-    found = [(slice, measure(slice)) for slice in all_twists(shape)]
+    found = [(slice, measure(slice)) for slice in all_twists(shape, pod)]
     return sorted(found, key=lambda pair: pair[1])
 
 
-def all_twists(shape: Shape) -> list[Slice]:
+def all_twists(shape: Shape, pod: Pod = TPU_V4) -> list[Slice]:
     """One slice of every class of equivalent twists; the regular torus is the first.
 
     Of a class, the twist that ships stands where it is in it, else the one with the least shifts.
 
     Raises:
-      ValueError: the shape has no wraparound, so no twist.
+      ValueError: the shape has no wraparound, or the pod no switches, so no twist.
     """
-    Slice(shape=shape)  # or says why there is none
-    if any(k % BLOCK for k in shape):
+    Slice(shape=shape, pod=pod)  # or says why there is none
+    side = block_of(pod).side
+    if any(k % side for k in shape):
         raise ValueError(
-            f"twists of {times(shape)}: every dimension is a multiple of {BLOCK}; the nearest is "
-            f"{times(nearest_shape(shape, whole=True))}"
+            f"twists of {times(shape)}: every dimension is a multiple of {side}; the nearest is "
+            f"{times(nearest_shape(shape, whole=True, pod=pod))}"
         )
-    shipped = shipped_twist(shape)
+    shipped = shipped_twist(shape, pod)
     twists = sorted(
-        _acyclic_twists(shape),
+        _acyclic_twists(shape, side),
         key=lambda twist: (twist != NO_TWIST, twist != shipped, sum(map(sum, twist)), twist),
     )
-    # Everything is a multiple of 4 here: count in blocks, whose numbers are smaller.
-    lattices = (np.diag(shape) - np.array(twists)) // BLOCK
+    # Everything is a multiple of a block's side: count in blocks, whose numbers are smaller.
+    lattices = (np.diag(shape) - np.array(twists)) // side
     found = {}
     for twist, key in zip(twists, _class_keys(lattices), strict=True):
         found.setdefault(key, twist)
-    return [Slice(shape=shape, twist=twist) for twist in found.values()]
+    return [Slice(shape=shape, twist=twist, pod=pod) for twist in found.values()]
 
 
-def _acyclic_twists(shape):
+def _acyclic_twists(shape, side):
     """All twists with shifts of whole blocks, each dimension shifting only later ones of an order.
 
     By Hajos's theorem these are all lattices that the box of the shape tiles Z^3 by.
     """
     found = set()
     for first, second, third in itertools.permutations(range(3)):
-        shifts = [range(0, shape[d], BLOCK) for d in (second, third, third)]
+        shifts = [range(0, shape[d], side) for d in (second, third, third)]
         for to_second, to_third, second_to_third in itertools.product(*shifts):
             twist = np.zeros((3, 3), int)
             twist[first, second], twist[first, third] = to_second, to_third
