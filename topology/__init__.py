@@ -1,4 +1,4 @@
-"""The TPU v4 pod: its chips, its twisted tori, its optical switches, and what they give.
+"""TPU pods: their chips, their tori, TPU v4's optical switches, and what they give.
 
 A library of its own: it needs numpy and scipy, and no JAX.
 """

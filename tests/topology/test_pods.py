@@ -16,9 +16,11 @@ from topology import (
     TPU_V6E,
     Fabric,
     Groups,
+    Job,
     Network,
     Part,
     Placement,
+    Policy,
     Slice,
     Traffic,
     all_to_all,
@@ -38,10 +40,13 @@ from topology.collectives.schedules import dimension_rings
 from topology.fabric.light import impact
 from topology.fabric.losses import lost
 from topology.fleet.availability import block_availability, sample_goodput
+from topology.fleet.policies import ContiguousBox
 from topology.fleet.workload import generate_jobs, generate_maintenance, generate_outages
+from topology.routing.deadlock import is_deadlock_free
 from topology.routing.loads import least_load, link_loads
 from topology.routing.loads import lower_bounds as traffic_bounds
 from topology.routing.routing import dimension_order
+from topology.routing.simulate import all_to_all_packets, simulate
 from topology.routing.throughput import closed_form, is_cut
 from topology.torus.shapes import times
 
@@ -135,6 +140,7 @@ def test_a_third_size_of_one_may_stand_as_coordinates_of_devices_have_it():
     assert Slice(shape=(8, 16, 1), pod=TPU_V5E).shape == (8, 16, 1)
     assert Slice(shape=(8, 16), pod=TPU_V5E).sizes == (8, 16)
     assert Slice.parse("16x8_wrap:", TPU_V6E).wrap == (False,) * 3
+    assert Slice(shape=(16, 8), wrap=(True, False), pod=TPU_V6E) == Slice.parse("16x8", TPU_V6E)
 
 
 def grid(shape):
@@ -204,6 +210,17 @@ def test_routing_and_loads_of_a_flat_slice(shape):
     bounds = traffic_bounds(slice, everyone)
     assert max(bounds.values()) <= loads.max() + 1e-9
     assert least_load(slice, everyone).max_link_load == pytest.approx(loads.max(), rel=1e-3)
+
+
+def test_packets_of_a_flat_slice_all_arrive():
+    for shape in TPU_V5E.shapes[:4]:
+        slice = Slice(shape=shape, pod=TPU_V5E)
+        routing = dimension_order(slice)
+        assert is_deadlock_free(slice, routing)
+        packets = all_to_all_packets(slice, routing)
+        assert len(packets) == slice.num_chips * (slice.num_chips - 1)
+        done = simulate(slice.num_chips, packets)
+        assert (done.delivered, done.stuck) == (len(packets), 0)
 
 
 def test_the_torus_of_two_dimensions_is_routed_as_one():
@@ -388,6 +405,13 @@ def test_jobs_of_a_v5p_pod_run_on_its_blocks():
     outages = generate_outages(5e5, seed=3, pod=TPU_V5P)
     report = simulate_pod(jobs, outages, horizon=5e5, pod=TPU_V5P)
     assert report.blocks == 140
+    wired = Policy(placement=ContiguousBox())
+    job = Job(name="a", slice=Slice.parse("16x20x16", TPU_V5P), arrival=0, work=1e5)
+    fixed = simulate_pod([job], horizon=5e5, pod=TPU_V5P, policy=wired)
+    assert fixed.jobs[0].finished is not None  # a box of 4x5x4 blocks in the grid of 4x5x7
+    for other in (TPU_V4, TPU_V5E):
+        with pytest.raises(ValueError, match=r"is one of TPU v5p|is not made of blocks"):
+            simulate_pod([job], horizon=5e5, pod=other)
     with pytest.raises(ValueError, match="140 blocks, at most 64 can be sampled"):
         sample_goodput(0.99, (1, 1, 2), pod=TPU_V5P)
 

@@ -13,7 +13,7 @@ from topology.fabric.parts import Part, Switch, check_part, switches
 from topology.hardware import TPU_V4, OpticalSwitch, Pod, block_of, switch_of
 from topology.numbers import whole
 from topology.torus.shapes import legal_shapes, nearest_shape, times
-from topology.torus.slices import Slice
+from topology.torus.slices import Slice, check_same_pod
 
 Connects = Mapping[Switch, Mapping[int, int]]
 """{switch: {port of a + fibre: port of a - fibre}}; the light goes both ways."""
@@ -76,7 +76,7 @@ class Fabric:
     def __post_init__(self):
         switch_of(self.pod)
         for name, placement in self.placements.items():
-            _check_pod(self.pod, placement.slice)
+            check_same_pod(placement.slice, self.pod)
             for block in placement.blocks:
                 whole(f"slice {name!r}: block", block, most=self.pod.num_blocks - 1)
         for switch, held in self.connects.items():
@@ -165,7 +165,7 @@ def choose(fabric: Fabric, slice: Slice, policy: Policy = lowest_numbered) -> tu
     Raises:
       ValueError: there are too few; names the nearest shape that fits.
     """
-    _check_pod(fabric.pod, slice)
+    check_same_pod(slice, fabric.pod)
     free, total = fabric.free_blocks, fabric.pod.num_blocks
     if slice.num_blocks <= len(free):
         return tuple(policy(fabric, free, slice.num_blocks))
@@ -429,11 +429,6 @@ def placement_of(fabric: Fabric, name: str) -> Placement:
         there = ", ".join(map(repr, fabric.placements)) or "none"
         raise ValueError(f"slice {name!r}: no such slice; there are {there}")
     return fabric.placements[name]
-
-
-def _check_pod(pod, slice):
-    if slice.pod.name != pod.name:
-        raise ValueError(f"slice {slice}: is one of {slice.pod.name}, the pod is {pod.name}")
 
 
 def _held(fabric, switch, out, into):

@@ -26,6 +26,7 @@ from topology.fleet.progress import ASSUMED_COSTS, Costs, Progress
 from topology.fleet.workload import PUBLISHED_RATES, FailureRates, Job, Outage
 from topology.hardware import TPU_V4, Pod, block_of
 from topology.numbers import number
+from topology.torus.slices import check_same_pod
 
 
 def simulate(
@@ -53,6 +54,7 @@ def simulate(
     simulation = _Simulation(policy, costs, rates, pod)
     seen = set()
     for job in jobs:
+        check_same_pod(job.slice, pod)
         if policy.placement.choose(job.slice, range(pod.num_blocks - policy.spares)) is None:
             raise ValueError(
                 f"job {job.name!r}: {job.slice} does not fit the pod of {pod.num_blocks} blocks, "

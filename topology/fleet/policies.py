@@ -45,10 +45,11 @@ class ContiguousBox:
     """Static wiring: a slice is a box in the fixed grid of blocks, turned any way.
 
     Attributes:
+      grid: blocks along x, y and z; by default those of the slices' pod.
       wraparound: a box may reach over an edge of the grid to the opposite one.
     """
 
-    grid: tuple[int, int, int] = (4, 4, 4)
+    grid: tuple[int, int, int] | None = None
     wraparound: bool = False
 
     def choose(self, slice: Slice, free: Sequence[int]) -> tuple[int, ...] | None:
@@ -91,7 +92,8 @@ class ContiguousBox:
         return None
 
     def _boxes(self, slice):
-        return _boxes(slice.block_shape, self.grid, self.wraparound)
+        grid = self.grid or slice.pod.block_grid
+        return _boxes(slice.block_shape, grid, self.wraparound)
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,14 @@ def legal_shapes(max_blocks: int | None = None, pod: Pod = TPU_V4) -> list[Shape
     Args:
       max_blocks: of slices of whole blocks; by default those of the pod's largest slice.
     """
+    if max_blocks is not None:
+        max_blocks = numbers.whole("max_blocks", max_blocks, most=2**16)
     if pod.shapes is None:
         raise ValueError(f"pod {pod.name}: which slices wrap around is not published; {_take(pod)}")
     whole = []
     if pod.block is not None:
-        side, most = pod.block.side, pod.largest_slice // pod.block.chips
-        if max_blocks is not None:
-            most = numbers.whole("max_blocks", max_blocks, most=2**16)
+        side = pod.block.side
+        most = pod.largest_slice // pod.block.chips if max_blocks is None else max_blocks
         whole = [
             (side * i, side * j, side * k)
             for i in range(1, most + 1)

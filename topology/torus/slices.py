@@ -89,6 +89,8 @@ class Slice:
         sizes = tuple(whole(name, k, least=1, most=_LARGEST) for k in sizes)
         check_shape(sizes, pod)
         wrap = wraparound(sizes, pod) if self.wrap is None else self.wrap
+        if np.shape(wrap) == (2,) == np.shape(sizes):
+            wrap = (*wrap, False)
         if np.shape(wrap) != (3,) or not all(w in (0, 1) for w in wrap):
             raise ValueError(f"slice {times(sizes)}: wrap {wrap}: True or False for x, y and z")
         wrap = tuple(bool(w) for w in wrap)
@@ -364,6 +366,12 @@ class Slice:
                     f"{DIMENSIONS[d]}; give 0 there"
                 )
         return self.index(self.reduce(self.coordinates + vector))
+
+
+def check_same_pod(slice: Slice, pod: Pod) -> None:
+    """Raises a ValueError where a slice is of another generation than the pod it is for."""
+    if slice.pod.chip != pod.chip:
+        raise ValueError(f"slice {slice}: is one of {slice.pod.name}, the pod is {pod.name}")
 
 
 def _no_twist(shape, pod):
