@@ -64,7 +64,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     from launch.process import proxy_note
     from pjit_train.record import to_train
     from topology import Slice
-    from topology.hardware import switch_of
+    from topology.hardware import block_of
 
     run, text = build_run(options["configs"], options["bindings"])
     directory = Path(options["out"]).absolute()
@@ -72,7 +72,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     run = dataclasses.replace(run, data=to_train(run.data, directory))
     pod = pod_of(options["pod"])
     try:
-        switch_of(pod)  # which rewires the slice around failures
+        block_of(pod)  # of which others take the place of those that fail
     except ValueError as error:
         raise UserError(str(error)) from error
     try:
@@ -83,7 +83,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     named = [faults.Fault.parse(one, pod) for one in options["fail"]]
     if options["chaos"]:
         named += faults.chaos(
-            faults.parse_chaos(options["chaos"]),
+            faults.parse_chaos(options["chaos"], pod),
             steps=run.steps,
             processes=slice.num_hosts // each,
             hosts=slice.num_hosts,

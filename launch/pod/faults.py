@@ -7,8 +7,7 @@ import numpy as np
 
 from pjit_train.errors import UserError
 from topology import TPU_V4, Part
-from topology.fabric.parts import switches
-from topology.hardware import Pod
+from topology.hardware import Pod, block_of, switch_of
 
 # What each kind takes after its colon; "" for those that there is one of.
 KINDS = {
@@ -66,7 +65,7 @@ class Fault:
         return asdict(self)
 
 
-def parse_chaos(text: str) -> dict[str, float]:
+def parse_chaos(text: str, pod: Pod = TPU_V4) -> dict[str, float]:
     """{kind: failures a step} of a text such as process=0.02,host=0.01."""
     rates = {}
     for part in text.split(","):
@@ -80,6 +79,11 @@ def parse_chaos(text: str) -> dict[str, float]:
                 f"--chaos {text}: {part!r} is no KIND=RATE, failures a step from 0 to 1, such as "
                 f"host=0.01; kinds are {', '.join(CHAOS)}"
             )
+    if "ocs" in rates:
+        try:
+            switch_of(pod)
+        except ValueError as error:
+            raise UserError(f"--chaos {text}: ocs: {error}") from error
     return rates
 
 
@@ -97,7 +101,7 @@ def chaos(
 
     They depend on the arguments alone.
     """
-    found, places = [], 1 + max(switch.i for switch in switches(pod))
+    found, places = [], block_of(pod).side
     for kind, rate in sorted(rates.items()):
         rng = np.random.default_rng([seed, CHAOS.index(kind)])
         hit, which = rng.random(steps) < rate, rng.integers(2**31, size=steps)

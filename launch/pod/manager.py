@@ -22,7 +22,7 @@ class Manager:
     """The fabric of a pod with one slice.
 
     Args:
-      file: its state; read where it exists.
+      file: its state; read where it exists and is of the same pod.
       blocks: of the pod that may be used, the lowest-numbered; the others count as drained.
       pod: whose fabric it is.
     """
@@ -33,7 +33,9 @@ class Manager:
         spare = range(blocks, self._fabric.pod.num_blocks)
         self._outside = frozenset(Part("block", (b,)) for b in spare)
         if self._file.exists():
-            self._fabric = _read(json.loads(self._file.read_text()), pod)
+            state = json.loads(self._file.read_text())
+            if state.get("pod", TPU_V4.name) == pod.name:  # on another one nothing has failed
+                self._fabric = _read(state, pod)
         self._fabric = replace(self._fabric, drained=self._fabric.drained | self._outside)
 
     def place(self, wanted: Slice, smaller: list[Slice]) -> dict[str, Any]:
@@ -62,7 +64,8 @@ class Manager:
                 continue
             self._keep(after)
             changes = fabric.reconfigure(before, after)
-            seconds = changes.seconds(after.pod.switch)
+            switch = after.pod.switch  # without one nothing is known to be switched
+            seconds = 0.0 if switch is None else changes.seconds(switch)
             return self.state() | {"changes": (changes.num_breaks, changes.num_makes, seconds)}
         raise ValueError(str(error))
 
@@ -92,9 +95,13 @@ class Manager:
         return self.state()
 
     def state(self) -> dict[str, Any]:
-        """{"slice", "blocks", "failed", "free"}, as JSON has it; no slice before it is placed."""
+        """{"pod", "slice", "blocks", "failed", "drained", "free"}, as JSON has it.
+
+        "slice" is None before one is placed.
+        """
         placement = self._fabric.placements.get(_NAME)
         return {
+            "pod": self._fabric.pod.name,
             "slice": None if placement is None else str(placement.slice),
             "blocks": [] if placement is None else list(placement.blocks),
             "failed": sorted(str(part) for part in self._fabric.failed),

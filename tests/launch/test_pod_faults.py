@@ -5,6 +5,7 @@ import pytest
 
 from launch.pod.faults import CHAOS, Fault, chaos, parse_chaos
 from pjit_train.errors import UserError
+from topology import TPU_V5P
 
 POD = {"processes": 4, "hosts": 16, "blocks": 2}
 
@@ -64,6 +65,17 @@ def test_chaos_keeps_its_rates_and_more_steps_change_nothing_before():
     assert which.min() > 0
     for kind in CHAOS:
         assert chaos({kind: 0.0}, steps=100, seed=0, **POD) == []
+
+
+def test_switches_fail_where_their_wiring_is_known():
+    for read in (
+        lambda: Fault.parse("ocs:x,0,0@step:2", TPU_V5P),
+        lambda: parse_chaos("ocs=0.1", TPU_V5P),
+    ):
+        with pytest.raises(UserError, match=r"--(fail|chaos).*wired is not published"):
+            read()
+    assert Fault.parse("block:0@step:2", TPU_V5P).kind == "block"
+    assert chaos({"host": 0.5}, steps=9, seed=0, pod=TPU_V5P, **POD)
 
 
 @pytest.mark.parametrize("text", ["host", "host=2", "cat=0.1", "host=-0.1", "host=x", "host=0.1,,"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from launch.pod.manager import Manager, smaller_shapes
-from topology import Part, Placement, Slice, fabric
+from topology import TPU_V5P, Part, Placement, Slice, fabric
 from topology.fabric import light
 from topology.routing import throughput
 
@@ -49,6 +49,24 @@ def test_what_is_half_written_is_not_read(file, tmp_path):
     (tmp_path / "fabric.json.new").write_text('{"slice": "4x')
     assert Manager(file, 64).state() == manager.state()
     assert json.loads((tmp_path / "fabric.json").read_text()) == manager.state()
+
+
+def test_a_pod_of_another_generation_begins_anew_and_knows_no_switches(file):
+    manager = Manager(file, 64)
+    manager.place(Slice.parse("4x4x8"), [])
+    manager.fail("ocs:x,0,0")
+    other = Manager(file, 140, TPU_V5P)
+    assert (other.state()["slice"], other.state()["failed"]) == (None, [])
+    slice = Slice.parse("16x16x24_wrap:z", TPU_V5P)
+    state = other.place(slice, [])
+    assert (state["pod"], state["free"], state["changes"]) == ("TPU v5p", 140 - 96, (0, 0, 0.0))
+    assert other.fail("host:3,5")["hit"]
+    assert other.place(slice, [])["blocks"] == [0, 1, 2, 96, *range(4, 96)]
+    with pytest.raises(ValueError, match="wired is not published"):
+        other.fail("ocs:x,0,0")
+    again = Manager(file, 140, TPU_V5P)
+    assert again.placement() == other.placement()
+    assert again.placement().slice.pod == TPU_V5P
 
 
 def test_without_blocks_it_refuses_or_takes_a_smaller_slice(file):

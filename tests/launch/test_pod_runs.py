@@ -293,7 +293,7 @@ def test_interrupted_on_a_cluster_it_saves_and_killed_it_goes_on(folder, undistu
     [
         (["--slice", "4x4x4"], "4x4x4"),
         (["--slice", "3x3x3"], "--slice 3x3x3"),
-        (["--pod", "v5p"], "TPU v5p: how its optical switches are wired is not published"),
+        (["--pod", "v5e"], "TPU v5e: is not made of blocks"),
         (["--address", "127.0.0.1:1"], "nobody answers"),
         ([*HUGE, "--hosts-per-process", "1"], "GiB are free"),
     ],

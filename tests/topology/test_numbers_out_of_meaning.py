@@ -248,7 +248,7 @@ def test_parts_that_do_not_exist_are_named(function, part):
         ({"connects": {Switch(0, 0, 0): {0.5: 64}}}, "ocs x,0,0: no port 0.5"),
         ({"patches": {(Switch(0, 0, 4), 0): 128}}, "part ocs .0, 0, 4.: place in a face 4"),
         ({"patches": {(Switch(0, 0, 0), 0): math.nan}}, "ocs x,0,0: no port nan"),
-        ({"pod": topology.TPU_V3}, "pod TPU v3: it has no optical switches"),
+        ({"pod": topology.TPU_V3}, "pod TPU v3: is not made of blocks"),
     ],
 )
 def test_a_fabric_of_what_does_not_exist_is_named(made, says):

@@ -22,6 +22,7 @@ from topology import (
     Placement,
     Policy,
     Slice,
+    Switch,
     Traffic,
     all_to_all,
     all_twists,
@@ -37,7 +38,7 @@ from topology import (
 )
 from topology.collectives.collectives import lower_bounds
 from topology.collectives.schedules import dimension_rings
-from topology.fabric.light import impact
+from topology.fabric.light import check, impact, trace
 from topology.fabric.losses import lost
 from topology.fleet.availability import block_availability, sample_goodput
 from topology.fleet.policies import ContiguousBox
@@ -384,6 +385,7 @@ def test_what_needs_blocks_or_switches_says_so():
         lambda: flat.num_blocks,
         lambda: flat.block_shape,
         lambda: Placement(flat, (0,)),
+        lambda: Fabric(pod=TPU_V5E),
         lambda: block_availability(0.99, TPU_V5E),
         lambda: generate_jobs(1e5, pod=TPU_V5E),
         lambda: generate_outages(1e5, pod=TPU_V5E),
@@ -393,10 +395,22 @@ def test_what_needs_blocks_or_switches_says_so():
     for call in calls:
         with pytest.raises(ValueError, match="TPU v5e: is not made of blocks; take TPU v4 or"):
             call()
+
+
+def test_a_slice_of_v5p_has_its_blocks_and_no_cross_connects_that_anyone_knows():
+    slice = Slice.parse("16x16x24", TPU_V5P)
+    pod = fabric.place(Fabric(pod=TPU_V5P), "it", slice)
+    pod = fabric.replace_block(fabric.fail(pod, Part("host", (95, 3))), "it", 95)
+    assert pod.placements["it"].blocks == (*range(95), 96)
+    assert len(pod.free_blocks) == 140 - 97
+    assert pod.connects == {}
+    with pytest.raises(ValueError, match="the nearest that fits is"):
+        fabric.place(pod, "more", Slice.parse("4x4x176", TPU_V5P))
+    for known in (check, trace):
+        with pytest.raises(ValueError, match="how its optical switches are wired is not published"):
+            known(pod)
     with pytest.raises(ValueError, match="how its optical switches are wired is not published"):
-        Fabric(pod=TPU_V5P)
-    with pytest.raises(ValueError, match="it has no optical switches, its wiring is fixed"):
-        Fabric(pod=TPU_V6E)
+        fabric.apply(pod, fabric.Changes({}, {Switch(0, 0, 0): {0: 1}}))
 
 
 def test_jobs_of_a_v5p_pod_run_on_its_blocks():

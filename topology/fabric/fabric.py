@@ -54,6 +54,9 @@ class Placement:
 class Fabric:
     """The state of a pod's fabric.
 
+    Where it is not published how the switches are wired (TPU v5p), slices have their blocks, and
+    there are no cross-connects; what asks for those raises a ValueError.
+
     Attributes:
       placements: the slices, by name.
       connects: the cross-connects that the switches are told to hold.
@@ -62,8 +65,8 @@ class Fabric:
       drained: blocks and switches out of use for maintenance.
 
     Raises:
-      ValueError: the pod is not made of blocks, the wiring of its switches is not published, a
-        slice is of another pod, or the pod has no such block, switch, port or part.
+      ValueError: the pod is not made of blocks, a slice is of another pod, or the pod has no such
+        block, switch, port or part.
     """
 
     pod: Pod = TPU_V4
@@ -74,7 +77,7 @@ class Fabric:
     drained: frozenset[Part] = frozenset()
 
     def __post_init__(self):
-        switch_of(self.pod)
+        block_of(self.pod)
         for name, placement in self.placements.items():
             check_same_pod(placement.slice, self.pod)
             for block in placement.blocks:
@@ -89,7 +92,7 @@ class Fabric:
 
     def _check_ports(self, switch, ports):
         check_part(Part("ocs", tuple(switch)), self.pod)
-        there = range(self.pod.switch.ports)
+        there = range(switch_of(self.pod).ports)
         if wrong := [port for port in ports if port not in there]:
             raise ValueError(f"ocs {switch}: no port {wrong[0]}; there are 0 .. {len(there) - 1}")
 
@@ -178,13 +181,14 @@ def choose(fabric: Fabric, slice: Slice, policy: Policy = lowest_numbered) -> tu
 
 
 def connects_of(fabric: Fabric, placement: Placement) -> dict[Switch, dict[int, int]]:
-    """The cross-connects that make a slice of its blocks; none in drained switches.
+    """The cross-connects that make a slice of its blocks; none in drained switches, and none where
+    the wiring of switches is not published.
 
     The + face of a block at the place p is joined to the - face of the block at p + e_d, modulo the
     slice's lattice, alike in all 16 switches of d.
     """
     slice, blocks = placement.slice, np.array(placement.blocks)
-    if not slice.is_whole_blocks:
+    if not slice.is_whole_blocks or fabric.pod.switch is None:
         return {}
     places = np.indices(slice.block_shape).reshape(3, -1).T
     connects, side = {}, fabric.pod.block.side
