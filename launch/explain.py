@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 import tokenize
 from collections.abc import Callable, Collection, Iterator
@@ -33,17 +34,38 @@ STANDARD = (
 IMPORT = {m.rpartition(".")[2]: "from {} import {}".format(*m.rsplit(".", 1)) for m in STANDARD}
 
 
+def is_of(member: type, module: str) -> bool:
+    """Whether a gin file finds a class in a module: it stands there, or is said to be exported."""
+    exported = getattr(importlib.import_module(module), "__all__", ())
+    return member.__module__ == module or member.__name__ in exported
+
+
+def classes_of(module: str) -> list[type]:
+    """The classes that a gin file finds in a module, in their order there."""
+    members = vars(importlib.import_module(module)).values()
+    return [x for x in members if isinstance(x, type) and is_of(x, module)]
+
+
 def known_parameters() -> list[str]:
     """Every parameter of the standard modules, as `run.Run.steps`."""
-    parameters = []
-    for name in STANDARD:
-        for member in vars(importlib.import_module(name)).values():
-            if not isinstance(member, type):
-                continue
-            if dataclasses.is_dataclass(member) and member.__module__ == name:
-                configurable = Configurable(name, member.__name__)
-                parameters += [f"{configurable}.{f.name}" for f in dataclasses.fields(member)]
-    return parameters
+    return [
+        f"{Configurable(name, member.__name__)}.{field.name}"
+        for name in STANDARD
+        for member in classes_of(name)
+        if dataclasses.is_dataclass(member)
+        for field in dataclasses.fields(member)
+    ]
+
+
+def kinds_of(base: type) -> list[Configurable]:
+    """The classes that may stand where one is wanted: itself, or those made from it."""
+    found = {}
+    for module in (*STANDARD, base.__module__):
+        for member in classes_of(module):
+            if issubclass(member, base) and not inspect.isabstract(member):
+                found.setdefault(member, Configurable(module, member.__name__))
+    others = [name for member, name in found.items() if member is not base]
+    return others or list(found.values())
 
 
 def nearest_parameter(name: str, in_use: Collection[str] = ()) -> str:

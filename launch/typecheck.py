@@ -3,12 +3,14 @@
 import collections.abc
 import dataclasses
 import importlib
+import inspect
 import operator
 import types
 import typing
 from typing import Any
 
 from launch.bindings import Configurable, Key, Macro, Reference, format_value
+from launch.explain import kinds_of
 from pjit_train.errors import UserError
 
 _ORDINARY = {
@@ -65,7 +67,12 @@ def _fits(value: Any, hint: Any) -> bool:
             same_length = len(value) == len(arguments)
             return same_length and all(map(_fits, value, arguments))
         return all(_fits(item, arguments[0]) for item in value)
-    return not dataclasses.is_dataclass(hint)
+    return not _is_made(hint)
+
+
+def _is_made(hint: Any) -> bool:
+    """Whether values are instances of a class that gin makes from its parameters."""
+    return dataclasses.is_dataclass(hint) or inspect.isabstract(hint)
 
 
 def _describe(hint: Any) -> str:
@@ -80,9 +87,6 @@ def _describe(hint: Any) -> str:
         return f"({', '.join(_describe(part) for part in arguments)})"
     if origin in (tuple, list, collections.abc.Sequence):
         return f"a list (each item {_describe(arguments[0])})"
-    if dataclasses.is_dataclass(hint):
-        members = vars(importlib.import_module(hint.__module__)).values()
-        fitting = [m for m in members if isinstance(m, type) and issubclass(m, hint)]
-        names = [Configurable(m.__module__, m.__name__) for m in fitting]
-        return " or ".join(f"@{name}()" for name in names[1:] or names)
+    if _is_made(hint):
+        return " or ".join(f"@{name}()" for name in kinds_of(hint))
     return str(hint)

@@ -3,7 +3,6 @@
 Letters in names: L layers, I inputs of a kernel, O its outputs.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -26,8 +25,8 @@ from pjit_train.sharding import Rules
 from pjit_train.step import split_model
 from sparsity.masks.layers import assign, names
 from sparsity.masks.nm import nm_violations
-from sparsity.numbers.formats import FP8, NVFP4, Format, Int, check_blocks, element_bits, get_format
-from sparsity.numbers.scales import scale_shape
+from sparsity.numbers.encoding import scale_bits
+from sparsity.numbers.formats import Format, check_blocks, get_format
 from sparsity.post_training.gptq import Scales, gptq, rtn
 from sparsity.post_training.one_shot import (
     KeepZeros,
@@ -52,10 +51,7 @@ def parse_format(text: str) -> Format:
     Raises:
       ValueError: there is no such format or block.
     """
-    format = get_format(text)
-    if isinstance(format, FP8) and format.block is None:
-        return dataclasses.replace(format, block="channel")
-    return format
+    return get_format(text).for_weights()
 
 
 def kernel_patterns(
@@ -232,13 +228,8 @@ def kernel_bytes(
     if format is None:
         bits = 8 * itemsize
     else:
-        bits = element_bits(format)
-        if format.block is not None:
-            count = math.prod(scale_shape((inputs, outputs), format.block, 0))
-            width = 4 if isinstance(format, Int | FP8) else 1
-            if isinstance(format, Int) and not format.symmetric:
-                width += 1
-            scales = layers * (count * width + 4 * isinstance(format, NVFP4))
+        bits = format.element_bits
+        scales = layers * scale_bits(format, (inputs, outputs), 0) // 8
     size = layers * inputs * outputs
     zeros = packed = -(-size * bits // 8) + scales
     pattern_type = None if pattern is None else parse_pattern(pattern)

@@ -46,7 +46,7 @@ from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
 from sparsity.masks.layers import names
-from sparsity.numbers.formats import NVFP4, Format
+from sparsity.numbers.formats import Format
 from sparsity.numbers.quantized_kernels import QuantizedKernel
 from sparsity.post_training.gptq import Scales, rtn
 from sparsity.recipes.kernels import Kernel, MaskedKernel, dense, dense_tree
@@ -216,14 +216,19 @@ def _with_input_scales(
     quantized: Mapping[str, QuantizedWeights], program: Program, params, directory: Path
 ) -> dict[str, QuantizedWeights]:
     """With `input_scales`, from the first sequences of the run's training text."""
-    if not any(isinstance(weights.activations, NVFP4) for weights in quantized.values()):
+    scaled = {
+        name
+        for name, weights in quantized.items()
+        if weights.activations is not None and weights.activations.array_bits
+    }
+    if not scaled:
         return dict(quantized)
     batches = prepare(program.run, directory)
     text = calibration_batches(batches, min(SEQUENCES, batches.num_train_sequences))
     maxima = input_maxima(program.graph, params, text)
     return {
         name: dataclasses.replace(weights, input_scales=input_scales(maxima[name].max(axis=1)))
-        if isinstance(weights.activations, NVFP4)
+        if name in scaled
         else weights
         for name, weights in quantized.items()
     }

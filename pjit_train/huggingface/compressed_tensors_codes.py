@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from pjit_train.errors import UserError
-from sparsity.numbers.formats import E2M1, E2M3, E4M3, FP8, MX, NVFP4, Format, Int, format_text
+from sparsity.numbers.formats import Format, format_text
 from sparsity.post_training.gptq import Scales
 
 # Small floats by their codes without the sign, which is the highest bit.
@@ -38,31 +38,9 @@ def scheme(format: Format, activations: Format | None = None) -> Scheme:
       UserError: there is none.
     """
     inputs = None if activations is None else _inputs(activations)
-    match format:
-        case Int(symmetric=symmetric, bits=bits, block=block):
-            whole = isinstance(block, str)
-            weights = _arguments(bits, "int", "channel") if whole else _group(bits, "int", block)
-            weights["symmetric"] = symmetric
-            if inputs is None or inputs["type"] == "int":
-                both = inputs is not None and bits == 8 and whole
-                return Scheme("int-quantized" if both else "pack-quantized", weights, inputs)
-        case FP8(element=element, block=None | "channel" | "tensor") if element == E4M3:
-            if inputs is None or (inputs["type"], inputs["strategy"]) == ("float", "token"):
-                name = "naive-quantized" if inputs is None else "float-quantized"
-                return Scheme(name, _arguments(8, "float", "channel"), inputs)
-        case MX(element=element, block=32) if element in (E4M3, E2M1):
-            weights = _group(element.bits, "float", 32) | {"scale_dtype": "torch.uint8"}
-            if inputs in (None, weights | {"dynamic": True}):
-                name = "mxfp8-quantized" if element == E4M3 else "mxfp4-pack-quantized"
-                return Scheme(name, weights, inputs)
-        case MX(element=element, block=32) if element == E2M3:
-            weights = _group(6, "float", 32) | {"scale_dtype": "torch.uint8"}
-            if inputs in (None, weights | {"dynamic": True, "num_bits": 8}):
-                return Scheme("mxfp6-pack-quantized", weights, inputs)
-        case NVFP4(block=16):
-            weights = _nvfp4()
-            if inputs in (None, weights | {"dynamic": "local"}):
-                return Scheme("nvfp4-pack-quantized", weights, inputs)
+    layout = format.as_stored_weights(inputs)
+    if layout is not None:
+        return Scheme(layout.name, layout.weights, inputs)
     given = format_text(format)
     if activations is not None:
         given += f" with activations in {format_text(activations)}"
@@ -76,40 +54,12 @@ def scheme(format: Format, activations: Format | None = None) -> Scheme:
 
 def _inputs(format: Format) -> dict[str, Any]:
     """The arguments of activations that are quantized as they come."""
-    match format:
-        case Int(bits=8, symmetric=symmetric, block="channel" | "tensor"):
-            return _arguments(8, "int", "token") | {"dynamic": True, "symmetric": symmetric}
-        case FP8(element=element, block="channel" | "tensor") if element == E4M3:
-            return _arguments(8, "float", "token") | {"dynamic": True}
-        case MX(element=element, block=32) if element in (E4M3, E2M1):
-            dynamic = {"dynamic": True, "scale_dtype": "torch.uint8"}
-            return _group(element.bits, "float", 32) | dynamic
-        case NVFP4(block=16):  # the tensor scale is given: see `input_scales`
-            return _nvfp4() | {"dynamic": "local"}
+    if (inputs := format.as_stored_inputs()) is not None:
+        return inputs
     raise UserError(
         f"export: compressed-tensors has no activations in {format_text(format)}; it has int8, "
         "fp8_e4m3, mxfp8_e4m3, mxfp4_e2m1 and nvfp4; or use --dense for plain numbers"
     )
-
-
-def _arguments(bits: int, kind: str, strategy: str) -> dict[str, Any]:
-    return {
-        "num_bits": bits,
-        "type": kind,
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": None,
-        "dynamic": False,
-    }
-
-
-def _group(bits: int, kind: str, size: int) -> dict[str, Any]:
-    return _arguments(bits, kind, "group") | {"group_size": size}
-
-
-def _nvfp4() -> dict[str, Any]:
-    blocks = {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
-    return _group(4, "float", 16) | blocks
 
 
 def input_scales(maxima: np.ndarray) -> np.ndarray:

@@ -10,30 +10,9 @@ import numpy as np
 
 from sparsity.masks.axes import positive, shards
 from sparsity.masks.bits import pack_bits, unpack_bits
-from sparsity.numbers.formats import (
-    E4M3,
-    FP8,
-    HBFP,
-    MX,
-    NVFP4,
-    FixedElement,
-    FloatElement,
-    Format,
-    Int,
-    element_bits,
-    get_format,
-)
-from sparsity.numbers.quantization import check_given, elements, noise_of_blocks, parts_of, values
-from sparsity.numbers.rounding import Rounding, bits_of, check_rounding, float_of
-from sparsity.numbers.scales import (
-    Scale,
-    from_float,
-    from_nvfp4,
-    join_blocks,
-    scale_shape,
-    split_blocks,
-    to_float,
-)
+from sparsity.numbers.formats import Format, get_format
+from sparsity.numbers.quantization import check_given, noise_of_blocks, parts_of
+from sparsity.numbers.rounding import Rounding, check_rounding
 
 
 @jax.tree_util.register_dataclass
@@ -99,21 +78,32 @@ def encode(
 def _encode(x, key, scale, zero_point, *, format: Format, axis: int, rounding: Rounding) -> Encoded:
     parts = parts_of(x, format, axis, scale, zero_point)
     noise = None if key is None else noise_of_blocks(key, parts, format, axis)
-    magnitude, sign = elements(parts, format, rounding, noise)
+    magnitude, sign = format.elements(parts.blocks, parts.scale, rounding, noise)
     _check_bytes(x, format, axis)
-    codes = _codes(magnitude, sign < 0, format, parts.scale)
-    codes = jnp.moveaxis(join_blocks(codes, parts.shape, axis), axis, -1)
-    shape = scale_shape(parts.shape, format.block, axis)
-    scales = _stored(parts.scale, format)
-    zero_points = None if parts.scale is None else parts.scale.zero_point
+    codes = format.codes(magnitude, sign < 0, parts.scale)
+    codes = jnp.moveaxis(format.join(codes, parts.shape, axis), axis, -1)
+    packed = _pack(codes, format.element_bits)
+    axis = axis % len(parts.shape)
+    if parts.scale is None:
+        return Encoded(
+            codes=packed,
+            scales=None,
+            zero_points=None,
+            tensor_scale=None,
+            format=format,
+            shape=parts.shape,
+            axis=axis,
+        )
+    shape = format.scale_shape(parts.shape, axis)
+    zero_points = parts.scale.zero_point
     return Encoded(
-        codes=_pack(codes, element_bits(format)),
-        scales=None if scales is None else scales.reshape(shape),
+        codes=packed,
+        scales=format.stored(parts.scale).reshape(shape),
         zero_points=None if zero_points is None else zero_points.astype(jnp.int8).reshape(shape),
-        tensor_scale=parts.scale.tensor_scale if isinstance(format, NVFP4) else None,
+        tensor_scale=parts.scale.tensor_scale,
         format=format,
         shape=parts.shape,
-        axis=axis % len(parts.shape),
+        axis=axis,
     )
 
 
@@ -121,13 +111,16 @@ def _encode(x, key, scale, zero_point, *, format: Format, axis: int, rounding: R
 def decode(encoded: Encoded) -> jax.Array:
     """The float32 values, of the shape of the array that was encoded."""
     format, shape, axis = encoded.format, encoded.shape, encoded.axis
-    codes = _unpack(encoded.codes, element_bits(format), shape[axis])
-    blocks, axes = split_blocks(jnp.moveaxis(codes, -1, axis), format.block, axis)
-    kept = tuple(1 if a in axes else s for a, s in enumerate(blocks.shape))
-    scale = _loaded(encoded, format, kept)
-    magnitude, negative = _elements_of(blocks, format, scale)
+    codes = _unpack(encoded.codes, format.element_bits, shape[axis])
+    blocks, axes = format.split(jnp.moveaxis(codes, -1, axis), axis)
+    scale = None
+    if encoded.scales is not None:
+        zero = encoded.zero_points
+        zero = None if zero is None else zero.astype(jnp.int32)
+        scale = format.loaded(encoded.scales, zero, encoded.tensor_scale, blocks, axes)
+    magnitude, negative = format.magnitudes(blocks, scale)
     sign = jnp.where(negative, jnp.int32(-(2**31)), 0)
-    return join_blocks(values(magnitude, sign, format, scale), shape, axis)
+    return format.join(format.values(magnitude, sign, scale), shape, axis)
 
 
 def bits_per_element(format: str | Format, shape: tuple[int, ...], *, axis: int = -1) -> float:
@@ -141,91 +134,12 @@ def bits_per_element(format: str | Format, shape: tuple[int, ...], *, axis: int 
     format = get_format(format)
     if not (size := math.prod(shape)):
         raise ValueError(f"shape={shape} has no entries; use a shape of one or more")
-    scales = math.prod(scale_shape(shape, format.block, axis))
-    if isinstance(format, Int):
-        each, once = 32 if format.symmetric else 40, 0
-    elif isinstance(format, FP8):
-        each, once = 0 if format.block is None else 32, 0
-    else:
-        each, once = 8, 32 * isinstance(format, NVFP4)
-    return element_bits(format) + (scales * each + once) / size
+    return format.element_bits + scale_bits(format, shape, axis) / size
 
 
-def float_codes(magnitude: jax.Array, negative: jax.Array, element: FloatElement) -> jax.Array:
-    """int32 codes of float32 magnitudes that an element has; NaN where it has that."""
-    width = element.mantissa_bits
-    normal = (bits_of(magnitude) >> (23 - width)) - ((127 - element.bias) << width)
-    least = magnitude * 2.0 ** (width - element.emin)
-    code = jnp.where(magnitude < 2.0**element.emin, least.astype(jnp.int32), normal)
-    if element.nan is not None:
-        code = jnp.where(jnp.isnan(magnitude), element.nan, code)
-    return code | negative.astype(jnp.int32) << (element.bits - 1)
-
-
-def float_values(codes: jax.Array, element: FloatElement) -> tuple[jax.Array, jax.Array]:
-    """(float32 magnitude, bool negative) of codes."""
-    width = element.mantissa_bits
-    code = codes & (2 ** (element.bits - 1) - 1)
-    normal = float_of((code << (23 - width)) + ((127 - element.bias) << 23))
-    magnitude = jnp.where(
-        code < 2**width, code.astype(jnp.float32) * 2.0 ** (element.emin - width), normal
-    )
-    if element.nan is not None:
-        special = jnp.where(code & (2**width - 1) == 0, jnp.inf, jnp.nan)  # infinity: E5M2 alone
-        magnitude = jnp.where(magnitude > element.largest, special, magnitude)
-    return magnitude, codes >> (element.bits - 1) & 1 == 1
-
-
-def _codes(magnitude, negative, format: Format, scale: Scale | None) -> jax.Array:
-    if not isinstance(format, Int) and isinstance(format.element, FloatElement):
-        return float_codes(magnitude, negative, format.element)
-    whole = magnitude.astype(jnp.int32)
-    if isinstance(format, HBFP):
-        return whole | negative.astype(jnp.int32) << format.mantissa_bits
-    whole = jnp.where(negative, -whole, whole)
-    return whole if not _shifted(format) else whole + scale.zero_point
-
-
-def _elements_of(codes, format: Format, scale: Scale | None) -> tuple[jax.Array, jax.Array]:
-    """(magnitude, negative): the inverse of `_codes`."""
-    if not isinstance(format, Int) and isinstance(format.element, FloatElement):
-        return float_values(codes, format.element)
-    if isinstance(format, HBFP):
-        limit = format.element.limit
-        return (codes & limit).astype(jnp.float32), codes > limit
-    half = 2 ** (element_bits(format) - 1)
-    whole = (codes ^ half) - half  # the sign bit carried up
-    whole = whole if not _shifted(format) else whole - scale.zero_point
-    return jnp.abs(whole).astype(jnp.float32), whole < 0
-
-
-def _stored(scale: Scale | None, format: Format) -> jax.Array | None:
-    if scale is None:
-        return None
-    if isinstance(format, MX | HBFP):
-        fraction = format.element.fraction_bits if isinstance(format.element, FixedElement) else 0
-        code = scale.exponent + fraction + 127
-        return jnp.where(scale.nan, 255 if isinstance(format, MX) else 0, code).astype(jnp.uint8)
-    if isinstance(format, NVFP4):
-        block_scale = jnp.where(scale.nan, jnp.nan, scale.block_scale)
-        return float_codes(block_scale, jnp.zeros(scale.nan.shape, bool), E4M3).astype(jnp.uint8)
-    return to_float(scale)
-
-
-def _loaded(encoded: Encoded, format: Format, kept: tuple[int, ...]) -> Scale | None:
-    if encoded.scales is None:
-        return None
-    stored = encoded.scales.reshape(kept)
-    if isinstance(format, MX | HBFP):
-        fraction = format.element.fraction_bits if isinstance(format.element, FixedElement) else 0
-        nan = stored == (255 if isinstance(format, MX) else 0)
-        return Scale(stored.astype(jnp.int32) - 127 - fraction, nan=nan)
-    if isinstance(format, NVFP4):
-        block_scale, _ = float_values(stored.astype(jnp.int32), E4M3)
-        return from_nvfp4(block_scale, encoded.tensor_scale, jnp.isnan(block_scale))
-    zero = encoded.zero_points
-    zero = None if zero is None else zero.astype(jnp.int32).reshape(kept)
-    return from_float(stored, zero)._replace(nan=jnp.isnan(stored))
+def scale_bits(format: Format, shape: tuple[int, ...], axis: int) -> int:
+    """Bits of all scales and zero points of an array of a shape."""
+    return math.prod(format.scale_shape(shape, axis)) * format.scale_bits + format.array_bits
 
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -242,13 +156,9 @@ def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     return jnp.sum(planes.astype(jnp.int32) << jnp.arange(bits), axis=-1)
 
 
-def _shifted(format: Format) -> bool:
-    return isinstance(format, Int) and not format.symmetric
-
-
 def _check_bytes(x, format: Format, axis: int) -> None:
     """Raises a ValueError where a shard ends within a byte of codes."""
-    bits, ways = element_bits(format), shards(x, positive(axis, x.ndim))
+    bits, ways = format.element_bits, shards(x, positive(axis, x.ndim))
     size = x.shape[axis] // ways
     if ways > 1 and size * bits % 8:
         raise ValueError(
@@ -258,10 +168,7 @@ def _check_bytes(x, format: Format, axis: int) -> None:
 
 
 def _check_finite(x, format: Format) -> None:
-    has_nan = isinstance(format, MX | NVFP4) or (
-        isinstance(format, FP8) and format.element.nan is not None
-    )
-    if has_nan or isinstance(x, jax.core.Tracer):
+    if format.has_nan or isinstance(x, jax.core.Tracer):
         return
     bad = int((~np.isfinite(np.asarray(x, np.float32))).sum())
     if bad:

@@ -14,39 +14,36 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsity.numbers.formats import E4M3, E5M2, FP8, Format, Int, format_name
-from sparsity.numbers.quantization import elements, noise_of_blocks, parts_of
+from sparsity.numbers.format import NO_NATIVE
+from sparsity.numbers.formats import Format, format_name
+from sparsity.numbers.quantization import noise_of_blocks, parts_of
 from sparsity.numbers.rounding import bits_of, divide, float_of
 from sparsity.numbers.scales import to_float
 
 Matmul = Literal["emulated", "native"]
-_FLOATS = {E4M3: jnp.float8_e4m3fn, E5M2: jnp.float8_e5m2}
 _INSTEAD = "matmul='emulated'"
 
 
 def check_formats(weights: Format | None, activations: Format | None) -> None:
     """Raises a ValueError where no hardware multiplies these operands by their codes."""
-    pair = (weights, activations)
+    dtypes = []
     for name, format in (("weights", weights), ("activations", activations)):
-        if not isinstance(format, Int | FP8) or isinstance(format.block, int):
-            why = "needs an integer or an 8-bit float with one scale to an output or a token"
-        elif isinstance(format, Int) and not format.symmetric:
-            why = "takes no zero point"
-        elif isinstance(format, FP8) and format.element not in _FLOATS:
-            why = "takes E4M3 and E5M2"
-        else:
-            continue
-        raise ValueError(
-            f"matmul='native' {why}, and {name} are {format and format_name(format)}; "
-            f"use int8 or fp8_e4m3, or {_INSTEAD}"
-        )
-    if type(weights) is not type(activations):
+        try:
+            if format is None:
+                raise ValueError(NO_NATIVE)
+            dtypes.append(jnp.dtype(format.native_dtype()))
+        except ValueError as error:
+            raise ValueError(
+                f"matmul='native' {error}, and {name} are {format and format_name(format)}; "
+                f"use int8 or fp8_e4m3, or {_INSTEAD}"
+            ) from None
+    if jnp.int8 in dtypes and dtypes != [jnp.int8] * 2:
         raise ValueError(
             f"matmul='native' multiplies operands of one kind, and weights are "
             f"{format_name(weights)}, activations {format_name(activations)}; "
             f"use int8 or fp8_e4m3 for both, or {_INSTEAD}"
         )
-    if all(isinstance(f, FP8) and f.element == E5M2 for f in pair):
+    if dtypes == [jnp.float8_e5m2] * 2:
         raise ValueError(
             "matmul='native' of E5M2 and E5M2 is on no GPU; use E4M3 for weights or activations, "
             f"or {_INSTEAD}"
@@ -64,9 +61,9 @@ def check_matmul(weights: Format, activations: Format, size: int, device: jax.De
       device: CUDA has int8 from compute capability 7.5, and 8-bit floats from 8.9; of TPUs v5 and
         v6 have int8, and 7 and later ones 8-bit floats (`jax.experimental.pallas.tpu.TpuInfo`).
     """
-    integers = isinstance(weights, Int)
+    integers = weights.native_dtype() == jnp.int8
     if integers:
-        most = (2**31 - 1) // 2 ** (weights.bits + activations.bits - 2)
+        most = (2**31 - 1) // 2 ** (weights.element_bits + activations.element_bits - 2)
         if size > most:
             raise ValueError(
                 f"matmul='native' sums {size} products in 32 bits, and {most} may overflow no "
@@ -94,7 +91,7 @@ def _has(device: jax.Device, integers: bool) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("format", "axes", "rounding"))
 def codes_of(
-    x: jax.Array, format: Int | FP8, axes: tuple[int, ...], rounding: str = "even", key=None
+    x: jax.Array, format: Format, axes: tuple[int, ...], rounding: str = "even", key=None
 ) -> tuple[jax.Array, jax.Array]:
     """(codes, scales) of an array: `quantize` gives their products, rounded to float32.
 
@@ -112,9 +109,8 @@ def codes_of(
     flat = x.astype(jnp.float32).reshape(*x.shape[:first], -1, *x.shape[last + 1 :])
     parts = parts_of(flat, format, first, None, None)
     noise = None if key is None else noise_of_blocks(key, parts, format, first)
-    magnitude, sign = elements(parts, format, rounding, noise)
-    dtype = jnp.int8 if isinstance(format, Int) else _FLOATS[format.element]
-    codes = float_of(bits_of(magnitude) | sign).astype(dtype)
+    magnitude, sign = format.elements(parts.blocks, parts.scale, rounding, noise)
+    codes = float_of(bits_of(magnitude) | sign).astype(format.native_dtype())
     if parts.scale is None:
         scale = jnp.ones((1,) * x.ndim, jnp.float32)
     else:

@@ -7,33 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity.numbers.formats import FP8, HBFP, MX, NVFP4, FixedElement, Format, Int, get_format
-from sparsity.numbers.rounding import (
-    INFINITY,
-    MAGNITUDE,
-    Rounding,
-    bits_of,
-    check_rounding,
-    divide,
-    float_of,
-    lift,
-    lower,
-    noise_of,
-    round_to_step,
-    step_of,
-)
-from sparsity.numbers.scales import (
-    Scale,
-    dynamic_scale,
-    from_float,
-    join_blocks,
-    magnitude_bits,
-    nvfp4_scale,
-    reduce_max,
-    scale_shape,
-    split_blocks,
-    to_float,
-)
+from sparsity.numbers.formats import Format, get_format
+from sparsity.numbers.rounding import Rounding, bits_of, check_rounding, noise_of
+from sparsity.numbers.scales import Scale
 
 
 def quantize(
@@ -143,12 +119,10 @@ def block_scales(
 @functools.partial(jax.jit, static_argnames=("format", "axis"))
 def _block_scales(x, *, format: Format, axis: int):
     parts = parts_of(x, format, axis, None, None)
-    if isinstance(format, NVFP4):
-        return parts.scale.tensor_scale, None
-    shape = scale_shape(parts.shape, format.block, axis)
+    shape = format.given_scale_shape(parts.shape, axis)
     zero_point = parts.scale.zero_point
     return (
-        to_float(parts.scale).reshape(shape),
+        format.scale_to_give(parts.scale).reshape(shape),
         None if zero_point is None else zero_point.reshape(shape),
     )
 
@@ -169,11 +143,11 @@ def check_given(shape: tuple[int, ...], format: Format, axis: int, scale, zero_p
             raise ValueError("zero_point without scale; give both or neither")
         return
     _check_takes_scale(format)
-    asymmetric = isinstance(format, Int) and not format.symmetric
-    if asymmetric != (zero_point is not None):
-        needs = "needs a zero_point beside its scale" if asymmetric else "takes no zero_point"
-        raise ValueError(f"{format} {needs}")
-    wanted = () if isinstance(format, NVFP4) else scale_shape(shape, format.block, axis)
+    if format.takes_zero_point != (zero_point is not None):
+        if zero_point is None:
+            raise ValueError(f"{format} needs a zero_point beside its scale")
+        raise ValueError(f"{format} takes no zero_point")
+    wanted = format.given_scale_shape(shape, axis)
     for name, given in (("scale", scale), ("zero_point", zero_point)):
         if given is not None and np.shape(given) != wanted:
             raise ValueError(f"{name} of shape {np.shape(given)}; use {wanted}")
@@ -185,93 +159,35 @@ def check_given(shape: tuple[int, ...], format: Format, axis: int, scale, zero_p
 
 def parts_of(x: jax.Array, format: Format, axis: int, scale, zero_point) -> Parts:
     """float32 x in blocks, with the scales that are given, or else taken from it."""
-    blocks, axes = split_blocks(x, format.block, axis)
-    if isinstance(format, FP8) and format.block is None:
-        return Parts(blocks, axes, None, x.shape)
+    blocks, axes = format.split(x, axis)
     if scale is None:
-        return Parts(blocks, axes, dynamic_scale(blocks, axes, format), x.shape)
+        return Parts(blocks, axes, format.scale(blocks, axes), x.shape)
     scale = jnp.asarray(scale, jnp.float32)
-    if isinstance(format, NVFP4):
-        largest = reduce_max(blocks, axes, magnitude_bits)
-        return Parts(blocks, axes, nvfp4_scale(largest, scale), x.shape)
-    kept = tuple(1 if a in axes else s for a, s in enumerate(blocks.shape))
-    if zero_point is not None:
-        zero_point = jnp.asarray(zero_point, jnp.int32).reshape(kept)
-    return Parts(blocks, axes, from_float(scale.reshape(kept), zero_point), x.shape)
+    return Parts(blocks, axes, format.given_scale(blocks, axes, scale, zero_point), x.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis", "rounding"))
 def _quantize(x, key, scale, zero_point, *, format: Format, axis: int, rounding: Rounding):
     parts = parts_of(x, format, axis, scale, zero_point)
     noise = None if key is None else noise_of_blocks(key, parts, format, axis)
-    magnitude, sign = elements(parts, format, rounding, noise)
-    return join_blocks(values(magnitude, sign, format, parts.scale), parts.shape, axis)
+    magnitude, sign = format.elements(parts.blocks, parts.scale, rounding, noise)
+    return format.join(format.values(magnitude, sign, parts.scale), parts.shape, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis"))
 def _clipped(x, scale, zero_point, *, format: Format, axis: int):
     parts = parts_of(x, format, axis, scale, zero_point)
-    above = _lifted(parts) > _limit(bits_of(parts.blocks) < 0, format, parts.scale)
-    return join_blocks(above, parts.shape, axis)
-
-
-def elements(parts: Parts, format: Format, rounding: Rounding, noise) -> tuple:
-    """(float32 magnitude of every element, int32 bits of its sign); of fixed point the integer."""
-    bits = bits_of(parts.blocks)
-    sign = bits & ~MAGNITUDE
-    value = jnp.minimum(_lifted(parts), _limit(bits < 0, format, parts.scale))
-    step = 1 if isinstance(format, Int) else step_of(value, format.element)
-    magnitude = round_to_step(value, step, rounding, noise)
-    if isinstance(format, Int):  # integers have one zero
-        sign = jnp.where(magnitude == 0, 0, sign)
-    return magnitude, sign
-
-
-def values(magnitude: jax.Array, sign: jax.Array, format: Format, scale: Scale | None) -> jax.Array:
-    """float32 of elements and their scale."""
-    if scale is None:
-        return float_of(bits_of(magnitude) | sign)
-    if scale.significand is not None:
-        magnitude = magnitude * scale.significand
-    bits = lower(magnitude, scale.exponent, scale.nan)
-    if isinstance(format, Int | FP8):  # scales are rounded: the greatest value may be infinite
-        bits = jnp.where(bits == INFINITY, INFINITY - 1, bits)
-    return float_of(bits | sign)
-
-
-def _lifted(parts: Parts) -> jax.Array:
-    """|x| / scale as float32."""
-    bits = bits_of(parts.blocks) & MAGNITUDE
-    if parts.scale is None:
-        return float_of(bits)
-    value = lift(bits, parts.scale.exponent)
-    significand = parts.scale.significand
-    return value if significand is None else divide(value, significand)
-
-
-def _limit(negative: jax.Array, format: Format, scale: Scale | None) -> jax.Array | float:
-    """The greatest magnitude of an element."""
-    if isinstance(format, NVFP4):
-        return jnp.where(scale.block_scale == 0, 0.0, format.element.largest)
-    if not isinstance(format, Int):
-        element = format.element
-        return float(element.limit if isinstance(element, FixedElement) else element.largest)
-    least, greatest = -(2 ** (format.bits - 1)), 2 ** (format.bits - 1) - 1
-    if format.narrow:
-        return float(greatest)
-    if format.symmetric:
-        return jnp.where(negative, float(-least), float(greatest))
-    zero = scale.zero_point.astype(jnp.float32)
-    return jnp.where(negative, zero - least, greatest - zero)
+    limit = format.limit(bits_of(parts.blocks) < 0, parts.scale)
+    return format.join(format.lifted(parts.blocks, parts.scale) > limit, parts.shape, axis)
 
 
 def noise_of_blocks(key: jax.Array, parts: Parts, format: Format, axis: int) -> jax.Array:
     """Drawn in the shape of x, so that it does not depend on blocks."""
-    return split_blocks(noise_of(key, parts.shape), format.block, axis)[0]
+    return format.split(noise_of(key, parts.shape), axis)[0]
 
 
 def _check_takes_scale(format: Format) -> None:
-    if isinstance(format, MX | HBFP) or (isinstance(format, FP8) and format.block is None):
+    if not format.takes_scale:
         raise ValueError(f"{format} takes no scale; Int, FP8 with a block, and NVFP4 do")
 
 

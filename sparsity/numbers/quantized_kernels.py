@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from sparsity.numbers.formats import NVFP4, Format
+from sparsity.numbers.formats import Format
 from sparsity.numbers.native import Matmul, codes_of
 from sparsity.numbers.quantization import clipped, fake_quantize
 from sparsity.numbers.rounding import Rounding
@@ -259,7 +259,7 @@ def _clipped(x, format: Format, axes: Axes, rows: int) -> jax.Array:
 
 def _by_blocks(function, x, key, format: Format, axes: Axes, rows: int) -> jax.Array:
     """function(x, key, axis), elementwise, with the blocks of `_quantized` along one axis."""
-    if rows and (isinstance(format, NVFP4) or format.block == "tensor"):
+    if rows and format.mixes:
         keys = None if key is None else jax.random.split(key, x.shape[:rows])
 
         def one(x, key):

@@ -10,8 +10,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsity.numbers.formats import FixedElement, FloatElement
-
 Rounding = Literal["even", "away", "floor", "stochastic"]
 ROUNDINGS = ("even", "away", "floor", "stochastic")
 
@@ -87,14 +85,6 @@ def divide(value: jax.Array, by: jax.Array | float) -> jax.Array:
     """
     no_sign = jax.lax.shift_right_logical(bits_of(value) & MAGNITUDE, 31)
     return value / float_of(bits_of(jnp.float32(by)) | no_sign)
-
-
-def step_of(value: jax.Array, element: FloatElement | FixedElement) -> jax.Array | int:
-    """The distance of neighbours in an element format at a value >= 0 (fixed point: of n, 1)."""
-    if isinstance(element, FixedElement):
-        return 1
-    binade = float_of(jnp.maximum(bits_of(value) & INFINITY, (element.emin + 127) << 23))
-    return binade * 2.0**-element.mantissa_bits
 
 
 def round_to_step(

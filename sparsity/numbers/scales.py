@@ -1,4 +1,4 @@
-"""Blocks along an axis, and the scales that a format gives them."""
+"""Scales of blocks, exact in float32, and the maxima that they are made of."""
 
 import functools
 from collections.abc import Callable
@@ -7,24 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsity.masks.axes import positive, shards
-from sparsity.numbers.formats import E4M3, FP8, HBFP, MX, NVFP4, Block, Format, Int, check_block
 from sparsity.numbers.rounding import (
     INFINITY,
     MAGNITUDE,
     bits_of,
     divide,
     float_of,
-    lift,
     lower,
     power,
-    round_to_step,
     split,
-    step_of,
 )
-
-_TENSOR_SCALE_LIMIT = 2.0**100  # NVFP4: with it every product of its two scales is normal
-_LARGEST_SIXTH = float.fromhex("0x1.555554p125")  # a sixth of the greatest float32
 
 
 class Scale(NamedTuple):
@@ -47,145 +39,35 @@ class Scale(NamedTuple):
     tensor_scale: jax.Array | None = None
 
 
-def split_blocks(x: jax.Array, block: Block | None, axis: int) -> tuple[jax.Array, tuple[int, ...]]:
-    """x with the blocks along the axis as [.., blocks, block, ..], and the axes of one block.
+def ratio_scale(largest: jax.Array, numerator: int, denominator: int) -> Scale:
+    """The scale max |x| * numerator / denominator in float32; 1 of a block of zeros.
 
-    Zeros fill the last block up. Where one block holds the whole axis, or array, x stays as it is.
-
-    Raises:
-      ValueError: x has no such axis, or a shard of it cuts a block.
+    Args:
+      largest: int32, the bits of max |x| of every block.
+      numerator: 1 or 2.
     """
-    axis = positive(axis, x.ndim)
-    if block is None or block == "tensor":
-        return x, tuple(range(x.ndim))
-    size = x.shape[axis]
-    if block == "channel" or block >= size:
-        return x, (axis,)
-    if (ways := shards(x, axis)) > 1:
-        check_block(block, size, ways=ways, name=f"axis {axis} of {x.shape}")
-    if size % block:
-        x = jnp.pad(x, [(0, -size % block * (a == axis)) for a in range(x.ndim)])
-    count = x.shape[axis] // block
-    return x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), (axis + 1,)
-
-
-def join_blocks(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """The array of that shape which `split_blocks` made the blocks of."""
-    if blocks.shape == shape:
-        return blocks
-    axis %= len(shape)
-    size = blocks.shape[axis] * blocks.shape[axis + 1]
-    joined = blocks.reshape(*shape[:axis], size, *shape[axis + 1 :])
-    return jax.lax.slice_in_dim(joined, 0, shape[axis], axis=axis)
-
-
-def scale_shape(shape: tuple[int, ...], block: Block | None, axis: int) -> tuple[int, ...]:
-    """Of scales as they are given and stored: that of x, its axis cut to the blocks."""
-    if block is None or block == "tensor":
-        return ()
-    axis = positive(axis, len(shape))
-    count = 1 if block == "channel" else max(1, -(-shape[axis] // block))
-    return (*shape[:axis], count, *shape[axis + 1 :])
-
-
-def dynamic_scale(blocks: jax.Array, axes: tuple[int, ...], format: Format) -> Scale:
-    """The scales that a format takes from the data, as its class says."""
-    if isinstance(format, Int) and not format.symmetric:
-        return _asymmetric_scale(blocks, axes, format)
-    largest = reduce_max(blocks, axes, magnitude_bits)
-    if isinstance(format, MX):
-        element = format.element
-        exponent = jnp.clip((largest >> 23) - 127 - element.emax, -127, 127)
-        exponent = exponent - getattr(element, "fraction_bits", 0)
-        return Scale(exponent, nan=largest >= INFINITY)
-    if isinstance(format, HBFP):
-        nan = largest >= INFINITY
-        if format.epsilon:
-            largest = bits_of(float_of(largest) + jnp.float32(format.epsilon))
-        exponent = (largest + 0x007FFFFF >> 23) - 127  # up to the next power of two
-        return Scale(jnp.maximum(exponent, -126) - format.mantissa_bits, nan=nan)
-    if isinstance(format, NVFP4):
-        return nvfp4_scale(largest)
-    if isinstance(format, FP8):
-        ratio = (1, int(format.element.largest))
-    elif format.narrow:
-        ratio = (1, 2 ** (format.bits - 1) - 1)
-    else:
-        ratio = (2, 2**format.bits - 1)
-    significand, exponent = _divided(*split(largest), *ratio)
+    significand, exponent = divided(*split(largest), numerator, denominator)
     zero = largest == 0
-    return _kept(
+    return kept(
         Scale(
             jnp.where(zero, 0, exponent), jnp.where(zero, 1.0, significand), nan=largest >= INFINITY
         )
     )
 
 
-def _asymmetric_scale(blocks: jax.Array, axes: tuple[int, ...], format: Int) -> Scale:
-    below = reduce_max(blocks, axes, negative_bits)
-    above = reduce_max(blocks, axes, positive_bits)
-    largest = jnp.maximum(below, above)
-    zero = largest == 0
-    at = split(largest)[1]  # with it the sum can be neither subnormal nor infinite
-    below, above = lift(below, at), lift(above, at)
-    span, carry = split(bits_of(below + above))
-    significand, exponent = _divided(span, at + carry, 1, 2**format.bits - 1)
-    zero_point = jnp.round(divide(below, significand) * power(at - exponent))
-    zero_point = jnp.where(zero, 0.0, jnp.minimum(zero_point, 2.0**format.bits - 1))
-    return _kept(
-        Scale(
-            jnp.where(zero, 0, exponent),
-            jnp.where(zero, 1.0, significand),
-            zero_point=zero_point.astype(jnp.int32) - 2 ** (format.bits - 1),
-            nan=largest >= INFINITY,
-        )
-    )
-
-
-def _kept(scale: Scale) -> Scale:
+def kept(scale: Scale) -> Scale:
     """The same numbers, each a quotient.
 
     XLA's CPU compiler computes cheap operands anew for every entry of a block; a quotient it keeps.
     """
 
-    def kept(number):
+    def quotient(number):
         if number.dtype == jnp.float32:
             return divide(number, 1.0)
         whole = (number.astype(jnp.int32) + 512).astype(jnp.float32)
         return (divide(whole, 1.0).astype(jnp.int32) - 512).astype(number.dtype)
 
-    return jax.tree.map(kept, scale)
-
-
-def nvfp4_scale(largest: jax.Array, tensor_scale: jax.Array | None = None) -> Scale:
-    """Both scales of NVFP4.
-
-    Args:
-      largest: int32, the bits of max |x| of every block.
-      tensor_scale: positive float32 scalar, else taken from the data.
-    """
-    nan = largest >= INFINITY
-    size = float_of(jnp.where(nan, 0, largest))
-    if tensor_scale is None:
-        greatest = jnp.max(size, initial=0.0)
-        tensor_scale = jnp.minimum(divide(jnp.float32(448 * 6), greatest), _TENSOR_SCALE_LIMIT)
-    wanted = jnp.minimum(divide(size, 6.0) * tensor_scale, E4M3.largest)
-    block_scale = round_to_step(wanted, step_of(wanted, E4M3), "even")
-    return from_nvfp4(block_scale, tensor_scale, nan)
-
-
-def from_nvfp4(block_scale: jax.Array, tensor_scale: jax.Array, nan: jax.Array) -> Scale:
-    """The Scale of the stored ones: E4M3 as float32, and float32."""
-    product = jnp.minimum(divide(block_scale, tensor_scale), _LARGEST_SIXTH)
-    significand, exponent = split(bits_of(product))
-    zero = block_scale == 0
-    return Scale(
-        jnp.where(zero, 0, exponent),
-        jnp.where(zero, 1.0, significand),
-        nan=nan,
-        block_scale=block_scale,
-        tensor_scale=tensor_scale,
-    )
+    return jax.tree.map(quotient, scale)
 
 
 def from_float(scale: jax.Array, zero_point: jax.Array | None = None) -> Scale:
@@ -196,7 +78,8 @@ def from_float(scale: jax.Array, zero_point: jax.Array | None = None) -> Scale:
 
 def to_float(scale: Scale) -> jax.Array:
     """The float32 numbers of a Scale."""
-    return float_of(lower(scale.significand, scale.exponent, scale.nan))
+    significand = jnp.float32(1) if scale.significand is None else scale.significand
+    return float_of(lower(significand, scale.exponent, scale.nan))
 
 
 def reduce_max(
@@ -250,7 +133,7 @@ def _same(bits: jax.Array) -> jax.Array:
     return bits
 
 
-def _divided(
+def divided(
     significand: jax.Array, exponent: jax.Array, numerator: int, denominator: int
 ) -> tuple[jax.Array, jax.Array]:
     """significand * 2^exponent * numerator / denominator as IEEE float32, at least 2^-149.

@@ -13,18 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity.numbers.formats import (
-    FP8,
-    HBFP,
-    MX,
-    NVFP4,
-    FixedElement,
-    Format,
-    check_blocks,
-    get_format,
-)
-from sparsity.numbers.quantization import Parts, elements, values
-from sparsity.numbers.scales import Scale, dynamic_scale, nvfp4_scale, split_blocks, to_float
+from sparsity.numbers.formats import Format, check_blocks, get_format
+from sparsity.numbers.scales import Scale
 from sparsity.post_training.hessian import (
     check_block_size,
     check_hessian,
@@ -138,7 +128,7 @@ def _checked(kernel_IO, format: str | Format) -> Format:
 @functools.partial(jax.jit, static_argnames="format")
 def _rtn(kernel_IO, format):
     scale = _scales(kernel_IO, format)
-    blocks = split_blocks(kernel_IO, format.block, 0)[0]
+    blocks = format.split(kernel_IO, 0)[0]
     return _rounded(blocks, scale, format).reshape(kernel_IO.shape), scale
 
 
@@ -187,7 +177,7 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
         first = g * format.block
         w = jax.lax.dynamic_slice(block, (first, 0), (format.block, outputs))
         kept = jax.lax.dynamic_slice(mask, (first, 0), (format.block, outputs))
-        new = _scales(jnp.where(kept, w, 0), format, scales.tensor_scale)
+        new = _scales(jnp.where(kept, w, 0), format, scales)
         # `w` is one block: its scale has an axis of blocks only where there are several.
         new = jax.tree.map(lambda x: x.reshape(-1, outputs) if x.ndim else x, new)
         place = lambda old, x: old.at[group[first]].set(x) if x.ndim else old
@@ -205,20 +195,13 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
     return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0)), scales
 
 
-def _scales(kernel_IO, format: Format, tensor_scale=None) -> Scale | None:
+def _scales(kernel_IO, format: Format, earlier: Scale | None = None) -> Scale | None:
     """Of every block, [blocks, 1, outputs], or [1, outputs] or [1, 1] where there is but one."""
-    if isinstance(format, FP8) and format.block is None:
-        return None
-    blocks, axes = split_blocks(kernel_IO, format.block, 0)
-    if tensor_scale is not None:
-        largest = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
-        return nvfp4_scale(jax.lax.bitcast_convert_type(largest, jnp.int32), tensor_scale)
-    return dynamic_scale(blocks, axes, format)
+    return format.scale(*format.split(kernel_IO, 0), earlier)
 
 
 def _rounded(blocks, scale: Scale | None, format: Format):
-    parts = Parts(blocks, (), scale, blocks.shape)
-    return values(*elements(parts, format, "even", None), format, scale)
+    return format.values(*format.elements(blocks, scale, "even", None), scale)
 
 
 def _host(scale: Scale | None, format: Format) -> Scales:
@@ -229,11 +212,6 @@ def _host(scale: Scale | None, format: Format) -> Scales:
     def matrix(x):
         return np.asarray(x).reshape(-1, x.shape[-1])
 
-    if isinstance(format, NVFP4):
-        return Scales(matrix(scale.block_scale), None, np.asarray(scale.tensor_scale, np.float32))
-    if isinstance(format, MX | HBFP):
-        bits = format.element.fraction_bits if isinstance(format.element, FixedElement) else 0
-        exponent = np.asarray(matrix(scale.exponent), np.int64) + bits
-        return Scales(np.ldexp(np.float64(1), exponent).astype(np.float32))
     zero_point = None if scale.zero_point is None else matrix(scale.zero_point)
-    return Scales(matrix(to_float(scale)), zero_point)
+    tensor_scale = None if scale.tensor_scale is None else np.asarray(scale.tensor_scale)
+    return Scales(matrix(format.multipliers(scale)), zero_point, tensor_scale)

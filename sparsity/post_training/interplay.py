@@ -19,10 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsity.numbers.formats import NVFP4, Format, Int, get_format
+from sparsity.numbers.formats import Format, get_format
 from sparsity.numbers.quantization import quantize
-from sparsity.numbers.rounding import bits_of
-from sparsity.numbers.scales import magnitude_bits, negative_bits, positive_bits, split_blocks
 
 MaskOf = Callable[[jax.Array], jax.Array]
 
@@ -95,18 +93,16 @@ def lost_maxima(
       axis: of the blocks.
     """
     format = get_format(format)
-    blocks, axes = split_blocks(jnp.asarray(x, jnp.float32), format.block, axis)
-    kept, _ = split_blocks(jnp.asarray(mask).astype(jnp.int32), format.block, axis)
-    asymmetric = isinstance(format, Int) and not format.symmetric
+    blocks, axes = format.split(jnp.asarray(x, jnp.float32), axis)
+    kept, _ = format.split(jnp.asarray(mask).astype(jnp.float32), axis)
     lost = jnp.zeros((), bool)
-    for of in (positive_bits, negative_bits) if asymmetric else (magnitude_bits,):
-        magnitude = of(bits_of(blocks))
-        before = jnp.max(magnitude, axis=axes, initial=0)
-        after = jnp.max(magnitude * kept, axis=axes, initial=0)
+    for of in format.extremes:
+        before = format.largest(blocks, axes, of)
+        after = format.largest(jnp.where(kept > 0, blocks, 0.0), axes, of)
         lost = lost | (after < before)
-        if isinstance(format, NVFP4):
+        if format.array_bits:
             lost = lost | (jnp.max(after, initial=0) < jnp.max(before, initial=0))
-    empty = jnp.max(kept, axis=axes, initial=0) == 0
+    empty = format.largest(kept, axes) == 0
     return LostMaxima(jnp.mean(lost & ~empty), jnp.mean(empty))
 
 

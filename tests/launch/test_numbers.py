@@ -16,7 +16,7 @@ import pytest
 from launch import argparse_internals
 from launch.cli import main, parser
 from launch.configure import build_run
-from launch.explain import STANDARD
+from launch.explain import STANDARD, classes_of
 from launch.pod.faults import Fault, parse_chaos
 from pjit_train.data.sources import PythonStdlib
 from pjit_train.errors import UserError
@@ -34,11 +34,9 @@ MODULES += tuple(
 CLASSES = sorted(
     {
         member
-        for module in map(importlib.import_module, MODULES)
-        for member in vars(module).values()
-        if isinstance(member, type)
-        and dataclasses.is_dataclass(member)
-        and member.__module__ == module.__name__
+        for module in MODULES
+        for member in classes_of(module)
+        if dataclasses.is_dataclass(member)
     },
     key=str,
 )

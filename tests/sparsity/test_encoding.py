@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsity.numbers import formats
-from sparsity.numbers.encoding import bits_per_element, decode, encode, float_codes, float_values
+from sparsity.numbers.encoding import bits_per_element, decode, encode
 from sparsity.numbers.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int
 from sparsity.numbers.quantization import quantize
 
@@ -90,14 +90,12 @@ def test_bits_per_element(name, bits):
 def test_every_code_of_an_element(element, dtype):
     codes = np.arange(2**element.bits)
     want = codes.astype(np.uint8).view(dtype).astype(np.float32)
-    magnitude, negative = float_values(jnp.asarray(codes), element)
+    magnitude, negative = element.values(jnp.asarray(codes))
     got = np.where(negative, -magnitude, magnitude)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(negative, np.signbit(want))
     finite = np.isfinite(want)
-    np.testing.assert_array_equal(
-        float_codes(magnitude[finite], negative[finite], element), codes[finite]
-    )
+    np.testing.assert_array_equal(element.codes(magnitude[finite], negative[finite]), codes[finite])
 
 
 def test_bytes_are_those_of_the_specifications():

@@ -249,7 +249,9 @@ def test_a_subclass_may_move_masks_as_in_jaxpruner():
 
 def public():
     """(name, value) of all that `sparsity.__all__` names, and of what stands in its modules."""
-    modules = ["one_shot", "gptq", "smoothquant", "mask_calculator", "utils"]
+    modules = ["mask_calculator", "utils"]
+    modules += [f"post_training.{name}" for name in ("gptq", "one_shot", "smoothquant")]
+    modules += ["numbers.blocks", "numbers.elements"]
     for name in sorted({*sparsity.__all__, *modules}):
         found, _ = find(name)
         if not inspect.ismodule(found):

@@ -1,0 +1,40 @@
+"""How compressed-tensors names formats: the arguments of quantization of its checkpoints."""
+
+from typing import Any, NamedTuple
+
+
+class Layout(NamedTuple):
+    """How weights of a format are stored.
+
+    Attributes:
+      name: of the layout.
+      weights: the arguments of quantization of the weights.
+    """
+
+    name: str
+    weights: dict[str, Any]
+
+
+def _arguments(bits: int, kind: str, strategy: str, size: int | None = None) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": size,
+        "dynamic": False,
+    }
+
+
+def weights(bits: int, kind: str, block: int | None = None) -> dict[str, Any]:
+    """Arguments with a scale to an output, or to a block of its inputs.
+
+    Args:
+      kind: "int" or "float".
+    """
+    return _arguments(bits, kind, "channel" if block is None else "group", block)
+
+
+def per_token(bits: int, kind: str) -> dict[str, Any]:
+    """Arguments of activations with a scale to a token, taken as it comes."""
+    return _arguments(bits, kind, "token") | {"dynamic": True}
