@@ -21,7 +21,8 @@ def add(commands) -> None:
         "run directory: eval, sample and export read it, and train goes on from it with its zeros "
         "kept. A pattern is N:M, N weights kept of every M along the inputs, or the fraction to "
         "prune, such as 0.5. A format is a name such as int4, int8, fp8_e4m3, mxfp8_e4m3, "
-        "mxfp4_e2m1, nvfp4 or hbfp6, with a block of its own after a colon: int4:128, int8:tensor; "
+        "mxfp4_e2m1, nvfp4, nf4 or hbfp6, with a block of its own after a colon: int4:128, "
+        "int8:tensor; fp8_e4m3:128x128 by tiles; "
         "integers of 2 to 8 bits also with a zero point: int4:128:asym; or a scheme as "
         "llm-compressor names it, which may have a format of activations too: W4A16, W8A8, "
         "FP8_DYNAMIC.",

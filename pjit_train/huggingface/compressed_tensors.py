@@ -308,7 +308,7 @@ class _Packing:
         weights, values_OI = self.quantized[kernel], np.asarray(array, np.float32)
         scheme = weights.scheme
         stored = encode(values_OI, weights.scales[layer or 0], weights.format, scheme.name)
-        decoded_OI = decode(stored, scheme.weights["num_bits"], scheme.name)
+        decoded_OI = decode(stored, scheme.weights, scheme.name)
         if not np.array_equal(decoded_OI, values_OI):
             raise UserError(
                 f"export: {kernel} has values that its format and scales do not give: was the run "
@@ -327,7 +327,7 @@ class _Packing:
             if kernels[0] in self.quantized:
                 scheme = self.quantized[kernels[0]].scheme
                 stored = read.module(name.removesuffix(".weight"))
-                array = decode(stored, scheme.weights["num_bits"], scheme.name)
+                array = decode(stored, scheme.weights, scheme.name)
             else:
                 array = read.read(name)
             if _digest(array) != digest:

@@ -46,7 +46,8 @@ def scheme(format: Format, activations: Format | None = None) -> Scheme:
         given += f" with activations in {format_text(activations)}"
     raise UserError(
         f"export: compressed-tensors has no name for {given}; it has int4 and int8 (channel or "
-        "blocks; activations int8), fp8_e4m3 per output (activations fp8_e4m3), mxfp8_e4m3, "
+        "blocks; activations int8), fp8_e4m3 per output (activations fp8_e4m3) and by tiles "
+        "(fp8_e4m3:128x128; activations fp8_e4m3:128), mxfp8_e4m3, "
         "mxfp4_e2m1 and nvfp4 (activations in the same), mxfp6_e2m3 (activations mxfp8_e4m3); "
         "or use --dense for plain numbers"
     )
@@ -58,7 +59,7 @@ def _inputs(format: Format) -> dict[str, Any]:
         return inputs
     raise UserError(
         f"export: compressed-tensors has no activations in {format_text(format)}; it has int8, "
-        "fp8_e4m3, mxfp8_e4m3, mxfp4_e2m1 and nvfp4; or use --dense for plain numbers"
+        "fp8_e4m3, fp8_e4m3:128, mxfp8_e4m3, mxfp4_e2m1 and nvfp4; or use --dense for plain numbers"
     )
 
 
@@ -80,15 +81,18 @@ def encode(values_OI: np.ndarray, scales: Scales, format: Format, name: str) -> 
       name: of the compressed-tensors format; see `scheme`.
     """
     outputs, inputs = values_OI.shape
+    tile = (format.output_block, format.block) if format.output_block > 1 else None
     if scales.scale is None:
         scale_OG = np.ones((outputs, 1), np.float32)
+    elif tile is not None:
+        scale_OG = scales.scale.T.copy()
     else:
         scale_OG = np.broadcast_to(scales.scale.T, (outputs, len(scales.scale))).copy()
     factor = scale_OG
     if scales.tensor_scale is not None:
         with np.errstate(divide="ignore"):
             factor = scale_OG / scales.tensor_scale
-    factor_OI = np.repeat(factor, inputs // scale_OG.shape[1], axis=1)
+    factor_OI = _spread(factor, values_OI.shape, tile)
     elements_OI = values_OI / np.where(factor_OI == 0, 1, factor_OI)
     match name:
         case "pack-quantized":
@@ -132,8 +136,30 @@ def _integers(elements_OI: np.ndarray, scales: Scales) -> tuple[np.ndarray, np.n
     return codes_OI.astype(np.int8), zero_OG.astype(np.int8)
 
 
-def decode(tensors: Mapping[str, np.ndarray], bits: int, name: str) -> np.ndarray:
-    """The float32 values [outputs, inputs] that stored tensors stand for; undoes `encode`."""
+def _spread(
+    scale_OG: np.ndarray, shape: tuple[int, ...], tile: tuple[int, int] | None
+) -> np.ndarray:
+    """The scale of every weight [outputs, inputs].
+
+    Args:
+      scale_OG: one to a group of inputs of each output; of tiles one to each.
+      tile: its outputs and inputs, or None; the last ones may be smaller.
+    """
+    if tile is None:
+        return np.repeat(scale_OG, shape[1] // scale_OG.shape[1], axis=1)
+    rows = np.repeat(scale_OG, tile[0], axis=0)[: shape[0]]
+    return np.repeat(rows, tile[1], axis=1)[:, : shape[1]]
+
+
+def decode(
+    tensors: Mapping[str, np.ndarray], arguments: Mapping[str, Any], name: str
+) -> np.ndarray:
+    """The float32 values [outputs, inputs] that stored tensors stand for; undoes `encode`.
+
+    Args:
+      arguments: of the weights; see `Scheme`.
+    """
+    bits = arguments["num_bits"]
     match name:
         case "pack-quantized":
             inputs = int(tensors["weight_shape"][1])
@@ -156,7 +182,7 @@ def decode(tensors: Mapping[str, np.ndarray], bits: int, name: str) -> np.ndarra
     scale_OG = scale_OG.astype(np.float32)
     if "weight_global_scale" in tensors:
         scale_OG = scale_OG / tensors["weight_global_scale"]
-    return elements_OI * np.repeat(scale_OG, elements_OI.shape[1] // scale_OG.shape[1], axis=1)
+    return elements_OI * _spread(scale_OG, elements_OI.shape, arguments.get("block_structure"))
 
 
 def pack_int32(codes_OI: np.ndarray, bits: int) -> np.ndarray:

@@ -24,10 +24,10 @@ class Encoded:
       codes: uint8 [.., bytes], the blocked axis last: its codes one after the other, the least
         significant bit first (so the first of two 4-bit codes is the low half of its byte), and
         zeros up to a whole byte. Floating-point elements: sign, exponent, mantissa; `Int` and INT8:
-        two's complement; HBFP: sign and magnitude.
+        two's complement; HBFP: sign and magnitude; NF4: the place of the value.
       scales: by block, the shape of x with its axis cut to the blocks. MX: uint8, exponent + 127,
-        255 for NaN (E8M0). HBFP: uint8, exponent + 127, 0 for NaN. NVFP4: uint8, E4M3. `Int`, and
-        FP8 with a block: float32. FP8 alone: None.
+        255 for NaN (E8M0). HBFP: uint8, exponent + 127, 0 for NaN. NVFP4: uint8, E4M3. `Int`, NF4,
+        and FP8 with a block: float32; of tiles one to each (`TiledFP8`). FP8 alone: None.
       zero_points: int8 like the scales, for `Int` that is not symmetric.
       tensor_scale: float32 scalar, for NVFP4: a value is code * (scale / tensor scale).
       format, shape, axis: of the array.
@@ -98,7 +98,7 @@ def _encode(x, key, scale, zero_point, *, format: Format, axis: int, rounding: R
     zero_points = parts.scale.zero_point
     return Encoded(
         codes=packed,
-        scales=format.stored(parts.scale).reshape(shape),
+        scales=format.stored(parts.scale, parts.axes).reshape(shape),
         zero_points=None if zero_points is None else zero_points.astype(jnp.int8).reshape(shape),
         tensor_scale=parts.scale.tensor_scale,
         format=format,

@@ -35,6 +35,11 @@ def weights(bits: int, kind: str, block: int | None = None) -> dict[str, Any]:
     return _arguments(bits, kind, "channel" if block is None else "group", block)
 
 
+def tiles(bits: int, kind: str, outputs: int, inputs: int) -> dict[str, Any]:
+    """Arguments with a scale to a tile of outputs and inputs."""
+    return _arguments(bits, kind, "block") | {"block_structure": [outputs, inputs]}
+
+
 def per_token(bits: int, kind: str) -> dict[str, Any]:
     """Arguments of activations with a scale to a token, taken as it comes."""
     return _arguments(bits, kind, "token") | {"dynamic": True}

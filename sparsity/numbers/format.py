@@ -155,17 +155,17 @@ class Format(abc.ABC):
         """What is stored for each scale, as it is broadcast to x in blocks."""
         return stored.reshape(tuple(1 if a in axes else s for a, s in enumerate(blocks.shape)))
 
-    def scale_to_give(self, scale: Scale) -> jax.Array:
+    def scale_to_give(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         """float32: what `quantize` would have to be given for these scales."""
-        return self.multipliers(scale)
+        return self.multipliers(scale, axes)
 
-    def multipliers(self, scale: Scale) -> jax.Array:
+    def multipliers(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         """float32: what the elements are multiplied by, one for each scale that is stored."""
         return to_float(scale)
 
-    def stored(self, scale: Scale) -> jax.Array:
+    def stored(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         """The scales in the type in which they are stored."""
-        return self.multipliers(scale)
+        return self.multipliers(scale, axes)
 
     def loaded(
         self,
@@ -302,10 +302,10 @@ class PowerOfTwoFormat(ElementFormat):
     def scale_bits(self) -> int:
         return 8
 
-    def multipliers(self, scale: Scale) -> jax.Array:
+    def multipliers(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         return to_float(scale._replace(exponent=scale.exponent + self.element.fraction_bits))
 
-    def stored(self, scale: Scale) -> jax.Array:
+    def stored(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         code = scale.exponent + self.element.fraction_bits + 127
         return jnp.where(scale.nan, self.nan_code, code).astype(jnp.uint8)
 

@@ -5,7 +5,7 @@ other object of these classes is a format as well. A scheme is a format of weigh
 activations under a name of llm-compressor. A new format is a class in a module of its own, and a
 line of FORMATS. Sources: OCP 8-bit floating point (OFP8) v1.0; OCP microscaling formats (MX) v1.0;
 HBFP of Drumond et al., 2018, as Harma et al., ICLR 2025 use it; for NVFP4 the scales of the
-compressed-tensors checkpoint format.
+compressed-tensors checkpoint format; those of NF4 and of tiles stand in their classes.
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ from sparsity.numbers.fp8 import FP8
 from sparsity.numbers.hbfp import HBFP
 from sparsity.numbers.integers import ZERO_POINT, Int
 from sparsity.numbers.mx import MX
+from sparsity.numbers.nf4 import NF4
 from sparsity.numbers.nvfp4 import NVFP4
+from sparsity.numbers.tiled_fp8 import TiledFP8
 
 __all__ = [
     "E2M1",
@@ -41,6 +43,7 @@ __all__ = [
     "HBFP",
     "INT8",
     "MX",
+    "NF4",
     "NVFP4",
     "SCHEMES",
     "Block",
@@ -49,6 +52,7 @@ __all__ = [
     "FloatElement",
     "Format",
     "Int",
+    "TiledFP8",
     "check_block",
     "check_blocks",
     "element_bits",
@@ -73,6 +77,8 @@ FORMATS: dict[str, Format] = {
     "mxfp4_e2m1": MX(element=E2M1),
     "mxint8": MX(element=INT8),
     "nvfp4": NVFP4(),
+    "nf4": NF4(),
+    "fp8_e4m3:128x128": TiledFP8(),
 }
 
 
@@ -90,6 +96,7 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
     "W4A16_ASYM": ("int4:128:asymmetric", None),
     "W4AFP8": ("int4:128", "fp8_e4m3:channel"),
     "FP8_DYNAMIC": ("fp8_e4m3:channel", "fp8_e4m3:channel"),
+    "FP8_BLOCK": ("fp8_e4m3:128x128", "fp8_e4m3:128"),
     "NVFP4": ("nvfp4", "nvfp4"),
     "NVFP4A16": ("nvfp4", None),
     "MXFP4": ("mxfp4_e2m1", "mxfp4_e2m1"),
@@ -101,7 +108,6 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
 (compressed-tensors, `quant_scheme.PRESET_SCHEMES`)."""
 _OTHER_SCHEMES = {
     "FP8": "has one scale for all activations, taken from calibration text",
-    "FP8_BLOCK": "has a scale to a square of 128 x 128 weights",
 }
 
 
@@ -110,31 +116,35 @@ def get_format(format: str | Format) -> Format:
 
     Args:
       format: a name of FORMATS, or int2 to int8; then, where it has another block than the name
-        alone stands for, a colon and a number, "channel" or "tensor"; and for integers with a zero
-        point ":asymmetric", in short ":asym". So "int4:128", "fp8_e4m3:channel", "int3:asym",
-        "int8:tensor:asymmetric".
+        alone stands for, a colon and a number, "channel" or "tensor"; for tiles of inputs and
+        outputs two numbers; and for integers with a zero point ":asymmetric", in short ":asym". So
+        "int4:128", "fp8_e4m3:channel", "fp8_e4m3:128x128", "int3:asym", "int8:tensor:asymmetric".
 
     Raises:
       ValueError: there is no such format; the message lists the names.
     """
     if isinstance(format, Format):
         return format
+    if isinstance(format, str) and format in _named():
+        return _named()[format]
     name, *options = format.split(":") if isinstance(format, str) else [None]
-    if name not in _named():
+    # Formats of one name differ by the options that they have.
+    found = [known for text, known in _named().items() if text.partition(":")[0] == name]
+    if not found:
         raise ValueError(_unknown(format))
-    found, given = _named()[name], []
+    given = []
     for option in options:
         asymmetric = option in ZERO_POINT
         kind = "symmetric" if asymmetric else "block"
         if kind in given:
             raise ValueError(f"{format}: gives two of its {kind}; use one, such as int4:128:asym")
         given.append(kind)
-        changed = found.with_option(option)
-        if changed is None and asymmetric:
+        changed = [x for x in (known.with_option(option) for known in found) if x is not None]
+        if not changed and asymmetric:
             raise ValueError(f"{format}: a zero point is of integers; use int4 or int8, or {name}")
-        # What no format has for an option is told as what it would have to be: a block.
-        found = dataclasses.replace(found, block=option) if changed is None else changed
-    return found
+        # What is no option of any is told as what it would have to be: a block.
+        found = changed or [dataclasses.replace(found[0], block=option)]
+    return found[0]
 
 
 def _named() -> dict[str, Format]:
@@ -174,7 +184,7 @@ def format_text(format: Format) -> str:
     """The text of a format that `get_format` reads; where there is none, the object's own."""
     for name, known in _named().items():
         if (options := format.options(known)) is not None:
-            return ":".join([name, *options])
+            return ":".join([name.partition(":")[0], *options]) if options else name
     return str(format)
 
 

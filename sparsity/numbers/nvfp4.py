@@ -55,14 +55,14 @@ class NVFP4(ElementFormat):
     def given_scale(self, blocks, axes, scale, zero_point) -> Scale:
         return _scale(self.largest(blocks, axes), scale)
 
-    def scale_to_give(self, scale):
+    def scale_to_give(self, scale, axes):
         return scale.tensor_scale
 
-    def multipliers(self, scale):
+    def multipliers(self, scale, axes):
         """Block scales, before they are divided by the tensor scale."""
         return scale.block_scale
 
-    def stored(self, scale):
+    def stored(self, scale, axes):
         block_scale = jnp.where(scale.nan, jnp.nan, scale.block_scale)
         return E4M3.codes(block_scale, jnp.zeros(scale.nan.shape, bool)).astype(jnp.uint8)
 

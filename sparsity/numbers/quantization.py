@@ -122,7 +122,7 @@ def _block_scales(x, *, format: Format, axis: int):
     shape = format.given_scale_shape(parts.shape, axis)
     zero_point = parts.scale.zero_point
     return (
-        format.scale_to_give(parts.scale).reshape(shape),
+        format.scale_to_give(parts.scale, parts.axes).reshape(shape),
         None if zero_point is None else zero_point.reshape(shape),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from sparsity.masks.layers import KERNELS, assign, listed, names
+from sparsity.numbers.blocks import check_block
 from sparsity.numbers.formats import Format, check_blocks, find_scheme, format_name, get_format
 from sparsity.numbers.native import Matmul, check_formats, check_matmul
 from sparsity.numbers.quantization import clipped
@@ -234,13 +235,22 @@ class _Plan:
         shape, shards = tuple(leaf.shape), shards_of(leaf)
         outputs = tuple(axis for axis in range(-self.rank, 0) if axis not in self.axes)
         f = self.formats
+        pieces = {axes: cuts(shape, shards, axes) for axes in (self.axes, outputs)}
 
         def check(what, format, axes, ways):
             if format is not None:
                 size = math.prod(shape[a] for a in axes)
                 check_blocks(format, size, ways=ways, name=f"quantization: {self.name}: {what}")
 
-        check("weights", f.weights, self.axes, cuts(shape, shards, self.axes))
+        def check_weights(what, along, across):
+            check(what, f.weights, along, pieces[along])
+            tiles = f.weights is not None and f.weights.output_block > 1
+            if tiles and pieces[across] > 1:  # a last tile may be smaller, but none is cut
+                size = math.prod(shape[a] for a in across)
+                name = f"quantization: {self.name}: {what}, tiles across"
+                check_block(f.weights.output_block, size, ways=pieces[across], name=name)
+
+        check_weights("weights", self.axes, outputs)
         check("activations", f.activations, self.axes, activation_ways[0])
         check("the operands of attention", self.products, (-1,), 1)
         if f.matmul == "native":
@@ -251,7 +261,7 @@ class _Plan:
                 raise ValueError(f"quantization: {self.name}: {error}") from None
         if f.gradients is None:
             return
-        check("weights along outputs", f.weights, outputs, cuts(shape, shards, outputs))
+        check_weights("weights along outputs", outputs, self.axes)
         check("gradients", f.gradients, outputs, activation_ways[1])
         if tokens is not None:
             for what, format in (("gradients", f.gradients), ("activations", f.activations)):

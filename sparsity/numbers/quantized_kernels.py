@@ -268,7 +268,8 @@ def _by_blocks(function, x, key, format: Format, axes: Axes, rows: int) -> jax.A
         for _ in range(rows):
             one = jax.vmap(one, (0, None if keys is None else 0))
         return one(x, keys)
-    if isinstance(format.block, int) and x.shape[axes[-1]] % format.block == 0:
+    whole = isinstance(format.block, int) and x.shape[axes[-1]] % format.block == 0
+    if whole and format.output_block == 1:
         axes = axes[-1:]  # the same blocks
     if len(axes) == 1:
         return function(x, key, axes[0])

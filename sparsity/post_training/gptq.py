@@ -28,7 +28,8 @@ class Scales(NamedTuple):
     """What the elements of a kernel are multiplied by.
 
     Attributes:
-      scale: float32 [blocks, outputs], or [1, 1] of a format with one scale; of NVFP4 the block
+      scale: float32 [blocks, outputs], or [1, 1] of a format with one scale, [blocks, blocks of
+        outputs] of tiles; of NVFP4 the block
         scales before they are divided by the tensor scale. None for FP8 without a scale.
       zero_point: int32, in the shape of `scale`: the code of the value 0, or None.
       tensor_scale: float32 [], of NVFP4; or None.
@@ -214,4 +215,6 @@ def _host(scale: Scale | None, format: Format) -> Scales:
 
     zero_point = None if scale.zero_point is None else matrix(scale.zero_point)
     tensor_scale = None if scale.tensor_scale is None else np.asarray(scale.tensor_scale)
-    return Scales(matrix(format.multipliers(scale)), zero_point, tensor_scale)
+    return Scales(
+        matrix(format.multipliers(scale, (scale.exponent.ndim - 2,))), zero_point, tensor_scale
+    )

@@ -183,7 +183,7 @@ def test_sparsegpt_by_default_and_a_table(here, capsys):
         (["--format", "W4A16"], "16 entries are not cut into blocks of 128; use a block"),
         (["--format", "W9A16"], "unknown format 'W9A16'; "),
         (["--format", "FP8"], "FP8 has one scale for all activations, taken from calibration"),
-        (["--format", "fp8_block"], "fp8_block has a scale to a square of 128 x 128 weights"),
+        (["--format", "fp8_block"], "16 entries are not cut into blocks of 128; use a block"),
         (["--format", "W8A8", "--activations", "fp8_e4m3"], "W8A8 has int8; use one"),
         (["--format", "W8A8", "--format-layers", "up=W8A16"], "W8A16 has none, W8A8 has int8"),
         (["--format", "int8", "--activations", "W8A8"], "that is a scheme, which has int8"),

@@ -91,6 +91,8 @@ def test_small_floats_are_packed_bit_after_bit(dtype, bits):
         ("mxfp6_e2m3", None, "mxfp6-pack-quantized", {"weight_packed": 384, "weight_scale": 16}),
         ("nvfp4", None, "nvfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 32}),
         ("nvfp4", "nvfp4", "nvfp4-pack-quantized", {"weight_packed": 256, "weight_scale": 32}),
+        ("fp8_e4m3:16x4", None, "naive-quantized", {"weight": 512, "weight_scale": 32}),
+        ("fp8_e4m3:64x5", "fp8_e4m3:64", "float-quantized", {"weight": 512, "weight_scale": 8}),
         (
             "int8:asymmetric",
             "int8:asymmetric",
@@ -125,13 +127,18 @@ def test_what_is_stored_is_what_it_was(format, activations, name, nbytes):
     stored = encode(values_OI, scales, format, name)
     extra = {"weight_shape", "weight_global_scale"}
     assert {key: x.nbytes for key, x in stored.items() if key not in extra} == nbytes
-    np.testing.assert_array_equal(decode(stored, found.weights["num_bits"], name), values_OI)
+    np.testing.assert_array_equal(decode(stored, found.weights, name), values_OI)
 
 
 @pytest.mark.parametrize(
     ("format", "activations", "says"),
     [
         ("hbfp6", None, "no name for hbfp6; it has int4 and int8"),
+        ("nf4", None, "no name for nf4; it has int4 and int8"),
+        ("int8", "nf4", "no activations in nf4; it has int8"),
+        ("fp8_e4m3:128x128", "int8", "no name for fp8_e4m3:128x128 with activations in int8"),
+        ("fp8_e4m3:128x128", "fp8_e4m3", "no name for .* with activations in fp8_e4m3:channel"),
+        ("fp8_e4m3", "fp8_e4m3:16", "no name for .* with activations in fp8_e4m3:16"),
         ("mxint8", None, "no name for mxint8"),
         ("mxfp6_e3m2", None, "no name for mxfp6_e3m2"),
         ("mxfp8_e4m3:16", None, "no name for mxfp8_e4m3:16"),
@@ -362,4 +369,4 @@ def test_fp8_without_a_scale_is_stored_with_ones():
     values_OI = np.array([[0.5, -448.0], [2.0**-9, 0]], np.float32)
     tensors = encode(values_OI, Scales(None), FP8(), "naive-quantized")
     np.testing.assert_array_equal(tensors["weight_scale"], np.ones((2, 1), np.float32))
-    np.testing.assert_array_equal(decode(tensors, 8, "naive-quantized"), values_OI)
+    np.testing.assert_array_equal(decode(tensors, {"num_bits": 8}, "naive-quantized"), values_OI)

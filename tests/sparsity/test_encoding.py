@@ -32,7 +32,7 @@ def sample():
     return x
 
 
-@pytest.mark.parametrize(("name", "axis"), list(zip([*FORMATS, *OTHERS], [0, 1] * 10, strict=True)))
+@pytest.mark.parametrize(("name", "axis"), list(zip([*FORMATS, *OTHERS], [0, 1] * 11, strict=True)))
 def test_decoding_gives_what_quantize_gives(name, axis):
     format = FORMATS.get(name) or OTHERS[name]
     x = sample()
@@ -68,6 +68,8 @@ def test_decoding_gives_what_quantize_gives(name, axis):
         ("mxfp4_e2m1", 4.25),
         ("mxint8", 8.25),
         ("nvfp4", 4.5 + 32 / 2**15),
+        ("nf4", 4.5),
+        ("fp8_e4m3:128x128", 8 + 32 * 32 / 2**15),
     ],
 )
 def test_bits_per_element(name, bits):

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 
 from sparsity.numbers import formats
-from sparsity.numbers.formats import FORMATS, FP8, HBFP, MX, NVFP4, Int, check_blocks, get_format
+from sparsity.numbers.formats import (
+    FORMATS,
+    FP8,
+    HBFP,
+    MX,
+    NF4,
+    NVFP4,
+    Int,
+    TiledFP8,
+    check_blocks,
+    get_format,
+)
 from sparsity.numbers.quantized import MatmulFormats, Quantization
 
 ELEMENTS = [
@@ -21,7 +32,8 @@ ELEMENTS = [
 
 def test_names():
     names = "int4 int8 fp8_e4m3 fp8_e5m2 hbfp4 hbfp6 hbfp8 mxfp8_e4m3 mxfp8_e5m2 mxfp6_e3m2"
-    assert " ".join(FORMATS) == f"{names} mxfp6_e2m3 mxfp4_e2m1 mxint8 nvfp4"
+    names += " mxfp6_e2m3 mxfp4_e2m1 mxint8 nvfp4 nf4 fp8_e4m3:128x128"
+    assert " ".join(FORMATS) == names
     assert all(get_format(name) is format for name, format in FORMATS.items())
     assert len({*FORMATS.values()}) == len(FORMATS)
     mine = MX(element=formats.E2M3, block=8)
@@ -49,6 +61,10 @@ def test_an_unknown_format_lists_the_names(name):
         ("hbfp6:16", HBFP(mantissa_bits=5, block=16)),
         ("mxfp4_e2m1:tensor", MX(element=formats.E2M1, block="tensor")),
         ("nvfp4:32", NVFP4(block=32)),
+        ("nf4:32", NF4(block=32)),
+        ("nf4:channel", NF4(block="channel")),
+        ("fp8_e4m3:128x128", TiledFP8()),
+        ("fp8_e4m3:64x32", TiledFP8(block=64, output_block=32)),
     ],
 )
 def test_a_text_says_bits_block_and_zero_point(text, format):
@@ -69,6 +85,12 @@ def test_a_text_says_bits_block_and_zero_point(text, format):
         ("int4:symetric", "block='symetric'; use a whole number"),
         ("nvfp4:asym", "a zero point is of integers"),
         ("mxfp8_e4m2", "did you mean mxfp8_e"),
+        ("nf4:asym", "a zero point is of integers; use int4 or int8, or nf4"),
+        ("nf4:64x64", "NF4.block='64x64'; use a whole number"),
+        ("fp8_e4m3:64x", "block='64x'; use a whole number"),
+        ("fp8_e4m3:0x64", "block=0; use a whole number"),
+        ("fp8_e4m3:64x64:8", "gives two of its block"),
+        ("fp8_e5m2:128x128", "block='128x128'; use a whole number"),
         ("W4A16", "that is a scheme, which has int4:128 of weights$"),
         ("w8a8", "scheme, which has int8 of weights, and int8 of activations$"),
         ("", "unknown format ''; use one of"),
@@ -95,6 +117,7 @@ def test_schemes_have_the_arguments_that_llm_compressor_gives_them():
         "W4AFP8": (Int(bits=4, block=128), token),
         "FP8_DYNAMIC": (channel, token),
         "fp8_dynamic": (channel, token),
+        "FP8_BLOCK": (TiledFP8(), FP8(block=128)),
         "NVFP4": (NVFP4(), NVFP4()),
         "NVFP4A16": (NVFP4(), None),
         "MXFP4": (FORMATS["mxfp4_e2m1"], FORMATS["mxfp4_e2m1"]),
@@ -112,9 +135,8 @@ def test_schemes_have_the_arguments_that_llm_compressor_gives_them():
         assert all(map(get_format, filter(None, (weights, activations))))
     assert formats.find_scheme("int8") is formats.find_scheme("nvfp4") is None
     assert "W8A4" not in formats.SCHEMES
-    for name in ("FP8", "FP8_BLOCK"):
-        with pytest.raises(ValueError, match="not supported; use FP8_DYNAMIC"):
-            formats.find_scheme(name)
+    with pytest.raises(ValueError, match="not supported; use FP8_DYNAMIC"):
+        formats.find_scheme("FP8")
 
 
 def test_every_format_of_the_documents_is_one():
@@ -123,13 +145,12 @@ def test_every_format_of_the_documents_is_one():
     text = (docs / "quantization.md").read_text()
     section = text.partition("## Formats\n")[2].partition("\n## ")[0]
     table = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
-    named = {
-        name for cell in table for name in re.findall(r"\b(?:int|fp|hbfp|mx|nvfp)\w*\d\w*", cell)
-    }
+    text_of = r"\b(?:int|fp|hbfp|mx|nvfp|nf)\w*\d[\w:]*"
+    named = {name for cell in table for name in re.findall(text_of, cell)}
     assert named >= set(FORMATS)
     text += (docs / "compression.md").read_text()
     named |= set(re.findall(r"--(?:format|activations) ([\w:]+)", text))
-    named |= set(re.findall(r"`((?:int|fp8|hbfp|mx|nvfp)\w*\d[\w:]*)`", text))
+    named |= set(re.findall(r"`((?:int|fp8|hbfp|mx|nvfp|nf)\w*\d[\w:]*)`", text))
     schemes = set(re.findall(r"`((?:W\dA|FP8|MXFP|NVFP)\w*)`", text))
     assert named >= {"int4:32", "int4:asym", "int3"}
     assert schemes >= {"W4A16", "W8A8", "FP8_DYNAMIC"}
