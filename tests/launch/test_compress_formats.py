@@ -5,10 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 from test_compress_command import (  # noqa: F401 (fixtures)
     ATTENTION,
     FEED_FORWARD,
@@ -30,6 +31,7 @@ from pjit_train.huggingface import compressed_tensors
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
 from sparsity.numbers import quantized
+from sparsity.numbers.quantization import quantize
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -75,6 +77,7 @@ QUANTIZED = """
 from __gin__ import dynamic_registration
 from pjit_train import run
 from sparsity.numbers import quantized
+from sparsity.numbers.quantization import quantize
 include 'run.gin'
 include 'configs/recipes/sr_ste.gin'
 run.Run.quantization = @quantized.Quantization()
@@ -281,3 +284,68 @@ def test_a_tied_head_in_a_format_is_no_linear_layer_of_theirs():
     with pytest.raises(UserError, match="embedding is no linear layer of LlamaForCausalLM"):
         compressed_tensors.export("hf-tied", run, Path("dense"))
     assert not Path("hf-tied").exists()
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+@pytest.mark.parametrize(("format", "bits"), [("nf4:16", 6), ("fp8_e4m3:16x24", 8 + 32 / 256)])
+def test_formats_of_one_file_each_are_compressed_to(format, bits, quantizer, capsys):
+    out = f"{format.replace(':', '_')}-{quantizer}"
+    command = ["compress", "dense", "--format", format, "--quantizer", quantizer]
+    report = figures(capsys, *command, "--sequences", "8", "--out", out)
+    found, dense = kernels(out), kernels("dense")
+    for name in (ATTENTION[0], FEED_FORWARD[0], FEED_FORWARD[2]):
+        row = report["kernels"][name]
+        assert row["format"] == format
+        size = dense[name].size  # outputs of 16, of 32: tiles of 24 leave a rest
+        tiles = 2 * (dense[name].shape[1] // 16) * -(-dense[name].shape[2] // 24)
+        stored = size * bits / 8 if format.startswith("nf4") else size + 4 * tiles
+        assert row["bytes"]["zeros"] == stored
+        assert 0 < row["errors"]["quantization"] < 0.2
+        if quantizer == "rtn":
+            for layer in range(2):
+                want = quantize(dense[name][layer], format, axis=0)
+                np.testing.assert_array_equal(found[name][layer], want)
+    assert report["after"].items() <= figures(capsys, "eval", out).items()
+    stored = Path(f"{out}-hf")
+    code = main(["export", out, str(stored)])
+    err = capsys.readouterr().err
+    if format.startswith("nf4"):
+        assert code == 2
+        assert err.startswith("torsion: export: compressed-tensors has no name for nf4:16; it has")
+        assert err.count("\n") == 1
+        assert not stored.exists()
+        return
+    assert code == 0
+    config = json.loads((stored / "config.json").read_text())["quantization_config"]
+    [group] = config["config_groups"].values()
+    assert group["weights"]["strategy"] == "block"
+    assert group["weights"]["block_structure"] == [24, 16]  # outputs, inputs
+    [file] = stored.glob("*.safetensors")
+    tensors = dict(deserialize(file.read_bytes()))
+    codes, scale = (
+        np.frombuffer(tensors[name]["data"], dtype).reshape(tensors[name]["shape"])
+        for name, dtype in (
+            ("model.layers.1.mlp.down_proj.weight", ml_dtypes.float8_e4m3fn),
+            ("model.layers.1.mlp.down_proj.weight_scale", np.float32),
+        )
+    )
+    assert scale.shape == (1, 2)
+    scale = scale.repeat(24, 0)[:16].repeat(16, 1)
+    got = codes.astype(np.float32) * scale
+    np.testing.assert_array_equal(got, found[FEED_FORWARD[2]][1].T)
+
+
+def test_a_run_trains_in_nf4_by_its_recipe(capsys):
+    bindings = ["--gin", "quantized.MatmulFormats.weights = 'nf4:16'", "--mesh", "data=1"]
+    command = ["train", "run.gin", "configs/recipes/nf4.gin", "--out", "nf4", "--steps", "6"]
+    command += ["--log-every", "1"]
+    assert main([*command, *bindings]) == 0
+    trained, read = masters("nf4"), kernels("nf4")
+    for name in (*ATTENTION, *FEED_FORWARD):
+        for layer in range(2):
+            assert (trained[name][layer] != read[name][layer]).any()
+            want = quantize(trained[name][layer], "nf4:16", axis=0)
+            np.testing.assert_array_equal(read[name][layer], want)
+    rows = [json.loads(line) for line in Path("nf4/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
