@@ -258,7 +258,7 @@ def test_commands_in_sentences_have_the_options_that_they_name():
 def test_the_site_has_every_public_name(library):
     name = library.__name__
     page = (ROOT / "docs" / "api" / f"{name}.md").read_text()
-    shown = re.findall(rf"^::: {name}\.(\w+)$", page, re.MULTILINE)
+    shown = re.findall(rf"^::: {name}\.(?:\w+\.)*(\w+)$", page, re.MULTILINE)
     assert set(library.__all__) <= set(shown)
     assert len(set(shown)) == len(shown)
 
@@ -273,4 +273,4 @@ def assert_options(words: list[str]) -> None:
             ]
             assert word.partition("=")[0] in known, words
         at = argparse_internals.commands(at).get(word, at)
-    assert at.prog != "torsion", words
+    assert at.prog != "torsion" or words == ["--version"], words
