@@ -15,13 +15,18 @@ from pjit_train.errors import UserError
 # What is bound by its last name (`run.Run.steps`) on the command line, without an import.
 STANDARD = (
     "pjit_train.checkpoint",
+    "pjit_train.data.image_sources",
+    "pjit_train.data.images",
     "pjit_train.data.sources",
     "pjit_train.data.text",
     "pjit_train.data.tokenizers",
     "pjit_train.models.transformer",
+    "pjit_train.models.vit",
     "pjit_train.optimizers",
     "pjit_train.run",
     "pjit_train.sharding",
+    "pjit_train.tasks.image_classification",
+    "pjit_train.tasks.language_modelling",
     "sparsity.numbers.formats",
     "sparsity.numbers.quantized",
     "sparsity.post_training.one_shot",

@@ -17,7 +17,14 @@ import re
 from typing import Any
 
 from launch import __version__
-from launch.bindings import Configurable, Key, format_bindings, format_value, parse_bindings
+from launch.bindings import (
+    Configurable,
+    Key,
+    Reference,
+    format_bindings,
+    format_value,
+    parse_bindings,
+)
 
 log = logging.getLogger("torsion")
 
@@ -89,17 +96,26 @@ def upgraded(text: str) -> str:
 def is_default(key: Key, value: Any) -> bool:
     """Whether a parameter is bound to the default that it has today."""
     default = _defaults(key.configurable).get(key.parameter, dataclasses.MISSING)
+    if isinstance(value, Reference):  # what it makes with nothing bound
+        return value.call and not value.scope and _found(value.configurable) is type(default)
     return default is not dataclasses.MISSING and format_value(default) == format_value(value)
 
 
 @functools.cache
 def _defaults(configurable: Configurable) -> dict[str, Any]:
     """The defaults of a dataclass; none where there is no such class any more."""
-    try:
-        found = getattr(importlib.import_module(configurable.module), configurable.name)
-        return {field.name: field.default for field in dataclasses.fields(found)}
-    except (ImportError, AttributeError, TypeError):
+    found = _found(configurable)
+    if not dataclasses.is_dataclass(found):
         return {}
+    return {field.name: field.default for field in dataclasses.fields(found)}
+
+
+def _found(configurable: Configurable) -> Any:
+    """What a configurable is; None where there is no such thing any more."""
+    try:
+        return getattr(importlib.import_module(configurable.module), configurable.name)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _rename(text: str, old: str, new: str) -> str:

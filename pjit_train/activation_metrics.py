@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pjit_train.compression.calibrate import enter, replace_dense
-from pjit_train.models.loss import cross_entropy
 from pjit_train.models.projection import WatchedDense, note_input_losses
+from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.sparse_metrics import kind
 from sparsity.numbers.quantized import Quantizer
@@ -20,23 +20,18 @@ from sparsity.numbers.quantized_kernels import figures
 
 
 def observe_activations(
-    graph: nnx.GraphDef,
-    weights,
-    batch: dict[str, jax.Array],
-    quantizer: Quantizer,
-    rules: Rules,
-    accumulate: int = 1,
+    run: Run, graph: nnx.GraphDef, weights, batch: dict[str, jax.Array], quantizer: Quantizer
 ) -> dict[str, jax.Array]:
     """Figures of the activations and gradients of a quantized run; scalars, float32.
 
-    Of the first sequence that every device holds of a batch, rounded as in an evaluation. Blocks of
+    Of the first row that every device holds of a batch, rounded as in an evaluation. Blocks of
     gradients are those along the outputs.
 
     Args:
-      graph: of a `Transformer`.
+      run: with `accumulate`, the gradients of a part of the batch are of a sum of losses.
+      graph: of its model.
       weights: as the model reads them, quantized.
       batch: of training.
-      accumulate: parts that a step takes of it; with several their gradients are of sums of losses.
 
     Returns:
       `quantization_error/<layer kind>/activations`: |q(x) - x| / |x| of the inputs of a matmul;
@@ -44,12 +39,11 @@ def observe_activations(
         reads of its outputs;
       `clipped/<layer kind>/...`: the share of entries above the greatest value of their block.
     """
-    sample = jax.tree.map(lambda x: _first_of_shards(x, rules), batch)
+    sample = jax.tree.map(lambda x: _first_of_shards(x, run.rules), batch)
     model = nnx.merge(graph, weights)
     block_graph, stacked = nnx.split(model.blocks)
-    x_BTD, inputs = enter(model, sample)
-    targets = batch["targets"]
-    whole = targets.size if batch.get("weights") is None else batch["weights"].sum()
+    x_BTD, inputs = enter(run.task, model, sample)
+    whole = run.task.weight(batch) if run.accumulate == 1 else 1
 
     @jax.checkpoint  # or the backward pass would keep what a step may not
     def layer(x_BTD, of_layer):
@@ -67,15 +61,13 @@ def observe_activations(
 
     def loss(probes):
         """The loss of the sample as a step has it, and what is noted on the way, by layer."""
-        hidden, found = jax.lax.scan(layer, x_BTD, (stacked, probes))
+        out_BTD, found = jax.lax.scan(layer, x_BTD, (stacked, probes))
         found = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
-        hidden, table = model.norm(hidden), "embedding" if model.head is None else "head"
-        stored = getattr(model, table).get_value()
-        note_input_losses(stored, hidden, lambda what, x: found.update({f"{table}/{what}": x}))
-        total = cross_entropy(
-            model.head_inputs(hidden), model.head_kernel(), sample["targets"], sample.get("weights")
-        )
-        return total / (whole if accumulate == 1 else 1), found
+        for name, (stored, read) in run.task.head_reads(model, out_BTD).items():
+            note_input_losses(
+                stored, read, lambda what, x, n=name: found.update({f"{n}/{what}": x})
+            )
+        return run.task.head_loss(model, out_BTD, sample)[0] / whole, found
 
     layers = model.config.num_layers
     probes = {

@@ -2,15 +2,15 @@
 
 import fcntl
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from pjit_train import record
 from pjit_train.checkpoint import Checkpoints
-from pjit_train.data.text import Batches
+from pjit_train.data.data import Batches
 from pjit_train.errors import UserError
 from pjit_train.program import Program
 from pjit_train.run import Run
@@ -20,33 +20,32 @@ log = logging.getLogger("torsion")
 
 
 def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
-    """Loss (nats per token), perplexity and bits per byte over the run's validation batches.
+    """The figures of the run's task, "val_loss" among them, over its validation batches.
 
     Args:
       weights: what `Program.weights` gives.
     """
+    return program.run.task.figures(validation_sums(program, weights, batches), batches)
+
+
+def validation_sums(program: Program, weights, batches: Batches) -> dict[str, np.ndarray]:
+    """What the run's task sums over its validation batches; see `Task.sums`."""
     count = min(program.run.eval_batches, batches.num_eval_batches)
     sums = None
     for index in range(count):
         batch = program.global_batch(lambda rows, i=index: batches.eval_batch(i, rows))
         sums = program.evaluate(weights, batch, sums)
-    total, weight = (float(x) for x in sums)
-    loss = total / weight
-    return {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700.0)),
-        "val_bits_per_byte": loss / math.log(2) / batches.bytes_per_token("validation"),
-    }
+    return {name: np.asarray(x) for name, x in sums.items()}
 
 
 def prepare(run: Run, directory: Path) -> Batches:
-    """The batches of a run that is only read; warns where the text is not what it was trained on.
+    """The batches of a run that is only read; warns where the data are not what it was trained on.
 
     Nothing need be writable: tokens that cannot be kept are made for this process alone.
     """
     batches = run.data.prepare(run.seed, keep=False)
     if (other := record.other_corpus(directory, batches.digest)) is not None:
-        log.warning("%s; figures are of the text of now", other)
+        log.warning("%s; figures are of the data of now", other)
     return batches
 
 
@@ -89,6 +88,8 @@ def _is_training(directory: Path) -> bool:
 def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """Validation figures of a run directory's newest good checkpoint, and its `step`.
 
+    They are those of the run's task: `Task.figures` and `Task.details`.
+
     Where the text is not that of the run, `corpus` is "changed", and a warning of the logger
     `torsion` says it, too.
 
@@ -99,9 +100,11 @@ def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str,
     program = Program(run, make_mesh(run.mesh))
     batches = prepare(run, directory)
     step, weights = restore_weights(program, directory, step)
-    figures = {"step": step, **validate(program, weights, batches)}
+    sums = validation_sums(program, weights, batches)
+    figures = {"step": step, **run.task.figures(sums, batches)}
     if record.other_corpus(directory, batches.digest) is not None:
         figures["corpus"] = "changed"
+    figures |= run.task.details(sums, batches)
     if program.updater is None:
         return figures
     with jax.set_mesh(program.mesh):

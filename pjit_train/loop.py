@@ -1,8 +1,8 @@
 """The training loop: batch, step, metrics, validation, checkpoint."""
 
 import contextlib
+import dataclasses
 import logging
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,10 @@ from jax.experimental import multihost_utils
 
 from pjit_train import record
 from pjit_train.checkpoint import Checkpoints
+from pjit_train.data.data import Batches
 from pjit_train.data.prefetch import Prefetcher
 from pjit_train.errors import TrainingError, UserError
-from pjit_train.evaluate import validate
+from pjit_train.evaluate import validation_sums
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.lock import held
 from pjit_train.metrics import Display, Metrics, utilisation
@@ -24,7 +25,6 @@ from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import count_params
 from pjit_train.program import Program
 from pjit_train.run import Run
-from pjit_train.sample import Sampler
 from pjit_train.sharding import make_mesh
 from pjit_train.signals import StopRequest
 from pjit_train.waiting import told
@@ -74,10 +74,10 @@ def train(
         program = Program(run, make_mesh(run.mesh) if mesh is None else mesh)
         if run.initial_weights is not None and not (directory / "checkpoints").exists():
             huggingface.check(run.initial_weights, run.model)
-        run.samples.check(run.model.max_len, run.data.tokenizer)
-        with told("the tokens of the run"):
+        shower = run.task.shower(run)
+        with told("the data of the run"):
             batches = run.data.prepare(run.seed)
-        batches.check_vocabulary(run.model.vocab_size)
+        run.task.check_batches(run, batches)
         _check_corpus(directory, batches.digest)
         if jax.process_index() == 0:
             new = not directory.exists()
@@ -110,10 +110,10 @@ def train(
             keep(config_text)
         written = checkpoints.rows(start) if start else None
         metrics = stack.enter_context(contextlib.closing(Metrics(directory, start, written)))
-        display = stack.enter_context(contextlib.closing(Display(start, run.steps)))
+        display = stack.enter_context(contextlib.closing(Display(start, run.steps, run.task)))
         display.say(
             f"{count_params(state['params']):,} parameters, "
-            f"{batches.tokens_per_epoch:,} training tokens, {program.describe_mesh()}; "
+            f"{run.task.describe(batches)}, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
         if program.updater is not None:
@@ -129,25 +129,39 @@ def train(
             if steps_before not in (None, run.steps):
                 display.say(f"the schedule now spans {run.steps} steps instead of {steps_before}")
         loop = _Loop(
-            program, batches, directory, checkpoints, metrics, display, start, began, watch
+            program=program,
+            batches=batches,
+            directory=directory,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            display=display,
+            shower=shower,
+            start=start,
+            began=began,
+            watch=watch,
         )
         loop.steps(state, stop)
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Loop:
     """The steps of a run from one start to its end, and what they report to."""
 
-    def __init__(
-        self, program, batches, directory, checkpoints, metrics, display, start, began, watch
-    ):
-        self.watch = watch
-        self.program, self.run, self.batches = program, program.run, batches
-        self.directory, self.checkpoints = directory, checkpoints
-        self.metrics, self.display = metrics, display
-        self.start, self.began = start, began
-        self.sampler = Sampler(self.run.model, self.run.rules, self.run.data.tokenizer)
+    program: Program
+    batches: Batches
+    directory: Path
+    checkpoints: Checkpoints
+    metrics: Metrics
+    display: Display
+    shower: Callable | None  # see `Task.shower`
+    start: int
+    began: float
+    watch: Watch
+
+    def __post_init__(self):
+        self.run = self.program.run
         self.profiling = False
-        self.step_ended = began
+        self.step_ended = self.began
         self.step_seconds: list[float] = []  # of the steps since the last row
         self.extra: dict[str, float] = {}  # other figures for the next row
 
@@ -192,7 +206,7 @@ class _Loop:
         if stopping:
             self.display.say(f"stopped after step {step}; the same command resumes from there")
         else:
-            self._sample(state, step)
+            self._show(state, step)
             self.display.say(f"done: {step} steps, in {self.directory}")
 
     def _batch(self, index: int):
@@ -205,12 +219,17 @@ class _Loop:
 
     def _pause(self, step: int, figures, state, validating: bool, saving: bool) -> None:
         """Waits for a step, then validates and saves after it; its row always stands before."""
-        row, validation = self._read(step, figures), {}
+        row, validation, remarks = self._read(step, figures), {}, None
         if validating:
-            validation = validate(self.program, self.program.weights(state), self.batches)
+            task, weights = self.run.task, self.program.weights(state)
+            sums = validation_sums(self.program, weights, self.batches)
+            validation = task.figures(sums, self.batches)
+            remarks = task.remarks(task.details(sums, self.batches))
         due = step % self.run.log_every == 0 or step == self.run.steps
         if validating or due or not row["finite"]:
             self._write_row(row | validation)
+        if remarks is not None:
+            self.display.say(remarks)
         if saving:
             began = time.monotonic()
             metrics = {"loss": validation["val_loss"]} if validation else None
@@ -220,7 +239,7 @@ class _Loop:
             seconds = time.monotonic() - began
             self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds
         if validating and step < self.run.steps:
-            self._sample(state, step)
+            self._show(state, step)
         self.step_ended = time.monotonic()
 
     def _read(self, step: int, figures) -> dict:
@@ -253,11 +272,10 @@ class _Loop:
         if not finite:
             row["skipped"] = 1
         if self.step_seconds:
-            data, seconds = self.run.data, float(np.mean(self.step_seconds))
-            tokens_per_second = data.batch_size * data.seq_len / seconds
-            row |= {"step_seconds": seconds, "tokens_per_second": tokens_per_second}
-            flops_per_second = tokens_per_second * self.run.model.flops_per_token(data.seq_len)
-            share = utilisation(flops_per_second, self.program.mesh)
+            run, seconds = self.run, float(np.mean(self.step_seconds))
+            speed = run.units_per_step / seconds
+            row |= {"step_seconds": seconds, f"{run.task.unit}_per_second": speed}
+            share = utilisation(run.flops_per_step / seconds, self.program.mesh)
             if share is not None:
                 row["model_flops_utilisation"] = share
         row |= {"data_wait_seconds": self.prefetcher.wait_seconds, **self.extra}
@@ -266,21 +284,11 @@ class _Loop:
         self.metrics.write(row)
         self.display.row(row)
 
-    def _sample(self, state, step: int) -> None:
-        samples = self.run.samples
-        if not samples.tokens:
-            return
-        with jax.set_mesh(self.program.mesh):
-            texts = self.sampler(
-                self.program.weights(state),
-                samples.prompts,
-                tokens=samples.tokens,
-                temperature=samples.temperature,
-                seed=self.run.seed,
-            )
-        for text in texts:
-            shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
-            self.display.say(f"sample after step {step}:\n{shown}\n")
+    def _show(self, state, step: int) -> None:
+        if self.shower is not None:
+            weights = self.program.weights(state)
+            with jax.set_mesh(self.program.mesh):
+                self.shower(weights, self.display.say, f"after step {step}")
 
     def _profile(self, step: int | None, unread) -> None:
         """Begins and ends the trace that `run.profile` asks for; None ends it in any case."""

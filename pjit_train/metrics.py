@@ -23,6 +23,7 @@ from rich.progress import (
 
 from pjit_train.errors import UserError
 from pjit_train.files import write_whole
+from pjit_train.tasks.task import Task
 
 log = logging.getLogger("torsion")
 Row = dict[str, Any]
@@ -173,21 +174,21 @@ def _parse(line: bytes) -> Row | None:
 class Display:
     """The progress of a run, as a bar on a terminal and as a line a row elsewhere."""
 
-    def __init__(self, start: int, steps: int):
+    def __init__(self, start: int, steps: int, task: Task):
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, emoji=False)
         self.shown = jax.process_index() == 0
-        self._bar = None
+        self._bar, self._task = None, task
         self._steps = steps
         if self.shown and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+                TextColumn(f"loss {{task.fields[loss]}}  {{task.fields[speed]}} {task.unit}/s"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task(
+            self._shown = self._bar.add_task(
                 "training", total=steps, completed=start, loss="-", speed="-"
             )
             self._bar.start()
@@ -199,25 +200,23 @@ class Display:
 
     def advance(self, step: int) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._shown, completed=step)
 
     def row(self, row: Row) -> None:
         """Shows the figures of a row."""
         step, loss = row["step"], f"{row['loss']:.4f}"
-        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "-"
+        unit = self._task.unit
+        speed = f"{row[name]:,.0f}" if (name := f"{unit}_per_second") in row else "-"
         if self._bar:
-            self._bar.update(self._task, completed=step, loss=loss, speed=speed)
+            self._bar.update(self._shown, completed=step, loss=loss, speed=speed)
         else:
             left = (self._steps - step) * row.get("step_seconds", 0.0)
             self.say(
                 f"step {step}/{self._steps}  loss {loss}  grad norm {row['grad_norm']:.3f}  "
-                f"lr {row['learning_rate']:.2e}  {speed} tokens/s  {_duration(left)} left"
+                f"lr {row['learning_rate']:.2e}  {speed} {unit}/s  {_duration(left)} left"
             )
         if "val_loss" in row:
-            self.say(
-                f"validation after step {step}: loss {row['val_loss']:.4f}  perplexity "
-                f"{row['val_perplexity']:.3f}  bits per byte {row['val_bits_per_byte']:.4f}"
-            )
+            self.say(f"validation after step {step}: {self._task.summary(row)}")
 
     def close(self) -> None:
         if self._bar:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train.activation_metrics import observe_activations
 from pjit_train.attention.dispatch import check_way
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
-from pjit_train.models.loss import cross_entropy
 from pjit_train.models.roles import param_roles
 from pjit_train.run import Run
 from pjit_train.sparse_metrics import observe, observe_quantization
@@ -32,17 +32,9 @@ from pjit_train.step import (
     train_step,
     weights,
 )
+from pjit_train.tasks.task import Sums
 
 Batch = dict[str, jax.Array]
-
-
-def next_token_loss(model, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of the cross-entropies of a batch in nats, and the sum of its weights."""
-    hidden, _ = model.hidden(batch["inputs"], segments=batch.get("segments"))
-    weights, targets = batch.get("weights"), batch["targets"]
-    hidden = model.head_inputs(hidden)
-    loss = cross_entropy(hidden, model.head_kernel(), targets, weights)
-    return loss, np.float32(targets.size) if weights is None else weights.sum()
 
 
 class Program:
@@ -57,8 +49,8 @@ class Program:
     """
 
     def __init__(self, run: Run, mesh: Mesh):
+        run.task.check(run)
         run.check_mesh(mesh.shape)
-        run.model.check_data(vocab_size=run.data.tokenizer.vocab_size, seq_len=run.data.seq_len)
         self.run, self.mesh = run, mesh
         self._observe = None
         self._evaluations: dict[Any, Callable] = {}  # by the structure and types of the weights
@@ -77,7 +69,10 @@ class Program:
                 if run.sparsity is None:
                     raise
                 raise UserError(f"sparsity: {error}") from error
-            self._batch_sharding = NamedSharding(mesh, run.rules.spec(("batch", "length")))
+            self._batch_shardings = {
+                name: NamedSharding(mesh, run.rules.spec(axes))
+                for name, axes in run.task.axes.items()
+            }
 
     def _build_optimizer(self, params) -> None:
         """The recipe, the optimizer inside it, and the state that they make of the parameters."""
@@ -140,9 +135,7 @@ class Program:
             if self.quantizer is None:
                 return found
             read = weights(state, self.updater, self.quantizer)
-            return found | observe_activations(
-                self.graph, read, batch, self.quantizer, self.run.rules, self.run.accumulate
-            )
+            return found | observe_activations(self.run, self.graph, read, batch, self.quantizer)
 
         if self._observe is None:
             self._observe = jax.jit(observed)
@@ -190,7 +183,7 @@ class Program:
             self.graph,
             self.optimizer,
             self.schedule,
-            next_token_loss,
+            self.run.task.loss,
             accumulate,
             self.updater,
             self.quantizer,
@@ -198,22 +191,32 @@ class Program:
         state = self.abstract_state_after(step)
         return self._compile(jax.jit(function, donate_argnums=0), state, batch)
 
-    def evaluate(self, weights, batch: Batch, sums=None) -> tuple[jax.Array, jax.Array]:
-        """(sum of losses, sum of weights) of a batch, added to those of the batches before it.
+    def evaluate(self, weights, batch: Batch, sums: Sums | None = None) -> Sums:
+        """The sums of the run's task over a batch, added to those of the batches before it.
 
         So each call depends on the one before: programs with collectives that do not may deadlock
         when emulated devices run several at once.
         """
         if sums is None:
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            zero = jax.make_array_from_callback((), everywhere, lambda _: np.float32(0))
-            sums = zero, zero
+            sums = self._zeros(weights, batch)
         leaves, structure = jax.tree.flatten(weights)
         kind = structure, tuple(map(jax.typeof, leaves))  # a compiled step takes no other dtypes
         if kind not in self._evaluations:
-            step = jax.jit(eval_step(self.graph, next_token_loss))
+            step = jax.jit(eval_step(self.graph, self.run.task.sums))
             self._evaluations[kind] = self._compile(step, weights, batch, sums)
         return self._evaluations[kind](weights, batch, sums)
+
+    def _zeros(self, weights, batch: Batch) -> Sums:
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        sums = lambda weights, batch: self.run.task.sums(nnx.merge(self.graph, weights), batch)
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(sums, weights, batch)
+
+        def zero(like):
+            make = lambda index: np.zeros(like.shape, np.float32)[index]
+            return jax.make_array_from_callback(like.shape, everywhere, make)
+
+        return jax.tree.map(zero, shapes)
 
     def _compile(self, function, *args) -> Callable:
         with jax.set_mesh(self.mesh):
@@ -227,21 +230,24 @@ class Program:
         """A batch as global arrays; each process reads only the rows that its devices hold.
 
         Args:
-          read: the given rows of the batch, each array [rows, seq_len].
+          read: the given rows of the batch, each array [rows, ...].
         """
-        data = self.run.data
-        shape = (data.batch_size, data.seq_len)
+        size = self.run.data.batch_size
         local = functools.cache(lambda start, stop: read(slice(start, stop)))
 
         def rows(index):
-            start, stop, _ = index[0].indices(shape[0])
+            start, stop, _ = index[0].indices(size)
             return local(start, stop)
 
-        indices = self._batch_sharding.addressable_devices_indices_map(shape)
-        names = rows(next(iter(indices.values())))
+        # Every array is split over its rows alike.
+        sharding = next(iter(self._batch_shardings.values()))
+        by_rows = NamedSharding(self.mesh, PartitionSpec(sharding.spec[0]))
+        indices = by_rows.addressable_devices_indices_map((size,))
         return {
             name: jax.make_array_from_callback(
-                shape, self._batch_sharding, lambda index, name=name: rows(index)[name][:, index[1]]
+                (size, *array.shape[1:]),
+                self._batch_shardings[name],
+                lambda index, name=name: rows(index)[name][:, *index[1:]],
             )
-            for name in names
+            for name, array in rows(next(iter(indices.values()))).items()
         }

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from pjit_train.data.text import TextData
+from pjit_train.data.data import Data
 from pjit_train.data.tokenizers import TokenizerJson
 from pjit_train.errors import UserError
 from pjit_train.files import json_sha256, write_whole
@@ -71,7 +71,7 @@ def read_if_whole(directory: Path) -> Record | None:
 
 
 def write(
-    directory: Path, data: TextData, *, config_text: str, corpus: str, folder: str | None = None
+    directory: Path, data: Data, *, config_text: str, corpus: str, folder: str | None = None
 ) -> None:
     """Writes the record, `tokenizer.json` and `config.gin`, each whole or not at all.
 
@@ -80,7 +80,7 @@ def write(
       data: of the run.
       config_text, corpus, folder: see `Record`; the folder is by default the working directory.
     """
-    text = data.tokenizer.text if isinstance(data.tokenizer, TokenizerJson) else None
+    text = None if data.tokenizer_file is None else data.tokenizer_file.text
     body = {
         "config": config_text,
         "folder": folder or os.getcwd(),
@@ -96,16 +96,16 @@ def write(
     write_whole(directory / "config.gin", config_text)
 
 
-def to_train(data: TextData, directory: Path) -> TextData:
+def to_train(data: Data, directory: Path) -> Data:
     """The data of a run that is trained in a directory, with the tokenizer that it began with.
 
     Raises:
       UserError: the configuration names another tokenizer, or there is none any more.
     """
     record = read(directory)
-    if record is None or not isinstance(data.tokenizer, TokenizerJson):
+    if record is None or data.tokenizer_file is None:
         return data
-    path, then = data.tokenizer.path, record.tokenizer
+    path, then = data.tokenizer_file.path, record.tokenizer
     now = _file_sha256(Path(path).expanduser())
     if now is not None and now != then:
         raise UserError(
@@ -116,7 +116,7 @@ def to_train(data: TextData, directory: Path) -> TextData:
     return _with_copy(data, directory, record)
 
 
-def to_read(data: TextData, directory: Path, record: Record | None) -> TextData:
+def to_read(data: Data, directory: Path, record: Record | None) -> Data:
     """The data of a run whose directory is read, from wherever that is done.
 
     The tokenizer is the run's copy, and relative paths count from where the run was trained if
@@ -127,27 +127,20 @@ def to_read(data: TextData, directory: Path, record: Record | None) -> TextData:
     """
     if record is None:
         return data
-    sources = [source.seen_from(Path(record.folder)) for source in data.sources]
-    data = dataclasses.replace(data, sources=sources)
-    if (
-        data.cache_dir
-        and (cache := Path(record.folder, Path(data.cache_dir).expanduser())).exists()
-    ):
-        data = dataclasses.replace(data, cache_dir=str(cache))
-    return _with_copy(data, directory, record)
+    return _with_copy(data.seen_from(Path(record.folder)), directory, record)
 
 
-def _with_copy(data: TextData, directory: Path, record: Record) -> TextData:
-    if not isinstance(data.tokenizer, TokenizerJson):
+def _with_copy(data: Data, directory: Path, record: Record) -> Data:
+    if data.tokenizer_file is None:
         return data
-    copy, given = directory / TOKENIZER, Path(data.tokenizer.path).expanduser()
+    copy, given = directory / TOKENIZER, Path(data.tokenizer_file.path).expanduser()
     for path in (copy, Path(record.folder, given), given):
         if _file_sha256(path) == record.tokenizer:
-            tokenizer = dataclasses.replace(data.tokenizer, path=str(path))
+            tokenizer = dataclasses.replace(data.tokenizer_file, path=str(path))
             return dataclasses.replace(data, tokenizer=tokenizer)
     what = "damaged" if copy.exists() else "missing"
     raise UserError(
-        f"{copy} is {what}, and {data.tokenizer.path!r} is not the tokenizer that the run was "
+        f"{copy} is {what}, and {data.tokenizer_file.path!r} is not the tokenizer that the run was "
         f"trained with either; put back the file of sha256 {_short(record.tokenizer)}"
     )
 
@@ -163,12 +156,12 @@ def corpus_of(directory: Path) -> str | None:
 
 
 def other_corpus(directory: Path, now: str) -> str | None:
-    """Says that a run was trained on other tokens than those of the digest `now`, if so."""
+    """Says that a run was trained on other data than those of the digest `now`, if so."""
     then = corpus_of(directory)
     if then in (None, now):
         return None
     return (
-        f"{directory} was trained on other text than its sources hold now (sha256 of the tokens "
+        f"{directory} was trained on other data than its sources hold now (sha256 "
         f"{_short(then)} then, {_short(now)} now: changed files, or another Python's standard "
         "library)"
     )

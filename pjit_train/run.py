@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pjit_train.checkpoint import CheckpointConfig
-from pjit_train.data.text import TextData
+from pjit_train.data.data import Data
 from pjit_train.errors import UserError
+from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.roles import contraction, param_roles
-from pjit_train.models.transformer import TransformerConfig
 from pjit_train.optimizers import Optimizer
 from pjit_train.sharding import MeshShape, Rules
+from pjit_train.tasks.language_modelling import LanguageModelling
+from pjit_train.tasks.task import Task
 from sparsity.numbers.quantized import Quantization, Quantizer
 from sparsity.ranges import Count, NonNegative, Whole, check_fields
 
@@ -49,6 +51,7 @@ class Run:
     """One training run.
 
     Attributes:
+      task: what is learned from the data.
       steps: updates of the whole run; the learning-rate schedule spans them.
       initial_weights: a Hugging Face folder of this model to start from; None draws them at random.
       seed: of parameters, order of the data, and samples.
@@ -64,10 +67,11 @@ class Run:
       profile: (first, last) step of a `jax.profiler` trace, or None.
     """
 
-    model: TransformerConfig
-    data: TextData
+    model: BlockConfig
+    data: Data
     optimizer: Optimizer
     steps: Count
+    task: Task = LanguageModelling()
     initial_weights: str | None = None
     seed: Whole = 0
     mesh: MeshShape = MeshShape()
@@ -95,6 +99,24 @@ class Run:
                 f"{self.data.batch_size}; use a divisor of it"
             )
 
+    @property
+    def positions(self) -> int:
+        """Positions of a row of the batch: what attention runs over."""
+        return self.task.positions(self)
+
+    @property
+    def units_per_step(self) -> int:
+        """Tokens, images or whatever the task counts, of a step."""
+        return self.data.batch_size * self.task.units(self)
+
+    @property
+    def flops_per_step(self) -> float:
+        """Floating-point operations of a step."""
+        return self.data.batch_size * self.task.flops(self.model, self.positions)
+
+    def _position_shards(self, sizes: Mapping[str, int]) -> int:
+        return self.rules.shards(sizes, "length") if self.task.splits_positions else 1
+
     def build_quantizer(self, params, mesh) -> Quantizer | None:
         """The quantizer of the model's matmuls; None where nothing is quantized.
 
@@ -121,7 +143,7 @@ class Run:
             contraction=lambda name, shape: roles[name].inputs if roles[name].matmul else None,
             seed=self.seed,
             activation_ways=activation_shards,
-            tokens=(self.data.seq_len, rules.shards(mesh.shape, "length")),
+            tokens=(self.positions, self._position_shards(mesh.shape)),
             attention_operands={name for name, role in roles.items() if role.attends},
         )
         for name, role in roles.items():
@@ -155,7 +177,7 @@ class Run:
         rows = self.data.batch_size // self.accumulate
         for what, size, axes in (
             ("batch_size / accumulate", rows, self.rules.batch),
-            ("seq_len", self.data.seq_len, self.rules.length),
+            ("seq_len", self.positions, self.rules.length if self.task.splits_positions else ()),
         ):
             ways = math.prod(sizes[axis] for axis in axes)
             if size % ways:

@@ -150,11 +150,15 @@ def train_step(
     return step
 
 
-def eval_step(graph: nnx.GraphDef, loss: Callable) -> Callable:
-    """The function (weights, batch, (losses, counts)) -> these sums with those of the batch."""
+def eval_step(graph: nnx.GraphDef, sums_of: Callable) -> Callable:
+    """The function (weights, batch, sums) -> these sums with those of the batch.
+
+    Args:
+      sums_of: `Task.sums`.
+    """
 
     def step(weights, batch, sums):
-        return jax.tree.map(jnp.add, sums, loss(nnx.merge(graph, weights), batch))
+        return jax.tree.map(jnp.add, sums, sums_of(nnx.merge(graph, weights), batch))
 
     return step
 

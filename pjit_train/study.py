@@ -121,16 +121,16 @@ def training_flops(run: Run, *, switched_at: int | None = None) -> float:
     gradient of its input and 2 P for that of the kernel. Where a recipe reads pruned weights as
     zeros (D = 0), the first two are N/M of that; the third stays whole, since the next mask may
     keep another weight. In a dense phase, and where pruned weights are read as D W with D > 0, all
-    three are whole. What is not a pruned kernel is as `TransformerConfig.flops_per_token` counts.
+    three are whole. What is not a pruned kernel is as `Task.flops` counts.
 
     Args:
       switched_at: the first masked step of a run whose recipe has an AutoSwitch; -1 for none.
     """
-    tokens = run.data.batch_size * run.data.seq_len
-    total = run.steps * run.model.flops_per_token(run.data.seq_len)
+    tokens = run.data.batch_size * run.positions
+    total = run.steps * run.flops_per_step
     updater, _ = build_updater(run)
     if updater is None:
-        return total * tokens
+        return total
     steps = jnp.arange(run.steps)
     if switched_at is not None:
         steps = RecipeState(steps, None, jnp.full(run.steps, switched_at), None)
@@ -139,8 +139,8 @@ def training_flops(run: Run, *, switched_at: int | None = None) -> float:
         target = "{}:{}".format(*plan.target)
         n, m = (np.asarray(x, np.float64) for x in settings["patterns"][target])
         saved = np.where(np.asarray(settings["decay"]) > 0, 0, 1 - n / m)
-        total -= 4 * math.prod(plan.shape) * saved.sum()
-    return float(total * tokens)
+        total -= 4 * tokens * math.prod(plan.shape) * saved.sum()
+    return float(total)
 
 
 def parameter_bytes(run: Run) -> float:

@@ -1,4 +1,4 @@
-"""`torsion eval`: the validation loss of a trained run."""
+"""`torsion eval`: the validation figures of a trained run."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from launch.commands.common import add_command, add_machine, add_step, trained_r
 
 
 def add(commands) -> None:
-    evaluate = add_command(commands, run, "eval", "validation loss of a trained run")
+    evaluate = add_command(commands, run, "eval", "validation figures of a trained run")
     evaluate.add_argument("run", metavar="RUN", help="run directory")
     add_step(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
@@ -23,9 +23,14 @@ def run(args, began: float) -> int:
     if args.json:
         print(json.dumps(figures))
         return 0
-    kernels = figures.pop("kernels", {})
+    kernels, classes = figures.pop("kernels", {}), figures.pop("classes", {})
     for name, value in figures.items():
         print(f"{name:<20} {value:.6g}" if isinstance(value, float) else f"{name:<20} {value}")
+    if classes:
+        print(f"\n{'class':<20} images  accuracy")
+    for name, row in classes.items():
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+        print(f"{name:<20} {row['images']:<7} {accuracy}")
     if kernels:
         print(f"\n{'kernel':<36} pattern  zeros    groups with too many nonzeros")
     for name, row in kernels.items():

@@ -267,10 +267,8 @@ def communication_share(plan: Plan, slice: Slice) -> float:
     The traffic at the links' bandwidth against the step's arithmetic at the chips' peak.
     """
     sizes = check_mesh(plan.run, slice)
-    traffic, data = traffic_of(plan.run, sizes), plan.run.data
-    links = lay_mesh(slice, sizes, traffic).seconds
-    flops = plan.run.model.flops_per_token(data.seq_len) * data.batch_size * data.seq_len
-    return links / (links + flops / (slice.num_chips * slice.pod.chip.peak_bf16))
+    links = lay_mesh(slice, sizes, traffic_of(plan.run, sizes)).seconds
+    return links / (links + plan.run.flops_per_step / (slice.num_chips * slice.pod.chip.peak_bf16))
 
 
 def shown(items: list, most: int = 8) -> str:

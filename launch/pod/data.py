@@ -19,6 +19,7 @@ import numpy as np
 
 from launch.pod.record import Record
 from pjit_train.data import cache
+from pjit_train.data.data import Data
 from pjit_train.data.text import TextData
 from pjit_train.errors import TrainingError, UserError
 
@@ -26,8 +27,10 @@ _SAY = 10.0  # seconds between two lines of progress
 _RETRIES = 3  # of documents whose task died; for ever by default, and no named parameter has it
 
 
-def prepare(data: TextData, record: Record, *, on_cluster: bool) -> None:
+def prepare(data: Data, record: Record, *, on_cluster: bool) -> None:
     """Sees to it that the token caches of a run are there, and records what was done for it.
+
+    Data other than text have none.
 
     Args:
       on_cluster: whether the Ray that this process is connected to is to do it; otherwise this
@@ -37,6 +40,8 @@ def prepare(data: TextData, record: Record, *, on_cluster: bool) -> None:
       UserError: as `TextData.open_caches`.
       TrainingError: a task crashed, again and again.
     """
+    if not isinstance(data, TextData):
+        return
 
     def tokenize(source, split: str, tokenizer, cache_dir: Path) -> Iterator[cache.Encoded]:
         began, size, said = time.monotonic(), 0, time.monotonic()

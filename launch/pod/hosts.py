@@ -103,7 +103,7 @@ def traffic_of(run: Run, mesh: Mapping[str, int]) -> list[Traffic]:
     """
     model, rows = run.model, run.data.batch_size / (mesh["data"] * mesh["fsdp"])
     parameters = 4 * model.num_params / mesh["tensor"]
-    activations = 4 * rows * run.data.seq_len / mesh["sequence"] * model.d_model
+    activations = 4 * rows * run.positions / mesh["sequence"] * model.d_model
     entries = [
         ("all_gather", "fsdp", parameters, 2),
         ("reduce_scatter", "fsdp", parameters, 1),

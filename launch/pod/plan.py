@@ -101,14 +101,15 @@ class Plan:
         processes = hosts.processes
         parameters = 4 * self.run.model.num_params
         gathered = parameters / sizes["tensor"]
-        data, model = self.run.data, self.run.model
+        run, model = self.run, self.run.model
+        logits = run.task.logits(model)
         # In unrolled layers XLA:CPU undoes what `remat` asks for.
         kept, once = _KEPT[model.remat if model.layers == "scan" else "none"]
-        trained = (kept * model.num_layers + once) * model.d_model + 3 * model.vocab_size
-        trained /= self.run.accumulate
-        validated = _VALIDATION * model.d_model + model.vocab_size if self.run.eval_every else 0
-        tokens = data.batch_size * data.seq_len / self.slice.num_chips
-        activations = 4 * tokens * max(trained, validated)
+        trained = (kept * model.num_layers + once) * model.d_model + 3 * logits
+        trained /= run.accumulate
+        validated = _VALIDATION * model.d_model + logits if run.eval_every else 0
+        positions = run.data.batch_size * run.positions / self.slice.num_chips
+        activations = 4 * positions * max(trained, validated)
         per_device = gathered + 4 * gathered / sizes["fsdp"] + activations + _DEVICE
         arrays = int(self.slice.num_chips * per_device)
         return _RAY + (processes + 1) * (_AGENT + _WARM) + processes * (_WARM + _COMPILING) + arrays

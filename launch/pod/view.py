@@ -73,8 +73,8 @@ class View:
             table.add_row("loss", f"{self._step['loss']:.4f}")
         if len(self._times) > 1:
             seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-            tokens = run.data.batch_size * run.data.seq_len
-            table.add_row("tokens/s", f"{tokens / max(seconds, 1e-9):,.0f}")
+            speed = run.units_per_step / max(seconds, 1e-9)
+            table.add_row(f"{run.task.unit}/s", f"{speed:,.0f}")
         table.add_row("attempt", str(attempt.get("attempt", "-")))
         table.add_row("slice", f"{attempt.get('slice', '-')}, blocks {attempt.get('blocks', '-')}")
         table.add_row(

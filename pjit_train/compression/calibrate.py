@@ -21,6 +21,8 @@ from flax import nnx
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
 from pjit_train.models.projection import Dense
+from pjit_train.tasks.language_modelling import LanguageModelling
+from pjit_train.tasks.task import Task
 from sparsity.post_training.hessian import add_grams, from_gram, gram
 
 Change = Callable[[str, np.ndarray, jax.Array], np.ndarray]
@@ -204,14 +206,14 @@ class _Entrance(nnx.Module):
 
 def enter_all(model, batches) -> Hidden:
     """What the first block is given for each batch; for `walk`."""
-    return [enter(model, batch) for batch in batches]
+    return [enter(LanguageModelling(), model, batch) for batch in batches]
 
 
-def enter(model, batch) -> tuple[jax.Array, dict[str, Any]]:
-    """What the first block is given for a batch: the embedded text, and the other inputs."""
+def enter(task: Task, model, batch) -> tuple[jax.Array, dict[str, Any]]:
+    """What the first block is given for a batch: the embedded row, and the other inputs."""
     noted = []
     entrance = nnx.clone(model)
     entrance.blocks = _Entrance(lambda x, inputs: noted.append((x, inputs)))
     entrance.config = dataclasses.replace(model.config, num_layers=1, layers="unroll", remat="none")
-    entrance.hidden(jnp.asarray(batch["inputs"]), segments=batch.get("segments"))
+    task.body(entrance, jax.tree.map(jnp.asarray, dict(batch)))
     return noted[0]

@@ -44,6 +44,7 @@ from pjit_train.run import Run, Samples
 from pjit_train.sharding import make_mesh
 from pjit_train.signals import unfinished
 from pjit_train.step import new_state
+from pjit_train.tasks.language_modelling import LanguageModelling
 from sparsity.numbers.quantized_kernels import QuantizedKernel, unquantized
 from sparsity.post_training.gptq import Scales
 from sparsity.ranges import Count, Fraction, Whole, check_fields
@@ -165,6 +166,11 @@ def compress(
         leave a format that they were compressed to, training was stopped, or `out` exists or cannot
         be written.
     """
+    if not isinstance(run.task, LanguageModelling):
+        raise UserError(
+            f"{directory} is a run of {run.task.title}; what is compressed is calibrated on text: "
+            "give a run of language modelling"
+        )
     if out.exists():
         raise UserError(f"{out} exists; remove it, or use another --out")
     mesh = make_mesh(run.mesh)

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,9 @@ class TextFiles:
             yield from read_documents(path, self.text_field)
 
 
+_ARRAY_RECORD = {"file_format": "array_record"}  # the one that is read without TensorFlow
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tfds:
     """A TensorFlow Datasets dataset that has a feature of text.
@@ -178,7 +181,7 @@ class Tfds:
         import grain
 
         part = self.train_split if split == "train" else self.validation_split
-        rows = self._data_source(part)
+        rows = self.rows(part)
         features = rows[0] if len(rows) and isinstance(rows[0], dict) else {}
         if len(rows) and not isinstance(features.get(self.text_field), bytes):
             texts = sorted(name for name, value in features.items() if isinstance(value, bytes))
@@ -193,7 +196,7 @@ class Tfds:
         """Returns the options and the metadata of the prepared files, without importing TFDS."""
         infos = self._metadata_files()
         if not infos:
-            self._data_source(self.train_split)  # prepares it, or says why it cannot
+            self.rows(self.train_split)  # prepares it, or says why it cannot
             infos = self._metadata_files()
         key = dataclasses.asdict(self) | {"data_dir": str(self._directory())}
         return ["Tfds", key, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in infos]]
@@ -213,14 +216,37 @@ class Tfds:
         dataset = self.name.split("/")[0].split(":")[0]
         return sorted((self._directory() / dataset).glob("**/dataset_info.json"))
 
-    def _data_source(self, split: str) -> Sequence[dict[str, Any]]:
+    def rows(self, split: str) -> Sequence[dict[str, Any]]:
+        """The rows of a split, by index; raises UserError where TFDS cannot give them."""
+        import tensorflow_datasets as tfds
+
+        directory, builder = self._directory(), self._builder()
+        stock = type(builder).__module__.startswith("tensorflow_datasets.")
+        if not builder.is_prepared() and stock and importlib.util.find_spec("tensorflow") is None:
+            raise UserError(
+                f"Tfds.name={self.name!r} is not prepared in {str(directory)!r}, and preparing it "
+                "needs TensorFlow: pip install 'torsion[tfds-prepare]'"
+            )
+        try:
+            with _quiet_tfds():
+                return tfds.data_source(
+                    self.name, split=split, data_dir=str(directory), builder_kwargs=_ARRAY_RECORD
+                )
+        except Exception as error:  # TFDS raises a dozen kinds, for a split, a format, a download
+            raise UserError(
+                f"Tfds.name={self.name!r}, split {split!r}: {_first_line(error)}"
+            ) from error
+
+    def features(self) -> Mapping[str, Any]:
+        """What TFDS says of each feature of a row, by its name."""
+        return self._builder().info.features
+
+    def _builder(self):
         import tensorflow_datasets as tfds
 
         directory = self._directory()
-        options = {"data_dir": str(directory)}
-        file_format = {"file_format": "array_record"}  # the one that is read without TensorFlow
         try:
-            builder = tfds.builder(self.name, **options, **file_format)
+            return tfds.builder(self.name, data_dir=str(directory), **_ARRAY_RECORD)
         except tfds.core.DatasetNotFoundError as error:
             known = set(tfds.list_builders(with_community_datasets=False))
             if directory.is_dir():
@@ -235,22 +261,6 @@ class Tfds:
             if "file format" in str(error):
                 hint = " Prepare it with file_format='array_record', read without TensorFlow"
             raise UserError(f"Tfds.name={self.name!r}: {_first_line(error)}{hint}") from error
-
-        stock = type(builder).__module__.startswith("tensorflow_datasets.")
-        if not builder.is_prepared() and stock and importlib.util.find_spec("tensorflow") is None:
-            raise UserError(
-                f"Tfds.name={self.name!r} is not prepared in {str(directory)!r}, and preparing it "
-                "needs TensorFlow: pip install 'torsion[tfds-prepare]'"
-            )
-        try:
-            with _quiet_tfds():
-                return tfds.data_source(
-                    self.name, split=split, **options, builder_kwargs=file_format
-                )
-        except Exception as error:  # TFDS raises a dozen kinds, for a split, a format, a download
-            raise UserError(
-                f"Tfds.name={self.name!r}, split {split!r}: {_first_line(error)}"
-            ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pjit_train.data.cache import TokenSplit, default_cache_dir, open_cache, tokenize
+from pjit_train.data.data import Data
 from pjit_train.data.packing import PackedRows
 from pjit_train.data.sources import PythonStdlib, TextFiles, Tfds
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
@@ -16,7 +17,7 @@ from sparsity.ranges import Count, Positive, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextData:
+class TextData(Data):
     """Which text, how it becomes tokens, and how large the batches are.
 
     Attributes:
@@ -72,6 +73,18 @@ class TextData:
         weights = [1.0] * len(caches) if self.weights is None else list(self.weights)
         return Batches(self, rows, weights, seed)
 
+    def seen_from(self, folder: Path) -> "TextData":
+        """The same text where relative paths count from a folder, if there is something."""
+        seen = {"sources": [source.seen_from(folder) for source in self.sources]}
+        if self.cache_dir and (cache := folder / Path(self.cache_dir).expanduser()).exists():
+            seen["cache_dir"] = str(cache)
+        return dataclasses.replace(self, **seen)
+
+    @property
+    def tokenizer_file(self) -> TokenizerJson | None:
+        """The tokenizer where it is a file's; None for bytes."""
+        return self.tokenizer if isinstance(self.tokenizer, TokenizerJson) else None
+
     def open_caches(self, tokenize=tokenize, *, keep: bool = True) -> list[dict[str, TokenSplit]]:
         """Opens the token cache of each source, tokenized first if it is not there.
 
@@ -121,7 +134,7 @@ class Batches:
         self._rows = rows
         datasets = [
             # Grain shuffles epoch e with seed + e, so neighbouring seeds must be made strangers.
-            grain.MapDataset.source(packed).shuffle(seed=_derived(seed, i)).repeat()
+            grain.MapDataset.source(packed).shuffle(seed=derived_seed(seed, i)).repeat()
             for i, packed in enumerate(rows["train"])
         ]
         mixed = len(datasets) > 1
@@ -199,7 +212,7 @@ class Batches:
         return sources[source].padded(int(row))
 
 
-def _derived(seed: int, source: int) -> int:
+def derived_seed(seed: int, source: int) -> int:
     """Returns the seed of 32 bits with which a source is shuffled."""
     return int.from_bytes(hashlib.sha256(f"shuffle {seed} {source}".encode()).digest()[:4], "big")
 

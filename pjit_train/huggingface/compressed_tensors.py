@@ -174,7 +174,7 @@ def export(
     _Packing(run.model, quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
-    options = {"tokenizer": run.data.tokenizer}
+    options = {"tokenizer": getattr(run.data, "tokenizer", None)}  # of text
     done = save(folder, run.model, params, quantized, patterns, **options)
     return {"step": step, "quantized": bool(quantized), **done}
 

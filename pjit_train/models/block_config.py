@@ -86,6 +86,17 @@ class BlockConfig:
     def residual_std(self) -> float:
         return self.init_std / (math.sqrt(2 * self.num_layers) if self.scale_residual_init else 1)
 
+    def block_products(self, columns: float) -> float:
+        """Multiplications of one token in the matmuls of a block, forward.
+
+        Args:
+          columns: tokens that a token attends to, on average.
+        """
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        projections = self.d_model * (2 * query + 2 * kv)
+        feed_forward = self.d_model * self.d_ff * (3 if self.activation == "swiglu" else 2)
+        return projections + feed_forward + 2 * query * columns  # logits and attend
+
     @property
     def num_norm_params(self) -> int:
         """Elements of the parameters of one norm."""

@@ -107,12 +107,7 @@ class TransformerConfig(BlockConfig):
         Matmuls only, with the causal half of the logits (as Chowdhery et al., 2022, appendix B,
         where the whole is counted).
         """
-        heads = self.num_heads * self.head_dim
-        kv_heads = self.num_kv_heads * self.head_dim
-        projections = self.d_model * (2 * heads + 2 * kv_heads)
-        feed_forward = self.d_model * self.d_ff * (3 if self.activation == "swiglu" else 2)
-        attended = heads * (seq_len + 1)  # logits and attend, over half the columns
-        per_layer = projections + feed_forward + attended
+        per_layer = self.block_products((seq_len + 1) / 2)
         return 6.0 * (self.num_layers * per_layer + self.d_model * self.vocab_size)
 
 
@@ -144,8 +139,16 @@ class Transformer(nnx.Module):
         head = (c.d_model, c.vocab_size), ("embed", "vocab"), role, c.init_std
         self.head = None if c.tie_head else init.normal(*head)
 
-    def hidden(self, tokens_BT, *, segments=None, cache=None, position=0):
+    def hidden(self, tokens_BT, **options):
         """The normalised output of the last block [batch, tokens, d_model], and the new cache.
+
+        Arguments are those of `body`.
+        """
+        x_BTD, cache = self.body(tokens_BT, **options)
+        return self.norm(x_BTD), cache
+
+    def body(self, tokens_BT, *, segments=None, cache=None, position=0):
+        """The output of the last block [batch, tokens, d_model], and the new cache.
 
         Args:
           tokens_BT: int [batch, tokens].
@@ -165,8 +168,7 @@ class Transformer(nnx.Module):
             first = position + c.position_offset
             x_BTD += jax.lax.dynamic_slice_in_dim(table, first, tokens_BT.shape[1])
         inputs = dict(causal=True, angles=angles, segments=segments)
-        x_BTD, cache = run_layers(self.blocks, x_BTD, c, cache=cache, position=position, **inputs)
-        return self.norm(x_BTD), cache
+        return run_layers(self.blocks, x_BTD, c, cache=cache, position=position, **inputs)
 
     def head_kernel(self) -> jax.Array:
         """The head [d_model, vocab], in the dtype of the activations."""

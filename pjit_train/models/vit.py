@@ -59,6 +59,14 @@ class ViTConfig(BlockConfig):
         ends += self.d_model + self.num_classes if self.use_bias else 0
         return ends + self.num_layers * self.num_block_params + self.num_norm_params
 
+    @property
+    def flops_per_image(self) -> float:
+        """Floating-point operations of a training step for an image: 3 forward passes, no remat."""
+        tokens = self.num_patches + 1
+        ends = self.num_patches * self.patch_size**2 * self.channels + self.num_classes
+        blocks = tokens * self.num_layers * self.block_products(tokens)
+        return 6.0 * (blocks + ends * self.d_model)
+
     def build(self, key: jax.Array, rules: Rules) -> "ViT":
         return ViT(self, key, rules)
 
@@ -83,7 +91,15 @@ class ViT(nnx.Module):
         self.head = Dense("bd,dc->bc", (D, c.num_classes), ("embed", None), **made)
 
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Logits of the classes, float32 [batch, num_classes].
+        """Logits of the classes, float32 [batch, num_classes]; arguments are those of `body`."""
+        return self.classify(self.body(images_BHWC))
+
+    def classify(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits of the classes, float32 [batch, num_classes], from what `body` gives."""
+        return self.head(self.norm(x_BTD[:, 0])).astype(jnp.float32)
+
+    def body(self, images_BHWC: jax.Array) -> jax.Array:
+        """The output of the last block [batch, patches + 1, d_model], the class token first.
 
         Args:
           images_BHWC: [batch, image_size, image_size, channels], normalised as the weights expect.
@@ -97,12 +113,11 @@ class ViT(nnx.Module):
                 f"ViT: images are {images_BHWC.shape}; they must be [batch, {c.image_size}, "
                 f"{c.image_size}, {c.channels}]"
             )
-        x_BTD = self.patches(split_patches(images_BHWC.astype(c.dtype), c.patch_size))
+        x_BTD = self.patches(split_patches(jnp.asarray(images_BHWC, c.dtype), c.patch_size))
         table_TD = gathered(self.position_embedding, self.rules, c.dtype)
         table_TD = table_TD.at[0].add(gathered(self.class_token, self.rules, c.dtype))
         x_BTD = jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0))) + table_TD
-        x_BTD, _ = run_layers(self.blocks, x_BTD, c, causal=False)
-        return self.head(self.norm(x_BTD[:, 0])).astype(jnp.float32)
+        return run_layers(self.blocks, x_BTD, c, causal=False)[0]
 
 
 def split_patches(images_BHWC: jax.Array, patch_size: int) -> jax.Array:

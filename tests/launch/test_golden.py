@@ -1,11 +1,14 @@
-"""What the shipped configurations amount to, defaults included, kept as text that a diff shows.
+"""What the shipped configurations amount to, as text that a diff shows.
 
-After a change that is meant: UPDATE_GOLDEN=1 .venv/bin/pytest tests/launch/test_golden.py
+`golden/` holds what each configuration changes of the defaults, and `defaults.txt` these, so that a
+new field changes one file. After a change that is meant:
+UPDATE_GOLDEN=1 .venv/bin/pytest tests/launch/test_golden.py
 """
 
 import dataclasses
 import difflib
 import functools
+import importlib
 import os
 from pathlib import Path
 
@@ -13,16 +16,17 @@ import jax
 import pytest
 from flax import nnx
 
-from launch import __version__
-from launch.bindings import parse_bindings
+from launch.bindings import Configurable, Key, format_bindings, parse_bindings
 from launch.configure import build_run
+from launch.explain import STANDARD
+from launch.versions import is_default
 from pjit_train.models.transformer import count_params
 from pjit_train.sharding import Rules
 
 TESTS = Path(__file__).parents[1]
-GOLDEN = TESTS / "golden"
-CONFIGS = {path.stem: path for path in sorted(TESTS.parent.glob("configs/**/*.gin"))}
-BASE = CONFIGS.pop("base")
+GOLDEN, SHIPPED = TESTS / "golden", TESTS.parent / "configs"
+CONFIGS = [str(path.relative_to(SHIPPED)) for path in sorted(SHIPPED.glob("**/*.gin"))]
+CONFIGS.remove("base.gin")
 
 
 @functools.cache
@@ -30,40 +34,56 @@ def build(name: str):
     """A model is run with the shared defaults, a recipe with them and the tiny model besides; every
     other configuration is a run by itself.
     """
-    before = {"models": [BASE], "recipes": [BASE, CONFIGS["tiny"]]}
-    parts = [*before.get(CONFIGS[name].parent.name, []), CONFIGS[name]]
-    return build_run([str(path) for path in parts])
+    before = {"models": ["base.gin"], "recipes": ["base.gin", "models/tiny.gin"]}
+    parts = [*before.get(str(Path(name).parent), []), name]
+    return build_run([str(SHIPPED / part) for part in parts])
 
 
-def without_version(text: str) -> str:
-    """A configuration without its first line, which changes with each version."""
-    first, _, rest = text.partition("\n")
-    assert first == f"# torsion {__version__}"
-    return rest
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_operative_configuration_is_the_golden_one(name):
-    text = without_version(build(name)[1])
-    golden = GOLDEN / f"{name}.gin"
+def check_golden(name: str, text: str) -> None:
+    golden = GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
         golden.write_text(text)
     before = golden.read_text() if golden.exists() else ""
     diff = "\n".join(difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0))
     assert not diff, f"{name}: if this is meant, run {__doc__.splitlines()[-1]}\n{diff}"
 
 
-def test_every_golden_copy_is_of_a_shipped_configuration():
-    assert {path.stem for path in GOLDEN.glob("*.gin")} == set(CONFIGS)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
-def test_golden_copy_is_complete_and_builds_the_same_run(name):
-    run, _ = build(name)
-    again, text = build_run([str(GOLDEN / f"{name}.gin")])
-    assert (again, without_version(text)) == (run, (GOLDEN / f"{name}.gin").read_text())
-    bound = {str(key) for key in parse_bindings((GOLDEN / f"{name}.gin").read_text()).values}
-    assert bound == set(_parameters(run))
+def test_what_a_configuration_changes_is_the_golden_text_and_all_of_it(name):
+    run, text = build(name)
+    values = parse_bindings(text).values
+    changed = {key: value for key, value in values.items() if not is_default(key, value)}
+    kinds = {key.configurable for key in changed}
+    # A default part of which something is changed has to be made by what changes it.
+    changed |= {k: v for k, v in values.items() if getattr(v, "configurable", None) in kinds}
+    check_golden(name, format_bindings(changed))
+    assert build_run([str(GOLDEN / name)])[0] == run
+
+
+def test_defaults_are_the_golden_ones():
+    defaults = {}
+    for module in STANDARD:
+        for kind in vars(importlib.import_module(module)).values():
+            if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+                continue
+            if kind.__module__ != module:
+                continue
+            for field in dataclasses.fields(kind):
+                if field.default is not dataclasses.MISSING and field.init:
+                    key = Key(Configurable(module, kind.__name__), "", field.name)
+                    defaults[key] = field.default
+    # Objects stand as what makes them.
+    check_golden("defaults.txt", "".join(f"{k} = {v!r}\n" for k, v in sorted(defaults.items())))
+
+
+def test_every_golden_copy_is_of_a_shipped_configuration():
+    assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("**/*.gin")} == set(CONFIGS)
+
+
+def test_a_configuration_binds_every_parameter_of_its_run():
+    run, text = build("quickstart.gin")
+    assert {str(key) for key in parse_bindings(text).values} == set(_parameters(run))
 
 
 def _parameters(part):
@@ -80,10 +100,10 @@ def _parameters(part):
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        ("gpt2", 124_439_808),
-        ("opt_125m", 125_239_296),
-        ("opt_6_7b", 6_658_473_984),
-        ("llama3_8b", 8_030_261_248),
+        ("models/gpt2.gin", 124_439_808),
+        ("models/opt_125m.gin", 125_239_296),
+        ("models/opt_6_7b.gin", 6_658_473_984),
+        ("models/llama3_8b.gin", 8_030_261_248),
     ],
 )
 def test_models_have_the_published_number_of_parameters(name, published):

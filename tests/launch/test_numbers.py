@@ -18,14 +18,17 @@ from launch.cli import main, parser
 from launch.configure import build_run
 from launch.explain import STANDARD, classes_of
 from launch.pod.faults import Fault, parse_chaos
+from pjit_train.data.image_sources import Digits
 from pjit_train.data.sources import PythonStdlib
+from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
+from pjit_train.models.transformer import TransformerConfig
 from sparsity.numbers import formats
 from sparsity.post_training import one_shot
 from sparsity.ranges import Range, check_fields, ranged_fields
 from sparsity.recipes import patterns
 
-MODULES = (*STANDARD, "pjit_train.models.vit", "pjit_train.study", "pjit_train.interplay_study")
+MODULES = (*STANDARD, "pjit_train.study", "pjit_train.interplay_study")
 MODULES += ("pjit_train.compression.compress", "sparsity.sparsity_schedules")
 MODULES += tuple(
     f"sparsity.algorithms.{name}"
@@ -42,6 +45,7 @@ CLASSES = sorted(
 )
 # Filled by the library itself, not by a configuration.
 MADE = {"KeepZerosUpdater", "PruningUpdater", "Quantizer", "_Plan", "CycleSchedule"}
+MADE |= {"_InMemory", "_OfFiles", "_OfRows"}
 # What an example needs beyond its numbers.
 NEEDED = {
     "num_heads": 2,
@@ -49,6 +53,12 @@ NEEDED = {
     "sources": (PythonStdlib(),),
     "patterns": {"query": "2:4"},
     "vocab_size": 300,
+    "source": Digits(),
+    "path": "images",
+    "data": TextData(),
+    "model": TransformerConfig(
+        vocab_size=300, max_len=4, d_model=4, num_layers=1, num_heads=2, d_ff=4
+    ),
 }
 
 

@@ -178,9 +178,7 @@ def test_a_corpus_that_changed_is_said_by_its_digest(here, said):
     before = figures(said)
     (here / "corpus.txt").write_text(WORDS + "more")
     digest = record.read(here / "out").corpus
-    after = figures(
-        said, warns=[f"other text than its sources hold now (sha256 of the tokens {digest[:16]}"]
-    )
+    after = figures(said, warns=[f"other data than its sources hold now (sha256 {digest[:16]}"])
     assert after.pop("corpus") == "changed"
     assert after["val_loss"] != before["val_loss"]
     code, _, [line] = said(*TRAIN, "--steps", "3")

@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pjit_train.errors import UserError
 from pjit_train.metrics import Display, Metrics, read_rows
+from pjit_train.tasks.language_modelling import LanguageModelling
 
 
 def write(directory, start, steps, **figures):
@@ -144,7 +145,7 @@ def test_tensorboard_has_every_figure_and_forgets_steps_that_come_again(tmp_path
 
 
 def test_display_without_a_terminal_prints_a_line_a_row(capsys):
-    display = Display(0, 100)
+    display = Display(0, 100, LanguageModelling())
     display.row(
         {"step": 10, "loss": 2.5, "grad_norm": 0.125, "learning_rate": 3e-4}
         | {"tokens_per_second": 12345.6, "step_seconds": 2.0}

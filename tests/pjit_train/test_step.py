@@ -123,8 +123,8 @@ def test_evaluation_sums_losses_and_weights_over_batches():
         log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
         picked = np.take_along_axis(log_p, np.asarray(batch["targets"])[..., None], axis=-1)
         total -= float(np.sum(picked[..., 0] * WEIGHTS))
-    np.testing.assert_allclose(sums[0], total, rtol=1e-5)
-    np.testing.assert_allclose(sums[1], 2 * np.sum(WEIGHTS), rtol=1e-6)
+    np.testing.assert_allclose(sums["loss"], total, rtol=1e-5)
+    np.testing.assert_allclose(sums["weight"], 2 * np.sum(WEIGHTS), rtol=1e-6)
 
 
 def test_bfloat16_activations_train_parameters_in_float32():

@@ -1,0 +1,56 @@
+"""What data are to a run, whatever is in them: batches by (seed, step)."""
+
+import abc
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Batches(Protocol):
+    """The batches of a run, a pure function of (seed, step).
+
+    Attributes:
+      batch_size: rows of a batch, over all hosts.
+      num_eval_batches: batches of the validation split, the last one padded.
+      digest: hexadecimal SHA-256 that is another one where the data are others.
+    """
+
+    batch_size: int
+    num_eval_batches: int
+    digest: str
+
+    def train_batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Rows of the batch of a step, from step 0; reads no others."""
+        ...
+
+    def eval_batch(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Rows of a batch of the validation split; of weight 0 past its end."""
+        ...
+
+
+class Data(abc.ABC):
+    """The configuration of data: a frozen dataclass with the size of a batch."""
+
+    batch_size: int
+
+    @abc.abstractmethod
+    def prepare(self, seed: int, *, keep: bool = True) -> Batches:
+        """Opens the data.
+
+        Args:
+          seed: of the order of the rows.
+          keep: whether what is made on the way (a cache) must be kept for others.
+
+        Raises:
+          UserError: they cannot be read, or are too few.
+        """
+
+    def seen_from(self, folder: Path) -> "Data":
+        """The same data where relative paths count from a folder, if there is something."""
+        return self
+
+    @property
+    def tokenizer_file(self):
+        """The `TokenizerJson` that the data are read with; None for none."""
+        return None
