@@ -321,7 +321,7 @@ def _check_corpus(directory: Path, digest: str) -> None:
     """
     record.read(directory)  # a damaged one is not passed over
     if (other := record.other_corpus(directory, digest)) is not None:
-        raise UserError(f"{other}; restore the text, or use another --out")
+        raise UserError(f"{other}; restore them, or use another --out")
     if jax.process_count() > 1:
         try:
             multihost_utils.assert_equal(np.frombuffer(bytes.fromhex(digest), np.uint8))

@@ -89,7 +89,7 @@ class _Data:
     """The tokenizer of a run, for `record.write`."""
 
     def __init__(self, path):
-        self.tokenizer = TokenizerJson(path=str(path))
+        self.tokenizer_file = TokenizerJson(path=str(path))
 
 
 @pytest.fixture

@@ -122,14 +122,14 @@ def test_other_text_than_the_run_began_with_is_refused(uninterrupted, run):
     known = uninterrupted / record.FILE
     whole = known.read_text()
     record.write(uninterrupted, run.data, config_text="# all of it\n", corpus="0" * 64)
-    with pytest.raises(UserError, match=r"was trained on other text .* 0{16}\.\.\. then"):
+    with pytest.raises(UserError, match=r"was trained on other data .* 0{16}\.\.\. then"):
         train(run, uninterrupted, config_text="# all of it\n")
     known.write_text(whole.replace("sha256", "sha255"))
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         train(run, uninterrupted, config_text="# all of it\n")
     known.unlink()
     (uninterrupted / "corpus.sha256").write_text("1" * 64 + "\n")  # as runs had it before
-    with pytest.raises(UserError, match=r"was trained on other text .* 1{16}\.\.\. then"):
+    with pytest.raises(UserError, match=r"was trained on other data .* 1{16}\.\.\. then"):
         train(run, uninterrupted, config_text="# all of it\n")
     (uninterrupted / "corpus.sha256").unlink()
     known.write_text(whole)
