@@ -177,8 +177,9 @@ def _quantize(x, key, scale, zero_point, *, format: Format, axis: int, rounding:
 @functools.partial(jax.jit, static_argnames=("format", "axis"))
 def _clipped(x, scale, zero_point, *, format: Format, axis: int):
     parts = parts_of(x, format, axis, scale, zero_point)
-    limit = format.limit(bits_of(parts.blocks) < 0, parts.scale)
-    return format.join(format.lifted(parts.blocks, parts.scale) > limit, parts.shape, axis)
+    value = format.lifted(parts.blocks, parts.scale)
+    above = value > format.limit(bits_of(parts.blocks) < 0, parts.scale)
+    return format.join(above, parts.shape, axis)
 
 
 def noise_of_blocks(key: jax.Array, parts: Parts, format: Format, axis: int) -> jax.Array:

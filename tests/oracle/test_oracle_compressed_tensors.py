@@ -49,6 +49,8 @@ CASES = {
     "w4a8": ("int4:16", "int8", "pack-quantized"),
     "fp8": ("fp8_e4m3", "fp8_e4m3", "float-quantized"),
     "fp8_weights": ("fp8_e4m3:tensor", None, "naive-quantized"),
+    "fp8_tiles": ("fp8_e4m3:32x32", "fp8_e4m3:32", "float-quantized"),
+    "fp8_tiles_weights": ("fp8_e4m3:16x24", None, "naive-quantized"),
     "mxfp8": ("mxfp8_e4m3", "mxfp8_e4m3", "mxfp8-quantized"),
     "mxfp8_weights": ("mxfp8_e4m3", None, "mxfp8-quantized"),
     "mxfp4": ("mxfp4_e2m1", "mxfp4_e2m1", "mxfp4-pack-quantized"),
