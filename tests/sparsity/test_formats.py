@@ -1,12 +1,17 @@
+import dataclasses
 import math
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from sparsity.numbers import formats
+from sparsity.numbers.encoding import bits_per_element, decode, encode
+from sparsity.numbers.format import Format
 from sparsity.numbers.formats import (
     FORMATS,
     FP8,
@@ -19,7 +24,12 @@ from sparsity.numbers.formats import (
     check_blocks,
     get_format,
 )
+from sparsity.numbers.quantization import quantize
 from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.numbers.rounding import MAGNITUDE, bits_of, round_to_step
+from sparsity.numbers.scales import ratio_scale
+from sparsity.post_training.gptq import gptq, rtn
+from sparsity.post_training.interplay import lost_maxima
 
 ELEMENTS = [
     (formats.E4M3, ml_dtypes.float8_e4m3fn),
@@ -202,3 +212,63 @@ def test_blocks_that_do_not_divide_are_refused_on_demand():
         check_blocks("mxfp4_e2m1", 72, name="w")
     with pytest.raises(ValueError, match=r"^w: 4 shards of 64 entries cut blocks of 32; "):
         check_blocks("mxint8", 64, ways=4, name="w")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ternary(Format):
+    """-1, 0 and 1 times max |x| of a block: a format as a user would write one."""
+
+    block: int = 4
+    element_bits = 2
+
+    def scale(self, blocks, axes, earlier=None):
+        return ratio_scale(self.largest(blocks, axes), 1, 1)
+
+    def limit(self, negative, scale):
+        return 1.0
+
+    def elements(self, blocks, scale, rounding, noise):
+        magnitude = round_to_step(self.lifted(blocks, scale), 1, rounding, noise)
+        return magnitude, bits_of(jnp.where(magnitude == 0, 0.0, blocks)) & ~MAGNITUDE
+
+    def codes(self, magnitude, negative, scale):
+        return magnitude.astype(jnp.int32) + 2 * negative
+
+    def magnitudes(self, codes, scale):
+        return (codes & 1).astype(jnp.float32), codes > 1
+
+
+def test_a_format_is_one_class_and_one_line(monkeypatch):
+    monkeypatch.setitem(FORMATS, "ternary", Ternary())
+    w = np.random.default_rng(0).normal(size=(16, 12)).astype(np.float32)
+    blocks = w.reshape(4, 4, 12)
+    scales = np.abs(blocks).max(1)
+    want = (np.round(blocks / scales[:, None]) * scales[:, None]).reshape(w.shape)
+    np.testing.assert_array_equal(quantize(w, "ternary", axis=0), want)
+    encoded = encode(w, "ternary", axis=0)
+    assert encoded.nbytes == 12 * 16 * 2 // 8 + scales.nbytes
+    np.testing.assert_array_equal(decode(encoded), want)
+    assert bits_per_element("ternary", w.shape, axis=0) == 2 + 32 / 4
+    drawn = quantize(w, "ternary", axis=0, rounding="stochastic", key=jax.random.key(0))
+    assert set(np.unique(np.abs(np.asarray(drawn)) / scales.repeat(4, 0))) == {0, 1}
+
+    hessian = np.cov(np.random.default_rng(1).normal(size=(16, 64)))
+    np.testing.assert_array_equal(rtn(w, "ternary").values, want)
+    for found in (rtn(w, "ternary"), gptq(w, hessian, "ternary")):
+        elements = np.asarray(found.values) / found.scales.scale.repeat(4, 0)
+        assert set(np.unique(elements)) <= {-1, 0, 1}
+    quantizer = Quantization(layers={"kernel": "ternary"}).build({"kernel": w})
+    np.testing.assert_array_equal(quantizer.weights({"kernel": w})["kernel"].dense(), want)
+    assert lost_maxima(w, np.ones(w.shape, bool), "ternary", axis=0).lost == 0
+
+    assert get_format("ternary:8") == Ternary(block=8)
+    assert formats.format_text(Ternary(block=8)) == "ternary:8"
+    for text, says in (("ternary:asym", "a zero point is of"), ("ternery", "did you mean ternary")):
+        with pytest.raises(ValueError, match=says):
+            get_format(text)
+    with pytest.raises(ValueError, match=r"matmul='native' needs an integer .* are ternary"):
+        MatmulFormats(weights="ternary", activations="ternary", matmul="native")
+    with pytest.raises(ValueError, match="6 entries are not cut into blocks of 4"):
+        rtn(w[:6], "ternary")
+    with pytest.raises(ValueError, match="1 of 192 entries are NaN or infinite; Ternary"):
+        encode(np.where(w == w.max(), np.nan, w), "ternary")
