@@ -48,8 +48,6 @@ class Format(abc.ABC):
       rounded_scales: whether products with a scale may be rounded up to infinity; they are the
         greatest float32 then.
       array_bits: of what is stored once for an array.
-      takes_zero_point: whether a scale that is given needs a zero point.
-      extremes: what of a block decides its scale: of the bits of its entries, the maxima.
     """
 
     block: Block | None
@@ -103,6 +101,7 @@ class Format(abc.ABC):
 
     @property
     def takes_zero_point(self) -> bool:
+        """Whether a scale that is given needs a zero point beside it."""
         return False
 
     @property
@@ -112,6 +111,7 @@ class Format(abc.ABC):
 
     @property
     def extremes(self) -> tuple[Bits, ...]:
+        """The functions of the bits of entries whose maxima decide the scale of a block."""
         return (magnitude_bits,)
 
     @property

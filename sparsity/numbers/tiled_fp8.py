@@ -74,9 +74,8 @@ class TiledFP8(FP8):
         return _unrows(rows, blocks.shape, axes)
 
     def as_stored_weights(self, inputs):
-        if self.element != E4M3 or (
-            inputs is not None and (inputs["type"], inputs["strategy"]) != ("float", "group")
-        ):
+        blocks = exchange.weights(8, "float", self.block) | {"dynamic": True}
+        if self.element != E4M3 or inputs not in (None, blocks):
             return None
         weights = exchange.tiles(8, "float", self.output_block, self.block)
         return exchange.Layout("naive-quantized" if inputs is None else "float-quantized", weights)

@@ -138,6 +138,7 @@ def test_what_is_stored_is_what_it_was(format, activations, name, nbytes):
         ("int8", "nf4", "no activations in nf4; it has int8"),
         ("fp8_e4m3:128x128", "int8", "no name for fp8_e4m3:128x128 with activations in int8"),
         ("fp8_e4m3:128x128", "fp8_e4m3", "no name for .* with activations in fp8_e4m3:channel"),
+        ("fp8_e4m3:32x32", "mxfp8_e4m3", "no name for .* with activations in mxfp8_e4m3"),
         ("fp8_e4m3", "fp8_e4m3:16", "no name for .* with activations in fp8_e4m3:16"),
         ("mxint8", None, "no name for mxint8"),
         ("mxfp6_e3m2", None, "no name for mxfp6_e3m2"),
