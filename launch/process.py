@@ -68,7 +68,8 @@ def prepare(devices: int | None = None) -> None:
         "ignore", message="Error (reading|writing) persistent compilation cache"
     )
     write_compilations_whole()
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own; who sets it means it
+        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     if devices is not None:
         if devices < 1:
             raise UserError(f"--devices {devices}: use a positive number")

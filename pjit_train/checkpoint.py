@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from pjit_train import orbax_internals
 from pjit_train.digest import digests
 from pjit_train.errors import UserError
-from pjit_train.files import json_sha256
+from pjit_train.files import json_sha256, sync_tree
 from pjit_train.signals import unfinished
 from sparsity.ranges import Count, Positive, Whole, check_fields
 
@@ -90,7 +90,12 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if read_only else _Retention(self), read_only=read_only
+                preservation_policy=None if read_only else _Retention(self),
+                read_only=read_only,
+                # It is called before the checkpoint gets its name, and older ones are removed.
+                async_options=None
+                if read_only
+                else ocp.AsyncOptions(post_finalization_callback=self._sync),
             ),
         )
 
@@ -160,8 +165,7 @@ class Checkpoints:
         }
         self._saving = step
         if jax.process_index() == 0:
-            half = self.directory / f"{step}{orbax_internals.HALF_WRITTEN}"
-            self._half_written.enter_context(unfinished(half))
+            self._half_written.enter_context(unfinished(self._half(step)))
         self._losses[step] = body["metrics"].get("loss")
         try:
             self._manager.save(
@@ -290,6 +294,13 @@ class Checkpoints:
         if wrong:
             raise _BrokenError(f"{_some(wrong)} differ from the digests taken when it was written")
         return state
+
+    def _sync(self) -> None:
+        """Sees to it that the checkpoint outlives a loss of power before it gets its name."""
+        sync_tree(self._half(self._saving))
+
+    def _half(self, step: int) -> Path:
+        return self.directory / f"{step}{orbax_internals.HALF_WRITTEN}"
 
     def _move_aside(self, step: int) -> None:
         """Renames the checkpoint of `step`, byte for byte, so that its place is free."""

@@ -55,6 +55,16 @@ def write_whole(path: Path, content: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}; make room for it") from error
 
 
+def sync_tree(folder: Path) -> None:
+    """Waits until all that is in a folder is on the disk itself."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def json_sha256(body: dict[str, Any]) -> str:
     """The digest of what can be written as JSON, the same in whatever order its keys stand."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

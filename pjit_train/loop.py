@@ -234,6 +234,7 @@ class _Loop:
             began = time.monotonic()
             metrics = {"loss": validation["val_loss"]} if validation else None
             self.watch("save", {"step": step})
+            self.metrics.sync()  # no checkpoint outlives rows that are before it
             self.checkpoints.save(step, state, metrics=metrics, rows=self.metrics.digest)
             self.watch("saved", {"step": step, "state": state})
             seconds = time.monotonic() - began

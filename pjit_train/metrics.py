@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -103,10 +104,15 @@ class Metrics:
                 self._events.write_event(event)
             self._events.flush()
         except OSError as error:
-            raise UserError(
-                f"metrics of step {row['step']} cannot be written: {error.strerror}; make room and "
-                "run the same command again, it resumes from the last checkpoint"
-            ) from error
+            raise _not_written(f"metrics of step {row['step']}", error) from error
+
+    def sync(self) -> None:
+        """Waits until the rows up to now are on the disk itself."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise _not_written("metrics", error) from error
 
     @property
     def digest(self) -> str:
@@ -118,6 +124,13 @@ class Metrics:
             with contextlib.suppress(OSError):  # of what could not be written before either
                 self._file.close()
                 self._events.close()
+
+
+def _not_written(what: str, error: OSError) -> UserError:
+    return UserError(
+        f"{what} cannot be written: {error.strerror}; make room and run the same command again, it "
+        "resumes from the last checkpoint"
+    )
 
 
 def read_rows(path: Path) -> list[Row]:

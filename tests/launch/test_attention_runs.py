@@ -8,6 +8,8 @@ import test_runs
 
 from launch.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = f"""{test_runs.TINY.replace("num_heads = 2", "num_heads = 4")}
 run.Run.eval_every = 1
 run.Run.eval_batches = 1

@@ -17,6 +17,8 @@ from launch.commands.common import PODS, pod_of
 from pjit_train.errors import TrainingError, UserError
 from topology import hardware
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TORSION = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 SMALL = """\
 from __gin__ import dynamic_registration

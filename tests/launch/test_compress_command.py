@@ -23,6 +23,8 @@ from sparsity.numbers.formats import E2M1, MX
 from sparsity.numbers.quantization import quantize
 from sparsity.recipes.kernels import dense
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = """
 from __gin__ import dynamic_registration
 from pjit_train import optimizers

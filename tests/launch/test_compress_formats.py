@@ -33,7 +33,7 @@ from pjit_train.sharding import make_mesh
 from sparsity.numbers import quantized
 from sparsity.numbers.quantization import quantize
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "here")
 
 
 def test_zero_points_are_kept_with_the_run(capsys):

@@ -42,7 +42,13 @@ def folder(tmp_path_factory):
     subprocess.run(
         [sys.executable, "-c", COMMANDS, *KINDS],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": paths, "PJRT_NPROC": "2", "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {
+            "PYTHONPATH": paths,
+            "PJRT_NPROC": "2",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as it was then
+        },
         check=True,
     )
     return folder

@@ -10,6 +10,8 @@ import tensorstore
 
 from launch.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = """
 from __gin__ import dynamic_registration
 from pjit_train import run

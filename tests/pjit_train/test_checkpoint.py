@@ -19,6 +19,7 @@ import pytest
 import tensorstore
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pjit_train import orbax_internals
 from pjit_train.checkpoint import CheckpointConfig, Checkpoints
 from pjit_train.errors import UserError
 
@@ -577,3 +578,30 @@ def test_one_process_writes_two_read_and_write_and_one_reads(two):
     assert_same(state, jax.tree.map(lambda x: (x + x).astype(x.dtype), make_state(1)))
     body = json.loads((two / "2" / "digests" / "metadata").read_text())
     assert len(body["leaves"]) == len(jax.tree.leaves(state))
+
+
+def test_what_is_saved_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """By the system calls: each file is synced while what came before it still stands."""
+    synced, fsync = {}, os.fsync
+
+    def note(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path] = sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdecimal())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with Checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_best=0)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": jnp.full(4, step)})
+    half, kept = tmp_path / f"2{orbax_internals.HALF_WRITTEN}", tmp_path / "2"
+    files = {half / path.relative_to(kept) for path in kept.rglob("*") if path.is_file()}
+    late = {path.name for path in files - synced.keys()}
+    assert late <= {"_CHECKPOINT_METADATA", "commit_success.txt"}  # orbax's own, of the rename
+    assert len(files) > 3
+    assert synced[half] == [1]
+    assert not (tmp_path / "1").exists()
+    for name in late:
+        (kept / name).write_bytes(b"")  # as if these were lost
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        like = {"x": jax.ShapeDtypeStruct((4,), jnp.int32, sharding=jnp.zeros(4).sharding)}
+        assert checkpoints.restore(like)[0] == 2
