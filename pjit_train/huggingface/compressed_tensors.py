@@ -235,12 +235,15 @@ def _with_input_scales(
 
 
 def _linear(tensor: Tensor, roles: Roles) -> bool:
-    """Whether a tensor is the weight [outputs, inputs] of one linear layer of ours."""
+    """Whether a tensor is the weight [outputs, inputs] of one linear layer of ours.
+
+    The head is one, too, where the model has none of its own but the embedding, transposed.
+    """
     role = roles.get(_kernels(tensor)[0])
-    kernel = role is not None and role.kind in ("kernel", "head")
     ours, theirs = tensor.layout.split(" -> ")
     outputs, _, inputs = theirs.partition(",")
-    return kernel and len(tensor.paths) == 1 and ours == inputs + outputs
+    kernel = role is None or role.kind in ("kernel", "head")
+    return kernel and len(tensor.paths) == 1 and bool(inputs) and ours == inputs + outputs
 
 
 class _Packing:

@@ -77,7 +77,6 @@ QUANTIZED = """
 from __gin__ import dynamic_registration
 from pjit_train import run
 from sparsity.numbers import quantized
-from sparsity.numbers.quantization import quantize
 include 'run.gin'
 include 'configs/recipes/sr_ste.gin'
 run.Run.quantization = @quantized.Quantization()
