@@ -31,7 +31,7 @@ CHAOS = "process=0.03,host=0.025,hang=0.006,sigterm=0.012,block=0.012,ocs=0.012,
 def start(folder: Path, out: str, *options: str) -> subprocess.Popen:
     code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
     settings = ["--gin", f"run.Run.steps = {STEPS}", "--gin", "run.Run.eval_every = 0"]
-    settings += ["--gin", "run.Samples.tokens = 0", "--gin", "text.TextData.batch_size = 8"]
+    settings += ["--gin", "run.Samples.tokens = 0", "--gin", "text.TextData.batch_size = 16"]
     temporary = folder / "t"
     temporary.mkdir(exist_ok=True)
     return subprocess.Popen(
