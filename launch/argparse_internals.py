@@ -7,7 +7,7 @@ import argparse
 
 
 def arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """All that a parser takes, options and positional arguments: to propose and complete them."""
+    """Lists a parser's options and positional arguments: to propose and complete them."""
     return parser._actions
 
 

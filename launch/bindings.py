@@ -25,7 +25,7 @@ class Configurable(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a binding binds: a parameter of a configurable, in a gin scope ("" for everywhere)."""
+    """Target of a binding: a parameter of a configurable, in a gin scope ("" for everywhere)."""
 
     configurable: Configurable
     scope: str
@@ -51,7 +51,7 @@ class Macro(NamedTuple):
 
 
 class Bindings(NamedTuple):
-    """What a gin text binds.
+    """Contents of a gin text.
 
     Attributes:
       values: of each parameter; where it is bound twice, the last. Macros that the text defines are
@@ -212,7 +212,7 @@ def _without_macros(value: Any, macros: dict[str, Any]) -> Any:
 
 
 def _in_scope(value: Any, scope: str) -> Any:
-    """What gin evaluates in a scope, as a text outside of it says the same.
+    """Rewrites what gin evaluates in a scope so that a text outside of it says the same.
 
     A macro is evaluated in the scope of its name, and a reference without a scope in that one.
     """
@@ -243,7 +243,7 @@ def _within(value: Any) -> Iterator[Configurable]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What stands in a value, in whatever tuples, lists and dictionaries."""
+    """Yields the references and macros in a value, in whatever tuples, lists and dictionaries."""
     match value:
         case Reference() | Macro():
             yield value

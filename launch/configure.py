@@ -1,4 +1,4 @@
-"""From gin files and bindings to a `Run` and the text that would build it again.
+"""Builds a `Run` from gin files and bindings, and the text that would build it again.
 
 Gin's state is global; every call clears it first.
 """
@@ -131,7 +131,7 @@ def _in_use() -> set[str]:
 
 
 def _holds(key: Key, used: Key) -> bool:
-    """Whether a binding of `key` holds for the parameter `used`: in its scope or one within."""
+    """Tells whether a binding of `key` holds for `used`: in its scope or one within."""
     within = not key.scope or f"{used.scope}/".startswith(f"{key.scope}/")
     return within and (key.configurable, key.parameter) == (used.configurable, used.parameter)
 

@@ -61,7 +61,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _what_it_is(path: Path) -> str:
-    """What a path is that is no run directory, and what would be right."""
+    """Says what a path is that is no run directory, and what would be right."""
     if not path.exists():
         return f"does not exist; {_WAY}"
     if around := next((folder for folder in path.absolute().parents if _is_run(folder)), None):
@@ -106,7 +106,7 @@ def _architecture(path: Path) -> str:
 
 
 def configuration(directory: Path) -> tuple[str, list[str]]:
-    """What a run directory was trained with, and what there is to say about its files.
+    """Reads a run's configuration, and lists what there is to say about its files.
 
     `config.gin` counts, which may say anew where and how things are computed, and where the same
     text is. Where it is lost, damaged or of another run, its copy in the record counts.
@@ -215,7 +215,7 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _has_checkpoints(directory: Path) -> bool:
-    """Whether there are checkpoints that a run wrote."""
+    """Tells whether there are checkpoints that a run wrote."""
     return any((directory / "checkpoints").glob("*/digests/metadata"))
 
 
@@ -256,7 +256,7 @@ def _may_change(key: Key) -> bool:
 
 
 def _is_of_text(key: Key) -> bool:
-    """Whether a binding says where text is, which the digest of the tokens proves the same."""
+    """Tells whether a binding says where text is; the digest of the tokens proves it the same."""
     name = f"{key.configurable.module}.{key.configurable.name}.{key.parameter}"
     return name.startswith(OF_TEXT)
 

@@ -1,4 +1,4 @@
-"""What gin's errors mean, in one line, with the nearest right name for a wrong one."""
+"""Explains gin's errors in one line, with the nearest right name for a wrong one."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ IMPORT = {m.rpartition(".")[2]: "from {} import {}".format(*m.rsplit(".", 1)) fo
 
 
 def is_of(member: type, module: str) -> bool:
-    """Whether a gin file finds a class in a module: it stands there, or is said to be exported."""
+    """Tells whether a gin file finds a class in a module: it stands there, or is exported by it."""
     exported = getattr(importlib.import_module(module), "__all__", ())
     return member.__module__ == module or member.__name__ in exported
 
@@ -52,7 +52,7 @@ def classes_of(module: str) -> list[type]:
 
 
 def known_parameters() -> list[str]:
-    """Every parameter of the standard modules, as `run.Run.steps`."""
+    """Lists every parameter of the standard modules, as `run.Run.steps`."""
     return [
         f"{Configurable(name, member.__name__)}.{field.name}"
         for name in STANDARD
@@ -100,7 +100,7 @@ def nearest_parameter(name: str, in_use: Collection[str] = ()) -> str:
 
 
 def _alike(written: str, known: str) -> bool:
-    """Whether two names of parameters are near each other, or one has all words of the other."""
+    """Tells whether two names of parameters are close, or one has all words of the other."""
     words, others = set(written.split("_")), set(known.split("_"))
     near = difflib.SequenceMatcher(None, written, known).ratio() >= 0.6
     return near or words <= others or others <= words

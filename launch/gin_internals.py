@@ -14,7 +14,7 @@ import gin
 
 
 def keep_the_order_of_dictionaries() -> None:
-    """Of patterns the first that matches counts, so gin must not sort what it writes."""
+    """Keeps gin from sorting what it writes: of patterns the first that matches counts."""
     pformat = functools.partial(pprint.pformat, sort_dicts=False)
     gin.config.pprint = SimpleNamespace(pformat=pformat)
 

@@ -50,7 +50,7 @@ FIGURES = "figures.json"  # in a run directory: what was measured of it in forma
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part(Member):
-    """One run of the study; `recipe` is one of `interplay_study.KINDS`.
+    """Run of the study; `recipe` is one of `interplay_study.KINDS`.
 
     Attributes:
       format, order: of a run that is trained quantized.
@@ -61,7 +61,7 @@ class Part(Member):
 
     @property
     def name(self) -> str:
-        """Of its run directory."""
+        """Name of the run directory."""
         parts = [self.recipe, self.pattern, self.format, self.order, f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
@@ -122,7 +122,7 @@ def _of_seed(file, study, run, seed: int, out: Path) -> Iterator[Part]:
 
 
 def finish(study: InterplayStudy):
-    """What is done with a run when it is trained: measured, or written for others to start from."""
+    """Makes the function that measures a trained run, or writes it for others to start from."""
     measures = Measures(study)
 
     def finish(part: Part, run: Run, directory: Path) -> None:
@@ -142,7 +142,7 @@ def finish(study: InterplayStudy):
 
 
 def read_figures(directory: Path) -> dict:
-    """What was measured of a run; {} where nothing was."""
+    """Reads what was measured of a run; {} where nothing was."""
     path = directory / FIGURES
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -165,7 +165,7 @@ def done(parts: list[Part], out: Path) -> list[tuple[Part, Run]]:
 
 
 def losses(part: Part, run: Run, directory: Path, study: InterplayStudy) -> Iterator[Loss]:
-    """What a run that is done came to."""
+    """Yields the losses of a run that is done."""
     kept = None if part.recipe == SMALL else part.pattern
 
     def loss(value, format, order):

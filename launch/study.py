@@ -34,7 +34,7 @@ SIZES = {"small": "configs/studies/recipes_small.gin", "overnight": "configs/stu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Member:
-    """One run of a study.
+    """Run of a study.
 
     Attributes:
       recipe: a name of `core.RECIPES`, or one of the dense ones.
@@ -50,7 +50,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Of its run directory."""
+        """Name of the run directory."""
         parts = [self.recipe, self.pattern, f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
@@ -150,7 +150,7 @@ def check_member(directory: Path, run: Run, text: str) -> None:
 
 
 def is_done(directory: Path, run: Run) -> bool:
-    """Whether a run has come to its end: its last row and its last checkpoint are there."""
+    """Tells whether a run has come to its end: its last row and its last checkpoint are there."""
     saved = (directory / "checkpoints" / str(run.steps)).is_dir()
     return saved and final_loss(directory, run) is not None
 
@@ -201,7 +201,7 @@ def train_members(
 
 
 def results(members: list[Member], out: Path) -> Iterator[Result]:
-    """What the runs that are done came to, from their directories."""
+    """Yields the results of the runs that are done, from their directories."""
     costs: dict[tuple, float] = {}  # of runs that differ in their seed only
     for member in members:
         directory = out / member.name

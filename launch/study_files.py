@@ -1,4 +1,4 @@
-"""What a study leaves in its directory: table.md, results.json and its figures."""
+"""Files that a study leaves in its directory: table.md, results.json and its figures."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Whether bound values have the types that the parameters are annotated with; gin does not look."""
+"""Checks that bound values have the types of the parameters' annotations; gin does not look."""
 
 import collections.abc
 import dataclasses
@@ -71,7 +71,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_made(hint: Any) -> bool:
-    """Whether values are instances of a class that gin makes from its parameters."""
+    """Tells whether values are instances of a class that gin makes from its parameters."""
     return dataclasses.is_dataclass(hint) or inspect.isabstract(hint)
 
 

@@ -94,7 +94,7 @@ def upgraded(text: str) -> str:
 
 
 def is_default(key: Key, value: Any) -> bool:
-    """Whether a parameter is bound to the default that it has today."""
+    """Tells whether a parameter is bound to the default that it has today."""
     default = _defaults(key.configurable).get(key.parameter, dataclasses.MISSING)
     if isinstance(value, Reference):  # what it makes with nothing bound
         return value.call and not value.scope and _found(value.configurable) is type(default)
@@ -111,7 +111,7 @@ def _defaults(configurable: Configurable) -> dict[str, Any]:
 
 
 def _found(configurable: Configurable) -> Any:
-    """What a configurable is; None where there is no such thing any more."""
+    """Finds a configurable; None where there is no such thing any more."""
     try:
         return getattr(importlib.import_module(configurable.module), configurable.name)
     except (ImportError, AttributeError):

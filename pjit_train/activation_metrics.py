@@ -1,4 +1,4 @@
-"""What quantizing loses of activations and gradients, measured on a part of a batch, by itself.
+"""Quantization errors of activations and gradients, measured on a part of a batch, by itself.
 
 The scales of these are made within a step. So a forward pass of its own, and where gradients are
 quantized a backward one, goes over one sequence of every device.

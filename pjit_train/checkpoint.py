@@ -37,7 +37,7 @@ log = logging.getLogger("torsion")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which are kept.
+    """Choice of when checkpoints are written, and which are kept.
 
     Attributes:
       every_steps: one at every multiple of so many steps, or None.
@@ -115,7 +115,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after step `step`. Process 0's clock decides for all."""
+        """Tells whether a checkpoint is due after a step. Process 0's clock decides for all."""
         every = self.config.every_steps
         if every is not None and step > 0 and step % every == 0:
             return True
@@ -264,7 +264,7 @@ class Checkpoints:
         )
 
     def _load_copy(self, step: int, wanted: dict[str, Any], read: Callable) -> dict[str, Any]:
-        """As `_load`, of the whole state, from a copy; from disk where that is of no use."""
+        """Loads the whole state from a copy in memory; from disk where that is of no use."""
         try:
             return self._load(step, wanted, whole=True, read=read)
         except _BrokenError as broken:
@@ -446,7 +446,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, short, without the drivers and their settings."""
+    """Says what went wrong, shortly, without the drivers and their settings."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:

@@ -29,7 +29,7 @@ def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
 
 
 def validation_sums(program: Program, weights, batches: Batches) -> dict[str, np.ndarray]:
-    """What the run's task sums over its validation batches; see `Task.sums`."""
+    """Sums of the run's task over its validation batches; see `Task.sums`."""
     count = min(program.run.eval_batches, batches.num_eval_batches)
     sums = None
     for index in range(count):
@@ -74,7 +74,7 @@ def restore_weights(program: Program, directory: Path, step: int | None = None):
 
 
 def _is_training(directory: Path) -> bool:
-    """Whether a process holds the lock of a run directory (see `loop`)."""
+    """Tells whether a process holds the lock of a run directory (see `loop`)."""
     try:
         with (directory / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -50,7 +50,8 @@ SMALL_FORMAT = "int8"  # in which a smaller dense model has the bytes of a spars
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InterplayStudy:
-    """What is combined with what. Dense runs are always among those that are trained.
+    """Patterns, formats and seeds that the study combines. Dense runs are always among those that
+    are trained.
 
     Attributes:
       patterns: N:M, N weights kept of every M; or the fraction that is pruned of each kernel.
@@ -203,7 +204,7 @@ class Measures:
         self._programs: dict[TransformerConfig, Program] = {}  # that evaluate a model
 
     def formats(self, run: Run) -> list[str]:
-        """Those of the study whose blocks divide the inputs of every kernel of a run."""
+        """Lists the study's formats whose blocks divide the inputs of every kernel of a run."""
         shapes = kernel_shapes(run.model, self.study.layers).values()
         return [
             format
@@ -212,7 +213,7 @@ class Measures:
         ]
 
     def losses(self, run: Run, directory: Path) -> dict[str, dict[str, float]]:
-        """By format and order, the validation loss of a run that was trained in full precision.
+        """Validation losses, by format and order, of a run that was trained in full precision.
 
         Of a sparse run the weights below the masks are there still: in either order both are done
         to those. A dense run has one figure a format, under "sparsify_then_quantize".
@@ -229,7 +230,7 @@ class Measures:
         return losses
 
     def errors(self, run: Run, directory: Path, pattern: str) -> list[dict[str, Any]]:
-        """Of every kernel, layer and format, the errors of `sparsity.post_training.interplay`.
+        """Errors, by `sparsity.post_training.interplay`, of every kernel, layer and format.
 
         Errors of a kernel are relative to its norm, those of dot products to their root mean
         square. Activations are those of a sequence of the training text in the sparse model; blocks
@@ -270,9 +271,9 @@ class Measures:
             return dense_tree(weights(state, updater, quantizer))
 
     def _loss(self, program: Program, read, format: str, batches) -> float:
-        """Of weights that are quantized already: only activations are to be.
+        """Validation loss of weights that are quantized already: only activations are to be.
 
-        So all runs of a model are evaluated by the same compiled functions.
+        All runs of a model are thus evaluated by the same compiled functions.
         """
         model = program.run.model
         if model not in self._programs:

@@ -49,15 +49,16 @@ class Perplexities:
         self.dense = self.by_way[DENSE, None, None, None]
 
     def quantized(self, format: str) -> dict[int, float]:
-        """Of the dense model in a format."""
+        """Perplexities, by seed, of the dense model in a format."""
         return self.by_way[DENSE, None, format, SPARSIFY_FIRST]
 
     def sparse(self, pattern: str) -> dict[int, float]:
-        """Of the sparse model in full precision."""
+        """Perplexities, by seed, of the sparse model in full precision."""
         return self.by_way[SPARSE, pattern, None, None]
 
     def bound(self, pattern: str, format: str) -> dict[int, float]:
-        """Of both, where their harms add up (equation 12): dense + (S - dense) + (Q - dense)."""
+        """Perplexities, by seed, if the harms of both add up (equation 12): dense + (S - dense) +
+        (Q - dense)."""
         parts = self.sparse(pattern), self.quantized(format), self.dense
         return {
             seed: parts[0][seed] + parts[1][seed] - parts[2][seed]
@@ -65,7 +66,7 @@ class Perplexities:
         }
 
     def excess(self, way: tuple[str, str], pattern: str, format: str) -> dict[int, float]:
-        """By how much a way of `SHOWN` passes the bound; negative where it does not."""
+        """Excess, by seed, of the perplexity of one of `SHOWN` over the bound; may be negative."""
         bound, kind, order = self.bound(pattern, format), *way
         both = self.by_way[kind, pattern, format, order]
         return {seed: both[seed] - bound[seed] for seed in sorted(set(both) & set(bound))}
@@ -192,7 +193,8 @@ def _warnings(pattern: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _stored(losses: Sequence[Loss]) -> dict[tuple, tuple[int, dict[int, float]]]:
-    """By (kind, pattern, format), of what is quantized after training: (bytes, perplexities)."""
+    """Returns (bytes, perplexities) by (kind, pattern, format) of what is quantized after
+    training."""
     found: dict[tuple, tuple[int, dict[int, float]]] = {}
     for x in losses:
         if x.kind != BOTH and x.format is not None and x.order == SPARSIFY_FIRST:

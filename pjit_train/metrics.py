@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and the terminal."""
+"""Writers of a run's metrics: metrics.jsonl, TensorBoard, and the terminal."""
 
 import contextlib
 import hashlib

@@ -46,7 +46,7 @@ class Schedule:
         check_fields(self, UserError)
 
     def notice(self, steps: int) -> str | None:
-        """What may surprise in a run of so many steps, in one line, or None."""
+        """Says what may surprise in a run of so many steps, in one line; None where nothing may."""
         if self.warmup_steps <= steps:
             return None
         return (
@@ -81,7 +81,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What all optimizers share.
+    """Base of all optimizers.
 
     Attributes:
       learning_rate: at the peak of the schedule.

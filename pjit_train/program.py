@@ -38,7 +38,8 @@ Batch = dict[str, jax.Array]
 
 
 class Program:
-    """What a run needs on the devices. Checks all that can be checked before making any array.
+    """Compiled functions of a run on its devices. Checks all that can be checked before making any
+    array.
 
     Attributes:
       graph: the model's graph definition; `nnx.merge(graph, params)` is the model.
@@ -111,7 +112,7 @@ class Program:
 
     @property
     def observes(self) -> bool:
-        """Whether `observe` has anything to say."""
+        """Tells whether `observe` has anything to say."""
         return self.updater is not None or self.quantizer is not None
 
     def observe(self, before, state: State, batch: Batch) -> dict[str, jax.Array]:
@@ -154,11 +155,11 @@ class Program:
 
     @property
     def packs(self) -> bool:
-        """Whether the recipe packs the state at all."""
+        """Tells whether the recipe packs the state at all."""
         return self._packs_at is not None
 
     def packs_after(self, step: int) -> bool:
-        """Whether the state is to be packed between a step and the next."""
+        """Tells whether the state is to be packed between a step and the next."""
         return step == self._packs_at
 
     def pack(self, state: State) -> State:

@@ -1,4 +1,4 @@
-"""What a run directory keeps of what the run was made from, so that it stands by itself.
+"""Record, in a run directory, of what the run was made from, so that it stands by itself.
 
 `checkpoints/run.json` holds the configuration a second time, beside the checkpoints that depend on
 it, and digests of the tokens and of the tokenizer; `tokenizer.json` is a copy of the tokenizer's
@@ -22,7 +22,7 @@ _CORPUS = "corpus.sha256"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What `checkpoints/run.json` says.
+    """Contents of `checkpoints/run.json`.
 
     Attributes:
       config: the operative configuration, as in `config.gin`.

@@ -1,4 +1,4 @@
-"""What a run is: its parts, put together and checked before anything starts."""
+"""Run: its parts, put together and checked before anything starts."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run.
+    """Training run.
 
     Attributes:
       task: what is learned from the data.

@@ -177,7 +177,7 @@ def _present(part: tuple[str, ...]) -> str | tuple[str, ...] | None:
 
 
 def has_mesh() -> bool:
-    """Whether a mesh is set (`jax.set_mesh`), that is, whether arrays have sharded types."""
+    """Tells whether a mesh is set (`jax.set_mesh`), that is, whether arrays have sharded types."""
     return not jax.sharding.get_abstract_mesh().empty
 
 
@@ -222,7 +222,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:
-    """How an array is split, by its type: None for each of its axes where no mesh is set."""
+    """Partitions of an array, by its type: None for each of its axes where no mesh is set."""
     sharding = jax.typeof(x).sharding
     return PartitionSpec(*[None] * x.ndim) if sharding is None else sharding.spec
 

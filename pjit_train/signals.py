@@ -126,7 +126,7 @@ def end(number: int) -> None:
 
 
 def end_unless_saved(number: int) -> None:
-    """As `end`; where a run was just saved for a signal the process ends by itself, unless SIGINT.
+    """Ends the process as `end`; after a save for a signal it ends by itself, unless by SIGINT.
 
     A scheduler repeats SIGTERM, and that would be 143 for a run that was saved.
     """
@@ -164,7 +164,7 @@ def deferred() -> Iterator[None]:
 
 
 class Asked:
-    """What signals have asked for: to save and end, and then perhaps to end at once.
+    """Requests of signals: to save and end, and then perhaps to end at once.
 
     Attributes:
       number: of the first signal, None before it.
@@ -219,7 +219,7 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:
-        """Whether the run stops after `step`; the same on all processes."""
+        """Tells whether the run stops after `step`; the same on all processes."""
         self._begun = True
         if self._several:
             from jax.experimental import multihost_utils

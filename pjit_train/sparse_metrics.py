@@ -1,4 +1,4 @@
-"""What a sparse or quantized run reports besides its loss: how sparse, how settled, how exact."""
+"""Metrics of a sparse or quantized run besides its loss: how sparse, how settled, how exact."""
 
 import jax
 import jax.numpy as jnp

@@ -67,7 +67,7 @@ def weights(state: State, updater=None, quantizer=None, clock: jax.Array | None 
 
 
 def split(optimizer_state, updater) -> State:
-    """What the wrapped optimizer keeps, apart from what the updater keeps for the forward pass."""
+    """Splits the wrapped optimizer's state from what the updater keeps for the forward pass."""
     if updater is None:
         return {"optimizer": optimizer_state}
     return {

@@ -45,7 +45,8 @@ DENSE, EQUAL_FLOPS, EQUAL_BYTES = "dense", "dense_equal_flops", "dense_equal_byt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeStudy:
-    """Which recipes are compared. Dense runs are always among those that are trained.
+    """Recipes, patterns and seeds that the study compares. Dense runs are always among those that
+    are trained.
 
     Attributes:
       recipes: names in `RECIPES`.
@@ -74,7 +75,7 @@ class RecipeStudy:
 
 
 class Result(NamedTuple):
-    """What a run of a study came to.
+    """Result of a run of a study.
 
     Attributes:
       recipe: of `RECIPES`, or one of the dense ones.
@@ -211,7 +212,7 @@ def describe(values: Sequence[float], *, sign: str = "") -> str:
 
 
 def against_equal_flops(results: Sequence[Result]) -> dict[tuple[str, str], list[float]]:
-    """By (recipe, pattern), for each seed: loss minus that of dense training for as many FLOPs.
+    """Compares losses with those of dense training for as many FLOPs: {(recipe, pattern): by seed}.
 
     The latter is interpolated between the dense runs of the same seed, linearly over the logarithm
     of their FLOPs; there is one for the cost of each pattern from the first step to the last.
@@ -230,7 +231,8 @@ def against_equal_flops(results: Sequence[Result]) -> dict[tuple[str, str], list
 
 
 def against_equal_bytes(results: Sequence[Result]) -> dict[tuple[str, str], list[float]]:
-    """By (recipe, pattern), for each seed: loss minus that of the dense model of as many bytes."""
+    """Compares losses with those of the dense model of as many bytes: {(recipe, pattern): by
+    seed}."""
     small = {(r.pattern, r.seed): r.loss for r in results if r.recipe == EQUAL_BYTES}
     differences = collections.defaultdict(list)
     for r in results:

@@ -115,7 +115,7 @@ def straight_through(param: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 @dataclasses.dataclass
 class BaseUpdater:
-    """What all algorithms share; each gives `calculate_scores` or the masks themselves.
+    """Base of all pruning algorithms; each gives `calculate_scores` or the masks themselves.
 
     Attributes:
       scheduler: when masks are updated and how sparse they are then; see `sparsity_schedules`.
@@ -250,7 +250,7 @@ class BaseUpdater:
         )
 
     def stacked(self, path: tuple, param: Any) -> int:
-        """How many leading axes of a parameter only stack layers."""
+        """Number of leading axes of a parameter that only stack layers."""
         if self.stacked_fn is None:
             return 0
         axes = self.stacked_fn(key_of(path), param)
@@ -373,7 +373,7 @@ class NoPruning(BaseUpdater):
     sparsity_distribution_fn: Callable[[Any], Any] | None = None
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
-        """None for every parameter."""
+        """Returns None for every parameter: nothing is pruned."""
         del target_sparsities
         return jax.tree.map(lambda _: None, params)
 

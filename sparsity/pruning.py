@@ -30,7 +30,7 @@ DEFAULT_LAYERS = (KERNELS,)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """One of `sparsity.all_algorithm_names()`, its steps given as fractions of a run.
+    """Pruning by one of `sparsity.all_algorithm_names()`, its steps given as fractions of a run.
 
     Attributes:
       sparsity: fraction of the weights of these layers that is pruned in the end, in [0, 1).
@@ -147,7 +147,7 @@ class Pruning:
 
 
 def _phases(updater: BaseUpdater, steps: int) -> str:
-    """When an algorithm prunes in a run of so many steps, which are counted from 1."""
+    """Says when an algorithm prunes in a run of so many steps, which are counted from 1."""
     scheduler = updater.scheduler
     if type(updater).update_state is StaticRandomSparse.update_state:
         return f"random masks, fixed in steps 1 to {steps}"
@@ -177,7 +177,7 @@ def _phases(updater: BaseUpdater, steps: int) -> str:
 
 
 def _masks_forward(updater: BaseUpdater) -> bool:
-    """Whether an algorithm keeps all weights, and masks them where the forward pass reads them."""
+    """Tells whether an algorithm keeps all weights and masks them in the forward pass."""
     return type(updater).pre_forward_update is not BaseUpdater.pre_forward_update
 
 
@@ -221,7 +221,7 @@ class PruningUpdater:
         return self.updater.wrap_optax(inner)
 
     def describe(self) -> str:
-        """One line: which kernels are pruned, by which algorithm and how far, in which steps."""
+        """Says in one line which kernels are pruned, by which algorithm, how far and when."""
         return self.said
 
     def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
@@ -265,7 +265,7 @@ class PruningUpdater:
         )
 
     def validity(self, weights: Any) -> dict[str, Validity]:
-        """What is counted: in each kernel for N:M, else in all pruned parameters together."""
+        """Counts zeros: of each kernel for N:M, else of all pruned parameters together."""
         named = by_name(dense_tree(weights))
         named = {name: w for name, w in named.items() if name in self.chosen}
         kind = self.updater.sparsity_type

@@ -1,4 +1,4 @@
-"""How a total sparsity is shared out among parameters.
+"""Distributions of a total sparsity among parameters.
 
 A distribution maps a tree of parameters to a tree of sparsities, with None for a parameter that is
 not pruned. It looks at keys and shapes only.
@@ -37,7 +37,7 @@ def NOT_DIM_ONE_FILTER_FN(key: tuple, param: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """What a distribution sees of a parameter that is a stack of layers: one layer.
+    """Shape of one layer of a parameter that stacks layers: all that a distribution sees of it.
 
     Attributes:
       shape: of one layer.
@@ -65,7 +65,7 @@ def uniform(
     filter_fn: FilterFnType = NOT_DIM_ONE_FILTER_FN,
     custom_sparsity_map: CustomSparsityMapType | None = None,
 ) -> Any:
-    """The same sparsity for every pruned parameter.
+    """Gives every pruned parameter the same sparsity.
 
     Args:
       params: a tree of parameters, of their shapes, or of `Stacked`; a single one has the key

@@ -1,4 +1,4 @@
-"""When masks are updated, and how sparse they are then.
+"""Schedules of masks: when they are updated, and how sparse they are then.
 
 A schedule says `is_mask_update_iter(step)`, and `get_sparsity_at_step(target_sparsities, step)`: a
 tree like the targets, with None where they have None. Steps count from 0 and may be traced.
@@ -30,7 +30,7 @@ class NoUpdateSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class OneShotSchedule(NoUpdateSchedule):
-    """One update, to the target sparsities, at `target_step`."""
+    """Schedule of a single update, to the target sparsities, at `target_step`."""
 
     target_step: Whole
 

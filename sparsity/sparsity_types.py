@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-    """Any entries of an array."""
+    """Sparsity of any entries of an array, without groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ SparsityType = Unstructured | NByM | Block | Channel
 
 
 def is_sparsity_type(instance_to_check) -> bool:
-    """Whether an object is of one of these types."""
+    """Tells whether an object is of one of the sparsity types."""
     return isinstance(instance_to_check, SparsityType)
 
 

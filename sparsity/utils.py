@@ -115,7 +115,7 @@ def _entry(entry) -> Any:
 
 
 def _entries(structure, tree, named, what: str) -> list:
-    """What `tree` has where `structure`, of the leaves `named`, has a leaf."""
+    """Lists the entries of `tree` at the leaves of `structure`, whose paths are in `named`."""
     if tree is None:
         return [None] * len(named)
     try:

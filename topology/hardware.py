@@ -1,4 +1,4 @@
-"""What the machines are made of: chips, hosts, blocks, optical switches and pods, as data.
+"""Machines as data: chips, hosts, blocks, optical switches and pods.
 
 Bandwidths are bytes/s in one direction, sizes bytes, power watts, clocks Hz. A figure that nobody
 has published is None. Every figure's source stands in `sources`, under the name of the figure; one

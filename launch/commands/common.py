@@ -1,4 +1,4 @@
-"""What the commands share: their parsers, the machine they run on, the run they read."""
+"""Code that the commands share: their parsers, the machine they run on, the run they read."""
 
 import argparse
 import contextlib
@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"torsion: {message}; see {self.prog} --help\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As ever, but the parser of a command tells itself what it does not know."""
+        """Parses as argparse does, but each command's parser refuses itself what it does not
+        know."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -247,7 +247,7 @@ def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
 
 
 def _bindings(run, config: str, compression) -> list[str]:
-    """What the configuration of the compressed run binds besides that of the run."""
+    """Lists the bindings of the compressed run that the run itself does not have."""
     from pjit_train.compression.kernels import kept_zeros
     from sparsity.post_training.one_shot import KeepZeros
 

@@ -30,7 +30,7 @@ def run(args, began: float) -> int:
 
 
 def written(done: dict[str, Any]) -> str:
-    """What `compressed_tensors.export` wrote, in words."""
+    """Says in words what `compressed_tensors.export` wrote."""
     text = f"{done['bytes']:,} bytes"
     if done["quantized"]:
         text += " in compressed-tensors formats"

@@ -119,7 +119,7 @@ class Agent:
         return self._child.process.pid
 
     def poll(self, attempt: int) -> dict[str, Any]:
-        """How the attempt is, now.
+        """Returns the state of the attempt.
 
         Returns:
           {"exit": None while it runs, "events": new ones, "silent": seconds without a sign of life,
@@ -160,7 +160,7 @@ class Agent:
     # Copies of checkpoints in memory.
 
     def copy(self) -> bytes:
-        """All of the memory that the trainer wrote its shards to."""
+        """Returns all of the memory that the trainer wrote its shards to."""
         return os.pread(self._memory, os.fstat(self._memory).st_size, 0)
 
     def keep(self, process: int, step: int, copy: bytes) -> None:
@@ -197,5 +197,5 @@ class Agent:
 
 
 def log_file(directory: Path) -> str:
-    """Where trainers write; {} is the process, or "spare"."""
+    """Path of trainers' logs; {} is the process, or "spare"."""
     return str(directory / "pod" / "process-{}.log")

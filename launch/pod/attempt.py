@@ -1,4 +1,4 @@
-"""One attempt, while it runs: who has failed, what the trainers tell, what is made to fail."""
+"""Attempt at training: who has failed, what the trainers tell, what is made to fail."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ _SAVING = 5  # times as long as a step may take what comes between steps: to sav
 
 @dataclass
 class Failure:
-    """What ended an attempt, in a line, and what is lost with it."""
+    """End of an attempt: why, in a line, and what is lost with it."""
 
     text: str
     lost: list[Host] = field(default_factory=list)  # their agents are dead, or have to be
@@ -99,7 +99,7 @@ class Attempt:
             self._record(kind, attempt=self._number, at=event["time"], **figures)
 
     def _failed(self, lost: list[int], answers) -> Failure | None:
-        """What has failed by now, if anything."""
+        """Finds what has failed by now, if anything."""
         struck, self._owner.struck = self._owner.struck, None
         after = f", found {time.monotonic() - struck:.1f} s after it was made" if struck else ""
         if lost:
@@ -138,7 +138,7 @@ class Attempt:
         return None
 
     def _waited_in_vain(self) -> Failure | None:
-        """Before the first step: says from time to time what is waited for, and ends it."""
+        """Reports waits before the first step from time to time; gives up after the limit."""
         waits = self._waits
         behind, what = waits.behind()
         who = " and ".join(self._name(i) for i in behind)
@@ -150,13 +150,14 @@ class Attempt:
         return None
 
     def _ended(self) -> Failure | None:
-        """All trainers ended well: done, stopped because they were asked to, or given notice."""
+        """Returns a Failure where trainers all ended well, but early, by a notice; else None."""
         if self._owner.stopping or self._step >= self._plan.run.steps or not self._owner.begun:
             return None
         return Failure("a host was given notice: saved and stopped", notice=self._notice)
 
     def _warm_one(self, answers) -> None:
-        """After the first step, one by one: a process that waits on each host, and a spare host."""
+        """Starts, one by one, a waiting process on each host and a spare host, after the first
+        step."""
         if not self._owner.begun:
             return
         for host, answer in zip(self._hosts, answers, strict=True):
@@ -206,7 +207,7 @@ class Attempt:
         self._hosts[int(fault.what) % len(self._hosts)].agent.die.remote(node=True)
 
     def _fail_block(self, fault: Fault) -> None:
-        """All hosts of the block are gone."""
+        """Kills all hosts of a block."""
         placement = self._owner.ask("placement")
         part = Part("block", (placement.blocks[int(fault.what) % len(placement.blocks)],))
         self._failing = [str(part)]

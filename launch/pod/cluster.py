@@ -99,7 +99,7 @@ def joined(address: str) -> Iterator[str | None]:
 
 
 def chips(hosts_per_process: int, chips_per_host: int) -> dict[str, int]:
-    """What a process takes of the cluster's real chips; nothing where it has none.
+    """Resources of the cluster's real chips that a process takes; none where the cluster has none.
 
     Raises:
       UserError: a process would have several TPU hosts.
@@ -118,7 +118,7 @@ def chips(hosts_per_process: int, chips_per_host: int) -> dict[str, int]:
 
 
 def _unreachable(host: str, port: int) -> str | None:
-    """Why nobody answers there; None if somebody does."""
+    """Says why nobody answers at an address; None if somebody does."""
     try:
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
@@ -136,7 +136,7 @@ def _own_address() -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Without what Ray says while it starts."""
+    """Silences what Ray says while it starts."""
     logger = logging.getLogger("ray")
     before = logger.level
     logger.setLevel(logging.ERROR)

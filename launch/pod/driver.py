@@ -146,7 +146,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
 
 
 def _duplicate(fd: int):
-    """What a file descriptor is now, which will be another."""
+    """Opens a duplicate of a file descriptor, to write to what it is now after it is replaced."""
     return os.fdopen(os.dup(fd), "w", buffering=1)
 
 

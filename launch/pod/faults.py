@@ -1,4 +1,4 @@
-"""What is made to fail: named failures at named steps, and random ones by a seed."""
+"""Faults to inject: named failures at named steps, and random ones by a seed."""
 
 import re
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Where the time of a run went, from its events; and what the model of availability expects."""
+"""Goodput: where the time of a run went, by its events, and what the availability model expects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

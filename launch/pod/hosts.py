@@ -1,4 +1,4 @@
-"""Where the devices of a slice are: which process has which hosts, and in what order the mesh takes
+"""Placement of a slice's devices: the hosts of each process, and the order in which the mesh takes
 their chips."""
 
 import math
@@ -95,7 +95,7 @@ class Hosts:
 
 
 def traffic_of(run: Run, mesh: Mapping[str, int]) -> list[Traffic]:
-    """What a step of a run sends over each mesh axis, to first order and in bytes of a float32.
+    """Traffic of a step of a run over each mesh axis, to first order and in bytes of a float32.
 
     Parameters are gathered over `fsdp` for the forward and the backward pass and their gradients
     scattered back; gradients are added over `data`, activations twice a layer and pass over

@@ -1,4 +1,4 @@
-"""What a pod is asked to do, and whether the machine can: checked before anything is started."""
+"""Plan of a pod: what it is to do and whether the machine can, checked before it starts."""
 
 import os
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Plan:
         )
 
     def standing_orders(self) -> dict:
-        """What holds for every attempt, of every trainer."""
+        """Orders that hold for every attempt and every trainer."""
         devices = self.hosts(self.slice).devices_per_process
         env = {"JAX_PLATFORMS": "cpu"} if self.emulate else {}
         if "TORSION_CACHE" in os.environ:  # a cluster's hosts do not have it from this command
@@ -128,7 +128,7 @@ class Plan:
 
 
 def default_hosts_per_process(slice: Slice) -> int:
-    """So many that there are at most four processes."""
+    """Number of hosts a process, such that there are at most four processes."""
     hosts = slice.num_hosts
     return next(n for n in range(1, hosts + 1) if hosts % n == 0 and hosts // n <= 4)
 

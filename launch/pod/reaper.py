@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _is_of_ray(process, directory: str) -> bool:
-    """Whether a process belongs to the Ray of a directory, and does not only read its logs.
+    """Tells whether a process belongs to the Ray of a directory, and does not only read its logs.
 
     All of Ray's processes have RAY_TMPDIR, as `cluster.local` sets it, and a log that they write
     there. Some have written their title over their environment, which is empty then.

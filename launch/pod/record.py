@@ -1,4 +1,4 @@
-"""What happened, and when: a line of `events.jsonl` an event; it outlives the driver."""
+"""Record of what happened, and when: a line of `events.jsonl` an event; it outlives the driver."""
 
 import json
 import os

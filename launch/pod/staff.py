@@ -68,7 +68,7 @@ class Staff:
 
     @property
     def hosts(self) -> list[Host]:
-        """Of the processes, in their order, but for those that are gone."""
+        """Hosts of the processes, in their order, but for those that are gone."""
         return [host for host in self._places if host is not None]
 
     def fill(self, processes: int) -> list[Host]:

@@ -65,7 +65,7 @@ class Supervisor:
         self.begun = self.stopping = False
 
     def run(self) -> None:
-        """Until the run is done, or `stop` was called and it is saved.
+        """Runs attempts until the run is done, or `stop` was called and it is saved.
 
         Raises:
           UserError: what was asked for cannot be done, as a trainer found.
@@ -97,7 +97,7 @@ class Supervisor:
         ray.kill(self.manager)
 
     def ask(self, method: str, *args) -> Any:
-        """What the pod manager answers, whom Ray starts again where it dies.
+        """Asks the pod manager, whom Ray starts again where it dies, and returns its answer.
 
         Raises:
           RayError: it raised an error, or does not answer in time.
@@ -144,7 +144,7 @@ class Supervisor:
         return Attempt(self, number, layout, f"{address}:{port}").until_it_ends()
 
     def _orders(self, number: int, layout: Hosts, coordinator: str) -> dict[str, Any]:
-        """What an attempt's trainers are told, but for the number of each."""
+        """Orders to an attempt's trainers, but for the number of each."""
         plan, sizes = self.plan, check_mesh(self.plan.run, layout.slice)
         order = layout.device_order(sizes, traffic_of(plan.run, sizes))
         return {

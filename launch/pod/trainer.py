@@ -118,7 +118,7 @@ def _main() -> None:
 
 
 def _warm(standing: dict[str, Any]):
-    """All that needs no other process: imports, configuration, tokens."""
+    """Prepares all that needs no other process: imports, configuration, tokens."""
     # One that waits in vain is ended by the driver, and before that by nobody else. The flags are
     # part of the compilation cache's keys, so that they are the same in all runs.
     os.environ["XLA_FLAGS"] = (

@@ -1,4 +1,4 @@
-"""What a pod shows while it runs: lines, and on a terminal a table that stays below them."""
+"""View of a pod while it runs: lines, and on a terminal a table that stays below them."""
 
 import time
 from collections import deque

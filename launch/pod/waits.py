@@ -1,4 +1,4 @@
-"""What an attempt waits for before its first step: said from time to time, and not for ever."""
+"""Waits of an attempt before its first step: reported from time to time, and limited."""
 
 import time
 
@@ -46,11 +46,11 @@ class Waits:
         return max(_LEAST, times * self._hang)
 
     def seconds(self) -> float:
-        """That have passed since the last sign of progress."""
+        """Seconds since the last sign of progress."""
         return time.monotonic() - self._since
 
     def due(self) -> bool:
-        """Whether it is time to say what is waited for."""
+        """Tells whether it is time to say what is waited for."""
         if self.seconds() < self._say:
             return False
         self._say *= 2

@@ -1,1 +1,1 @@
-"""What the commands print, draw and write about slices, pods and chips."""
+"""Reports that the commands print, draw and write about slices, pods and chips."""

@@ -45,7 +45,7 @@ def report(
     softmax: str = "free",
     steps: int = 1,
 ) -> dict[str, Any]:
-    """What each dataflow costs, as `torsion dataflow --json` prints it.
+    """Reports the cost of each dataflow, as `torsion dataflow --json` prints it.
 
     Args:
       buffer: such as "512KiB"; None: the platform's.

@@ -90,7 +90,7 @@ def place(slices: Sequence[str], failed: Sequence[str] = (), machine: hardware.P
 
 
 def report(pod: Pod) -> dict[str, Any]:
-    """What `torsion fabric --json` prints.
+    """Reports the state of a pod's fabric, as `torsion fabric --json` prints it.
 
     Returns:
       `blocks`: state (a slice's name, "free" or "failed") of each; `slices` with the shape as it

@@ -53,7 +53,7 @@ CHARGES = {  # of the softmax: how it is charged, and with how many lanes (None:
 
 @dataclass(frozen=True, kw_only=True)
 class FlatStudy:
-    """How much is computed.
+    """Extent of the study: models, sequences and buffers.
 
     Attributes:
       models, sequences: over which means are taken.
@@ -79,7 +79,7 @@ def study_flat(out: Path, *, as_json: bool = False, study: FlatStudy | None = No
 
 
 def find(study: FlatStudy, tell: Callable[[str], None] = lambda part: None) -> dict[str, Any]:
-    """All results, as they stand in results.json. `tell` hears the name of each part."""
+    """Computes all results, as they stand in results.json. `tell` hears the name of each part."""
     tell("gains")
     gains = [
         {

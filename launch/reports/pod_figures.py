@@ -96,7 +96,7 @@ def draw_kept(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_year(results: dict[str, Any], path: Path) -> None:
-    """Where a pod's time goes under each policy."""
+    """Draws the shares of a pod's time under each policy."""
     figure, axes = _figure(8, 3.6)
     policies = results["year"]["policies"][::-1]
     left = np.zeros(len(policies))

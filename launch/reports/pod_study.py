@@ -53,7 +53,7 @@ SAVE, FACTORS = 30.0, (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
 
 @dataclass(frozen=True, kw_only=True)
 class PodStudy:
-    """How much is computed.
+    """Extent of the study: slices, shapes, trials and years.
 
     Attributes:
       rerouted: slices of which each switch fails in turn, with the wild-first reroute.
@@ -98,7 +98,7 @@ def check_pod(pod: Pod) -> None:
 
 
 def find(study: PodStudy, tell: Callable[[str], None] = lambda part: None) -> dict[str, Any]:
-    """All results, as they stand in results.json. `tell` hears the name of each part."""
+    """Computes all results, as they stand in results.json. `tell` hears the name of each part."""
     tell("all-to-all of twisted slices")
     gains, efficiency = compare_gains()
     tell("switches that fail")
@@ -173,7 +173,7 @@ def compare_gains() -> tuple[list[dict[str, Any]], float]:
 
 
 def failed_switches(rerouted: Sequence[str], larger: Sequence[str]) -> list[dict[str, Any]]:
-    """What of all-to-all is kept without one switch, for one of each kind of switch.
+    """Computes the share of all-to-all kept without one switch, for one of each kind of switch.
 
     A slice's 16 switches of a dimension are alike, since translations take one to the other; so
     are dimensions of the same size.
@@ -314,7 +314,7 @@ def compare_wiring() -> list[dict[str, Any]]:
 
 
 def rank_twists(max_blocks: int) -> list[dict[str, Any]]:
-    """Of every shape, the twist with the best all-to-all of all that the wiring can make."""
+    """Finds, for every shape, the twist of best all-to-all that the wiring can make."""
     rows = []
     for shape in legal_shapes(max_blocks):
         if shape[0] < TPU_V4.block.side or shape[2] == TPU_V4.block.side:
@@ -340,7 +340,7 @@ def rank_twists(max_blocks: int) -> list[dict[str, Any]]:
 
 
 def a_year(years: float) -> dict[str, Any]:
-    """The same jobs and failures of a pod under several policies."""
+    """Simulates a pod under several policies, with the same jobs and failures."""
     horizon = years * YEAR
     jobs = generate_jobs(horizon, seed=1)
     outages = generate_outages(horizon, seed=1)
@@ -365,7 +365,7 @@ def a_year(years: float) -> dict[str, Any]:
 
 
 def checkpoints(years: float) -> dict[str, Any]:
-    """What a job of 2048 chips keeps by checkpoint interval: the rules, and a simulation."""
+    """Computes the goodput of a job of 2048 chips by checkpoint interval, and simulates it."""
     rates = FailureRates(cable=0, switch=0)
     job = Job(name="long", slice=Slice.parse("8x16x16"), arrival=0, work=100 * years * YEAR)
     mtbf = 1 / (rates.block_failures() * job.slice.num_blocks)

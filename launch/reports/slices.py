@@ -90,7 +90,7 @@ def report(
 
 
 def kept(slice: Slice, links) -> dict[str, Any]:
-    """What is left of a slice's all-to-all without some links (their directed ids).
+    """Computes what is left of a slice's all-to-all without some links (their directed ids).
 
     Returns:
       `all_to_all_kept`: the part of the throughput that the best routing found keeps;
@@ -116,7 +116,7 @@ _UNKNOWN = {"all_to_all_kept": None, "all_to_all_kept_at_most": None, "cut_in_tw
 
 
 def kept_text(found: dict[str, Any]) -> str:
-    """What `kept` tells, in words."""
+    """Says in words what `kept` returns."""
     low, high = found["all_to_all_kept"], found["all_to_all_kept_at_most"]
     if found["cut_in_two"]:
         return "none: cut in two, chips cannot reach each other"
@@ -274,7 +274,7 @@ def check_folder(path: str, folder: Path) -> None:
 
 
 def named(path: str, name: str) -> Path:
-    """Where a drawing goes: `path`, or in that directory a file of a name made of `name`."""
+    """Path of a drawing: `path`, or in that directory a file of a name made of `name`."""
     folder = Path(path or ".")
     inside = os.path.isdir(folder) or path.endswith("/")  # no error where a name is too long
     return folder / name.replace(":", "-").replace("/", "_") if inside else folder
@@ -307,7 +307,7 @@ def _title(found):
 
 
 def _note(drawn, found):
-    """What the colours of links mean."""
+    """Explains the colours of links."""
     if found.get("cut_in_two"):
         return "No loads are shown: the slice is cut in two."
     if not drawn.links.size:

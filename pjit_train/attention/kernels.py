@@ -16,7 +16,7 @@ _BLOCK = 128  # what lengths must be a multiple of for splash
 
 
 def splash_misfit(q, k, segments, mask: Mask) -> str | None:
-    """Why splash attention cannot take these inputs, or None."""
+    """Says why splash attention cannot take these inputs; None where it can."""
     rows, columns = q.shape[1], k.shape[1]
     if rows % _BLOCK or columns % _BLOCK:
         return f"needs lengths that {_BLOCK} divides, and has {rows} and {columns}"
@@ -31,7 +31,7 @@ def splash_misfit(q, k, segments, mask: Mask) -> str | None:
 
 
 def cudnn_misfit(q, k, segments, mask: Mask) -> str | None:
-    """Why cuDNN's attention cannot take these inputs, or None."""
+    """Says why cuDNN's attention cannot take these inputs; None where it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, and has {q.dtype}"
     if q.shape[3] % 8 or q.shape[3] > 128:

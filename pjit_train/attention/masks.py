@@ -1,4 +1,4 @@
-"""Which columns a row of attention sees, and what that leaves of tiles and blocks."""
+"""Masks of attention: the columns a row sees, and the tiles and blocks that hold some of them."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ class Mask:
 
     @property
     def slides(self) -> bool:
-        """Whether a row's columns are a run of known length."""
+        """Tells whether a row's columns are a run of known length."""
         return self.causal and self.window is not None
 
     def widths(self, n: int, S: int) -> list[int]:

@@ -123,7 +123,7 @@ def _pass_on(tree, axis):
 
 
 def _pairs(rows, columns, axis, turn, *, causal, window, zigzag, both=False):
-    """What to compute in a turn: (rows, columns, row offset, mask, put, put for columns)s.
+    """Lists what to compute in a turn: (rows, columns, row offset, mask, put, put for columns)s.
 
     Args:
       rows, columns: trees of arrays with the tokens along axis 1.
@@ -176,7 +176,7 @@ def _pairs(rows, columns, axis, turn, *, causal, window, zigzag, both=False):
 
 
 def _zigzag(x, axis, *, back: bool = False):
-    """From consecutive tokens on the devices to pieces r and 2 P - 1 - r on device r, or back."""
+    """Moves tokens from consecutive pieces to pieces r and 2 P - 1 - r on device r, or back."""
     size = jax.lax.axis_size(axis)
     me = jax.lax.axis_index(axis)
     place = lambda piece: min(piece, 2 * size - 1 - piece)

@@ -31,7 +31,7 @@ LEAST = float(jnp.finfo(jnp.float32).min)  # of the largest logit of a row
 
 
 class RowStats(NamedTuple):
-    """What the weights of a row are made of: exp((logit - top) / sqrt(D) - log_total).
+    """Statistics of a row, which give its weights: exp((logit - top) / sqrt(D) - log_total).
 
     In two, since of a large top their sum would keep nothing of the other.
 

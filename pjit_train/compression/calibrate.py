@@ -119,7 +119,7 @@ Hidden = list[tuple[jax.Array, dict[str, Any]]]
 def walk(
     model, stacked: dict[str, Any], hidden: Hidden, measure: Callable, join: Callable
 ) -> Iterator[tuple[dict[str, Any], dict[str, jax.Array]]]:
-    """Every block in order, as views of the stacked arrays, and what is measured of its inputs.
+    """Walks through the blocks in order, as views of the stacked arrays, and measures their inputs.
 
     The text goes on through the block as it is when the next one is asked for; at the end `hidden`
     holds what the last one made of it.
@@ -145,7 +145,7 @@ def walk(
 
 
 def num_inputs(dense: Dense) -> int:
-    """How many axes of a Dense's kernel its einsum sums over; they lead."""
+    """Number of axes of a Dense's kernel that its einsum sums over; they lead."""
     return len(dense.kernel.get_metadata("role").inputs)
 
 
@@ -205,12 +205,12 @@ class _Entrance(nnx.Module):
 
 
 def enter_all(model, batches) -> Hidden:
-    """What the first block is given for each batch; for `walk`."""
+    """Inputs of the first block for each batch; for `walk`."""
     return [enter(LanguageModelling(), model, batch) for batch in batches]
 
 
 def enter(task: Task, model, batch) -> tuple[jax.Array, dict[str, Any]]:
-    """What the first block is given for a batch: the embedded row, and the other inputs."""
+    """Inputs of the first block for a batch: the embedded row, and the other inputs."""
     noted = []
     entrance = nnx.clone(model)
     entrance.blocks = _Entrance(lambda x, inputs: noted.append((x, inputs)))

@@ -1,4 +1,4 @@
-"""From a trained run to a run directory of its pruned and quantized parameters."""
+"""Compression of a trained run into a run directory of pruned and quantized parameters."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What is done to a run's kernels, in this order: smooth, then prune and quantize in theirs.
+    """Compression of a run's kernels: smooth, then prune and quantize in the given `order`.
 
     Attributes:
       patterns: of the kernels that are pruned, by name; see `kernel_patterns`.
@@ -236,7 +236,7 @@ def compress(
 def _earlier(
     directory: Path, step: int, compression: Compression, roles: Roles
 ) -> dict[str, dict[str, Any]]:
-    """What was reported of the kernels that stay in the formats of an earlier compression.
+    """Reports of an earlier compression on the kernels that stay in its formats.
 
     Raises a UserError where a weight of them has left its format, or would.
     """

@@ -1,4 +1,4 @@
-"""What one-shot compression does to a kernel, and the figures of what it did.
+"""One-shot compression of single kernels, and the metrics of it.
 
 Letters in names: L layers, I inputs of a kernel, O its outputs.
 """
@@ -259,7 +259,7 @@ def kept_zeros(run: Run) -> dict[str, str]:
 
 
 def stored_scales(scales: Mapping[str, list[Scales]]) -> dict[str, np.ndarray]:
-    """What is stored of the scales of each kernel's layers.
+    """Arrays that store the scales of each kernel's layers, by name.
 
     Of integers with a zero point also "NAME/zero_point", int32; of NVFP4 "NAME/tensor".
     """
@@ -275,7 +275,7 @@ def stored_scales(scales: Mapping[str, list[Scales]]) -> dict[str, np.ndarray]:
 
 
 def quantized_kernels(directory: Path) -> dict[str, dict[str, Any]]:
-    """By name, what `REPORT` says of kernels that have a format; {} where there is no report."""
+    """Reads the rows of `REPORT` of the kernels that have a format; {} where there is no report."""
     if not (directory / REPORT).exists():
         return {}
     rows = json.loads((directory / REPORT).read_text())["kernels"]

@@ -45,7 +45,7 @@ BATCH_DOCUMENTS = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenSplit:
-    """One split of a tokenized corpus.
+    """Split of a tokenized corpus.
 
     Attributes:
       tokens: [tokens] uint8, uint16 or uint32.
@@ -160,7 +160,7 @@ def open_cache(
 
 
 def _unwritable(directory: Path) -> OSError | None:
-    """Why nothing can be written in a directory; None where something can."""
+    """Error that keeps a directory from being written to; None where it can be."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()

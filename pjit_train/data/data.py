@@ -1,4 +1,4 @@
-"""What data are to a run, whatever is in them: batches by (seed, step)."""
+"""Data of a run, whatever is in them: batches by (seed, step)."""
 
 import abc
 from pathlib import Path
@@ -47,7 +47,7 @@ class Data(abc.ABC):
         """
 
     def seen_from(self, folder: Path) -> "Data":
-        """The same data where relative paths count from a folder, if there is something."""
+        """Returns the data with relative paths taken from a folder, where something is there."""
         return self
 
     @property

@@ -17,7 +17,7 @@ _CHUNK = 1 << 20
 
 
 def is_text_file(path: str) -> bool:
-    """Whether a file of this name holds documents, as `read_documents` reads them."""
+    """Tells whether a file of this name holds documents, as `read_documents` reads them."""
     return path.lower().removesuffix(".gz").endswith((".txt", ".jsonl"))
 
 
@@ -46,7 +46,7 @@ def read_documents(path: str, text_field: str = "text") -> Iterator[str]:
 
 
 class _Place:
-    """Where in a file the reader is: `line` lines are read."""
+    """Place of a reader in a file: `line` lines are read."""
 
     def __init__(self, path: str):
         self.path, self.line = path, 0
@@ -73,7 +73,7 @@ def _pieces(file: BinaryIO, place: _Place) -> Iterator[str]:
 
 
 def _first_not_utf8(path: str) -> UserError | None:
-    """What is wrong at the first byte of a file that is no UTF-8."""
+    """Error of the first byte of a file that is no UTF-8; None where all are."""
     place, decoder = _Place(path), codecs.getincrementaldecoder("utf-8")()
     place.line = 1
     with _open(path) as file:
@@ -153,7 +153,7 @@ def _not_utf8(place: _Place, error: UnicodeDecodeError, line: int | None = None)
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's own words."""
+    """Names the type of a JSON value, in JSON's own words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     names = {dict: "an object", list: "an array", str: "a string"}

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, folders of images by class, TFDS."""
+"""Sources of images: scikit-learn's digits, folders of images by class, TFDS."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ class Digits:
         )
 
     def seen_from(self, folder: Path) -> "Digits":
-        """The same images, wherever one is."""
+        """Returns the source itself: the images are in a library, not in a folder."""
         return self
 
 
@@ -145,7 +145,7 @@ class ImageFolder:
         return Opened(tuple(classes), of(splits["train"]), of(splits["validation"]), digest)
 
     def seen_from(self, folder: Path) -> "ImageFolder":
-        """The same images from another folder, where a relative path is found from there."""
+        """Returns the source with a relative path taken from a folder, where it is found there."""
         path = folder / Path(self.path).expanduser()
         return dataclasses.replace(self, path=str(path)) if path.is_dir() else self
 
@@ -179,7 +179,8 @@ class TfdsImages:
         return Opened(names, read(train), read(validation), digest)
 
     def seen_from(self, folder: Path) -> "TfdsImages":
-        """The same dataset from another folder, where a relative `data_dir` is found from there."""
+        """Returns the source with a relative `data_dir` taken from a folder, if it is found
+        there."""
         return dataclasses.replace(self, data_dir=self._dataset().seen_from(folder).data_dir)
 
     def _dataset(self) -> Tfds:
@@ -275,7 +276,7 @@ def _files(root: Path) -> list[tuple[str, Path]]:
 
 
 def _falls_below(fraction: float, text: str) -> bool:
-    """Whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
+    """Tells whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

@@ -15,7 +15,7 @@ from sparsity.ranges import Count, Fraction, Positive, Whole, check_fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageData(Data):
-    """Which images, what is done to them, and how large the batches are.
+    """Images, what is done to them, and how large the batches are.
 
     Attributes:
       source: where images come from.
@@ -57,7 +57,7 @@ class ImageData(Data):
         return ImageBatches(self, opened, seed)
 
     def seen_from(self, folder: Path) -> "ImageData":
-        """The same images where a relative path of the source counts from a folder."""
+        """Returns the data with a relative path of the source taken from a folder."""
         return dataclasses.replace(self, source=self.source.seen_from(folder))
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: local files, a TFDS dataset, or the Python standard library.
+"""Sources of documents: local files, a TFDS dataset, or the Python standard library.
 
 A source has `documents(split, cache_dir)`, an iterator over the texts of "train" or "validation";
 `key(cache_dir)`, JSON that changes when those texts may have; and `seen_from(folder)`, the source
@@ -112,7 +112,8 @@ class TextFiles:
         return ["TextFiles", key]
 
     def seen_from(self, folder: Path) -> "TextFiles":
-        """The same files from another folder: relative paths that name some there are of there."""
+        """Returns the source with relative paths taken from a folder, if some files are found
+        there."""
 
         def there(patterns):
             if patterns is None or not isinstance(patterns, str):
@@ -202,7 +203,8 @@ class Tfds:
         return ["Tfds", key, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in infos]]
 
     def seen_from(self, folder: Path) -> "Tfds":
-        """The same dataset from another folder, where a relative `data_dir` is found from there."""
+        """Returns the source with a relative `data_dir` taken from a folder, if it is found
+        there."""
         if self.data_dir is None:
             return self
         path = folder / Path(self.data_dir).expanduser()
@@ -238,7 +240,7 @@ class Tfds:
             ) from error
 
     def features(self) -> Mapping[str, Any]:
-        """What TFDS says of each feature of a row, by its name."""
+        """Features of a row, by their names, as TFDS describes them."""
         return self._builder().info.features
 
     def _builder(self):
@@ -293,12 +295,12 @@ class PythonStdlib:
         return ["PythonStdlib", stdlib_files.VERSION, *python, str(stdlib_files.stdlib_dir())]
 
     def seen_from(self, folder: Path) -> "PythonStdlib":
-        """The same text, wherever one is."""
+        """Returns the source itself: Python's files are not in a folder of the run."""
         return self
 
 
 def _falls_below(fraction: float, text: str) -> bool:
-    """Whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
+    """Tells whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
     return int.from_bytes(_digest(text), "big") < fraction * 2**64
 
 

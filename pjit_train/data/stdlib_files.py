@@ -1,4 +1,4 @@
-"""Which files of the standard library are a corpus of text: all its modules, without tests."""
+"""Files of the standard library that make a corpus of text: all its modules, without tests."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,8 @@ class StdlibFile:
 
     @property
     def split(self) -> str:
-        """One file in twenty is for validation, by the hash of its path."""
+        """Split by the hash of the file's path: "validation" for one file in twenty, else
+        "train"."""
         in_validation = hashlib.sha256(self.path.encode()).digest()[0] * 20 < 256
         return "validation" if in_validation else "train"
 

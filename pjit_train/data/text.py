@@ -18,7 +18,7 @@ from sparsity.ranges import Count, Positive, check_fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextData(Data):
-    """Which text, how it becomes tokens, and how large the batches are.
+    """Text, how it becomes tokens, and how large the batches are.
 
     Attributes:
       sources: where documents come from; several are mixed.
@@ -74,7 +74,7 @@ class TextData(Data):
         return Batches(self, rows, weights, seed)
 
     def seen_from(self, folder: Path) -> "TextData":
-        """The same text where relative paths count from a folder, if there is something."""
+        """Returns the data with relative paths taken from a folder, where something is there."""
         seen = {"sources": [source.seen_from(folder) for source in self.sources]}
         if self.cache_dir and (cache := folder / Path(self.cache_dir).expanduser()).exists():
             seen["cache_dir"] = str(cache)

@@ -131,7 +131,7 @@ class TokenizerJson:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the greatest id (ids of some files have gaps)."""
+        """Size of the vocabulary: the greatest id plus 1 (ids of some files have gaps)."""
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if not ids:
             raise UserError(f"tokenizer {self.path!r} has no tokens: give one with a vocabulary")
@@ -165,7 +165,7 @@ class TokenizerJson:
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def _not_encoded(self, texts: Sequence[str], error: BaseException) -> UserError:
-        """What the library's error over some texts means: it names neither text nor word."""
+        """Explains the library's error over some texts, which names neither text nor word."""
         what = f"tokenizer {self.path!r} ({type(self._tokenizer.model).__name__})"
         unknown = next((word for text in texts for word in self._unknown_words(text)), None)
         if unknown is None:
@@ -264,7 +264,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, path: str) -> Toke
 
 
 def _of_library(error: BaseException) -> bool:
-    """Whether `tokenizers` raised an error: a bare Exception, or the panic of its Rust code."""
+    """Tells whether `tokenizers` raised an error: a bare Exception, or its Rust code's panic."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -66,7 +66,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedWeights:
-    """How one kind of kernel of a model is quantized.
+    """Quantization of one kind of kernel of a model.
 
     Attributes:
       format: of the weights.
@@ -180,7 +180,7 @@ def export(
 
 
 def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
-    """Of the kernels that `compress` quantized."""
+    """Quantization, by name, of the kernels that `compress` quantized."""
     roles = param_roles(run.model)
     return {
         name: _weights(
@@ -193,7 +193,7 @@ def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
 
 
 def _trained(weights, roles: Roles) -> dict[str, QuantizedWeights]:
-    """Of the kernels that a run's own quantization rounds, with the scales that it takes."""
+    """Quantization, by name, of the kernels that a run's own formats round, with its scales."""
     is_kernel = lambda x: isinstance(x, Kernel)
     leaves = jax.tree.leaves(weights, is_leaf=is_kernel)
     labels = jax.tree.leaves(names(jax.tree.map(lambda x: 0, weights, is_leaf=is_kernel)))
@@ -215,7 +215,7 @@ def _trained(weights, roles: Roles) -> dict[str, QuantizedWeights]:
 def _with_input_scales(
     quantized: Mapping[str, QuantizedWeights], program: Program, params, directory: Path
 ) -> dict[str, QuantizedWeights]:
-    """With `input_scales`, from the first sequences of the run's training text."""
+    """Adds `input_scales`, taken from the first sequences of the run's training text."""
     scaled = {
         name
         for name, weights in quantized.items()
@@ -235,7 +235,7 @@ def _with_input_scales(
 
 
 def _linear(tensor: Tensor, roles: Roles) -> bool:
-    """Whether a tensor is the weight [outputs, inputs] of one linear layer of ours.
+    """Tells whether a tensor is the weight [outputs, inputs] of one linear layer of Torsion.
 
     The head is one, too, where the model has none of its own but the embedding, transposed.
     """
@@ -247,7 +247,7 @@ def _linear(tensor: Tensor, roles: Roles) -> bool:
 
 
 class _Packing:
-    """What `huggingface.save` writes in place of some tensors; see `huggingface.Packing`.
+    """Tensors that `huggingface.save` writes in place of some; see `huggingface.Packing`.
 
     Attributes:
       config: `quantization_config`, or None where nothing is quantized.
@@ -301,7 +301,7 @@ class _Packing:
         }
 
     def tensors(self, name: str, tensor: Tensor, layer: int | None, array) -> dict[str, np.ndarray]:
-        """What is written of a tensor of theirs."""
+        """Returns, by name, what is written of one of Hugging Face's tensors."""
         kernels = _kernels(tensor)
         if kernels[0] not in self.quantized:
             if self.patterns.keys() & kernels:

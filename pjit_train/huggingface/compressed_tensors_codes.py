@@ -19,7 +19,7 @@ _E2M3 = np.arange(32, dtype=np.uint8).view(ml_dtypes.float6_e2m3fn).astype(np.fl
 
 
 class Scheme(NamedTuple):
-    """How the weights of a format are written.
+    """Scheme by which the weights of a format are written.
 
     Attributes:
       name: of the compressed-tensors format.

@@ -197,7 +197,7 @@ def _is_of(config: BlockConfig, family: Family) -> bool:
 
 
 def _written(family: str, field: str, key: Key, value: Any) -> dict[str, Any]:
-    """Their keys and values of a field of ours."""
+    """Returns Hugging Face's keys and values for a field of Torsion's configuration."""
     if not isinstance(key.kind, Mapping):
         return {key.name: value}
     for theirs, ours in key.kind.items():

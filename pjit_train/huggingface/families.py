@@ -1,7 +1,8 @@
-"""How Hugging Face `transformers` writes Llama, OPT, GPT-2 and ViT, family by family.
+"""Families of Hugging Face `transformers` (Llama, OPT, GPT-2, ViT): their keys and tensors.
 
-`FAMILIES` pairs our configuration with the keys of config.json, and our parameters with the tensors
-of the safetensors files. `huggingface.load` and `huggingface.save` both read it off here.
+`FAMILIES` pairs Torsion's configuration with the keys of config.json, and Torsion's parameters with
+the tensors of the safetensors files. `huggingface.load` and `huggingface.save` both read it off
+here.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Tensor:
     paths: tuple[str, ...]
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Of theirs, from that of one of ours."""
+        """Shape of Hugging Face's tensor, from that of one of the Torsion arrays in it (`ours`)."""
         *shape, last = (math.prod(ours[i] for i in group) for group in self._groups())
         return (*shape, last * len(self.paths))
 
@@ -78,7 +79,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one `model_type` of `transformers` is written in our terms.
+    """Family of models, by `model_type` of `transformers`, in the terms of Torsion.
 
     Attributes:
       architecture: the class of theirs that has these tensors.

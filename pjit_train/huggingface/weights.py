@@ -43,7 +43,7 @@ _IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|^vit\.po
 
 
 class Packing(Protocol):
-    """How a quantized model is written: some tensors as several others.
+    """Packing of a quantized model: some tensors are written as several others.
 
     Attributes:
       config: `quantization_config` of config.json; None where nothing is quantized.
@@ -54,7 +54,7 @@ class Packing(Protocol):
     def tensors(
         self, name: str, tensor: Tensor, layer: int | None, array: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """What is written of a tensor of theirs, by name."""
+        """Returns, by name, what is written of one of Hugging Face's tensors."""
 
     def check(self, folder: Path) -> None:
         """Raises an error where the files in the folder are not what they should be."""
@@ -213,7 +213,7 @@ def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
 def _tensors(
     family: Family, params: Mapping[str, nnx.Param]
 ) -> Iterable[tuple[str, Tensor, int | None]]:
-    """Every tensor of theirs that the model has: its name, its row of the table, its layer."""
+    """Yields Hugging Face's tensors of the model: name, row of the table, and layer of each."""
     for tensor in family.tensors:
         if tensor.paths[0] in params:
             stacked = params[tensor.paths[0]].get_metadata("role").stacked
@@ -226,7 +226,7 @@ def _layer_shape(shape: tuple[int, ...], layer: int | None) -> tuple[int, ...]:
 
 
 class _Stored(NamedTuple):
-    """Where a tensor is: its file, open, and its name there."""
+    """Place of a tensor: its file, open, and its name there."""
 
     path: Path
     handle: Any
@@ -320,7 +320,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
 
 
 def _is_elsewhere(file: str) -> bool:
-    """Whether a text is no mere name of a file."""
+    """Tells whether a text is more than the name of a file, and so could lead elsewhere."""
     return Path(file).name != file or file in ("", "..") or "\0" in file
 
 

@@ -208,7 +208,7 @@ def _unstack(tree, layers: int):
 
 
 def _remat(layer, policy: str):
-    """What the backward pass makes again, besides the kernels that `project` makes again."""
+    """Wraps a layer so that its backward pass recomputes what the policy says, besides kernels."""
     if policy == "full":
         return jax.checkpoint(layer)
     if policy == "dots":

@@ -63,7 +63,7 @@ def gathered(param: nnx.Param, rules: Rules, dtype: Dtype | None = None) -> jax.
 def gathered_for_tokens(
     param: nnx.Param, rules: Rules, dtype: Dtype, *, exact: bool = False
 ) -> jax.Array:
-    """The same for one that meets tokens: its gradient is summed where they are split.
+    """Gathers a parameter that meets tokens: its gradient is summed over the axes that split them.
 
     Over `fsdp` with each device keeping its shard, and only of that shard over the other axes.
 
@@ -84,7 +84,7 @@ def gathered_for_tokens(
 
 
 def gathered_value(value, rules: Rules, axes: Axes, dtype: Dtype | None, tokens=False) -> jax.Array:
-    """The same for what stands in a parameter's place: an array, or a kernel of `sparsity`."""
+    """Gathers what stands in a parameter's place: an array, or a kernel of `sparsity`."""
     value = dense(value)
     value = value if dtype is None else value.astype(dtype)
     spec = rules.spec(axes[-value.ndim :], gathered=True)
@@ -97,12 +97,12 @@ def gathered_value(value, rules: Rules, axes: Axes, dtype: Dtype | None, tokens=
 
 
 def gathered_codes(x: jax.Array, rules: Rules, axes: Axes) -> jax.Array:
-    """What nothing is differentiated by: codes, or scales, whole along axes of size 1."""
+    """Gathers codes or scales, which nothing is differentiated by, whole along axes of size 1."""
     spec = rules.spec(axes[-x.ndim :], gathered=True)
     parts = [part if size > 1 else None for part, size in zip(spec, x.shape, strict=True)]
     return reshard(x, PartitionSpec(*parts))
 
 
 def is_native(stored) -> bool:
-    """Whether a kernel is read as codes, by a matmul of the hardware."""
+    """Tells whether a kernel is read as codes, by a matmul of the hardware."""
     return isinstance(stored, QuantizedKernel) and stored.native

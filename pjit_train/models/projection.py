@@ -230,7 +230,7 @@ class Dense(nnx.Module):
 
 
 class WatchedDense:
-    """In place of a Dense: computes what that does, and notes what is lost where it quantizes.
+    """Stands in for a Dense: computes the same, and notes what is lost where it quantizes.
 
     Args:
       note: called with what was read and its `quantized_kernels.Losses`: "activations", and

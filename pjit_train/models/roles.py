@@ -1,4 +1,4 @@
-"""What each parameter is to its model: the metadata `role` of its `nnx.Param`.
+"""Roles of parameters in their model: the metadata `role` of each `nnx.Param`.
 
 Whatever depends on what a parameter is (which axes its matmul sums over, weight decay, formats,
 compression) reads it here; patterns over names are for users.
@@ -21,7 +21,7 @@ Kind = Literal["kernel", "head", "embedding", "positions", "token", "norm", "bia
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
-    """What a parameter is to its model.
+    """Role of a parameter in its model.
 
     Attributes:
       kind: "kernel" of a `Dense`; "head" that is a table of its own; "embedding" of tokens;
@@ -50,7 +50,7 @@ class Role:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay is for it: not for norms and biases."""
+        """Tells whether weight decay applies: not to norms and biases."""
         return self.kind not in ("norm", "bias")
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -182,7 +182,7 @@ class Transformer(nnx.Module):
         return table_VD.T
 
     def head_inputs(self, hidden_BTD: jax.Array) -> jax.Array:
-        """What `hidden` gives, as the head's matmul reads it."""
+        """Quantizes the output of `hidden` as the head's matmul reads it, if that is quantized."""
         stored = (self.embedding if self.head is None else self.head).get_value()
         return stored.inputs(hidden_BTD) if isinstance(stored, QuantizedKernel) else hidden_BTD
 

@@ -1,4 +1,4 @@
-"""What a task is: the part of a run that knows what a batch holds and what is learned from it.
+"""Tasks: the part of a run that knows what a batch holds and what is learned from it.
 
 A run has a model, data and a task, and everything else (mesh, step, recipes, formats, loop,
 checkpoints, evaluation) is the same for all of them. A new task is a module with a class like
@@ -24,7 +24,7 @@ Sums = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """What a run learns.
+    """Base of all tasks: what a run learns from its batches.
 
     Attributes:
       title: what people call it.
@@ -46,7 +46,8 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check_batches(self, run, batches: Batches) -> None:
-        """The same once the data are open."""
+        """Raises a UserError where the data, once open, do not fit the model: classes,
+        vocabulary."""
 
     @abc.abstractmethod
     def positions(self, run) -> int:
@@ -66,11 +67,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def describe(self, batches: Batches) -> str:
-        """How much there is to train on, for people."""
+        """Says, for people, how much there is to train on."""
 
     @abc.abstractmethod
     def body(self, model, batch: Batch) -> jax.Array:
-        """What the last block of a model gives for a batch [batch, positions, d_model]."""
+        """Computes the output of a model's last block for a batch, [batch, positions, d_model]."""
 
     @abc.abstractmethod
     def head_loss(self, model, x_BTD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -86,16 +87,15 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def head_reads(self, model, x_BTD: jax.Array) -> dict[str, tuple[Any, jax.Array]]:
-        """What the matmuls after the blocks read: by the name of a kernel's layer, (what stands in
-        the kernel's place, its inputs).
-        """
+        """Returns, by the name of a kernel's layer, what its matmul after the blocks reads: (what
+        stands in the kernel's place, its inputs)."""
 
     def loss(self, model, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """What training lowers: `head_loss` of the `body`."""
+        """Computes what training lowers: `head_loss` of the `body`."""
         return self.head_loss(model, self.body(model, batch), batch)
 
     def sums(self, model, batch: Batch) -> Sums:
-        """What is summed over a validation: "loss", "weight", and more where a task has more."""
+        """Sums that a validation adds up: "loss", "weight", and more where a task has more."""
         loss, weight = self.loss(model, batch)
         return {"loss": loss, "weight": weight}
 
@@ -108,7 +108,7 @@ class Task(abc.ABC):
         return {}
 
     def remarks(self, details: Mapping[str, Any]) -> str | None:
-        """What is worth saying of `details` in one line after a validation; None for nothing."""
+        """Says what is worth saying of `details` in a line after a validation; None for nothing."""
         return None
 
     @abc.abstractmethod
@@ -116,7 +116,7 @@ class Task(abc.ABC):
         """The figures of a validation in one line."""
 
     def shower(self, run) -> Callable[[Any, Callable[[str], None], str], None] | None:
-        """What shows something of a model after a validation and at the end of a run.
+        """Makes a function that shows something of a model after a validation and at the end.
 
         Returns:
           A function (weights, say, when), called with the mesh set: what it says by `say` begins

@@ -22,15 +22,15 @@ class CycleSchedule(NoUpdateSchedule):
     cycle_dense_steps: int
 
     def begins_sparse(self, step: Any) -> Any:
-        """Whether a sparse phase begins at a step."""
+        """Tells whether a sparse phase begins at a step."""
         return self._within(step, 0) | (step == self.final_sparse_steps_start)
 
     def is_mask_update_iter(self, step: Any) -> Any:
-        """Whether a phase begins at a step."""
+        """Tells whether a phase, sparse or dense, begins at a step."""
         return self.begins_sparse(step) | self._within(step, self.cycle_sparse_steps)
 
     def _within(self, step, offset):
-        """Whether a step of the cycles is this many steps after the beginning of one."""
+        """Tells whether a step of the cycles is `offset` steps after the beginning of a cycle."""
         cycle = max(self.cycle_sparse_steps + self.cycle_dense_steps, 1)
         begun = (step >= self.init_dense_steps_end) & (step < self.final_sparse_steps_start)
         return begun & ((step - self.init_dense_steps_end) % cycle == offset)
@@ -104,4 +104,4 @@ def reset_optimizer(state: Any) -> Any:
 
 
 def add_to_jaxpruner() -> None:
-    """Nothing: the algorithm is registered. JaxPruner's users call this."""
+    """Does nothing, since the algorithm is registered: JaxPruner's users call this."""

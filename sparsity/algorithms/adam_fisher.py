@@ -12,7 +12,7 @@ from sparsity.utils import map_entries, name_of
 
 
 def find_adamstates(state: Any) -> list[optax.ScaleByAdamState]:
-    """All of Adam's states within an optax state."""
+    """Finds all of Adam's states within an optax state."""
     leaves = jax.tree.leaves(state, is_leaf=_is_adam)
     return [leaf for leaf in leaves if _is_adam(leaf)]
 
@@ -72,7 +72,8 @@ class AdamBasedFisherPruning(BaseUpdater):
     def wrap_optax(
         self, inner: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        """As `BaseUpdater.wrap_optax`; says at once where the optimizer has no moments to read."""
+        """Wraps as `BaseUpdater.wrap_optax`; fails at once if the optimizer has no moments to
+        read."""
         wrapped = super().wrap_optax(inner)
 
         def init(params):
@@ -99,7 +100,7 @@ class AdamBasedFisherPruning(BaseUpdater):
 
 
 def add_to_jaxpruner() -> None:
-    """Nothing: the algorithm is registered. JaxPruner's users call this."""
+    """Does nothing, since the algorithm is registered: JaxPruner's users call this."""
 
 
 def _is_adam(x) -> bool:

@@ -1,4 +1,4 @@
-"""One order of the scores of all parameters: layers may end up with any sparsity."""
+"""Global pruning: the scores of all parameters in one order, so layers may get any sparsity."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ _global_topk_masks = jax.jit(topk.global_topk_masks)
 
 @dataclasses.dataclass
 class GlobalPruningMixin(BaseUpdater):
-    """One threshold for all parameters, found by counting: no score leaves its device.
+    """Prunes all parameters by one threshold, found by counting: no score leaves its device.
 
     Attributes:
       custom_sparsity_map: sparsities of single parameters by keys, which stay out of the order.
@@ -62,7 +62,7 @@ class GlobalPruningMixin(BaseUpdater):
         return self.sparsity
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
-        """All ones, and None for parameters that are not pruned."""
+        """Returns masks of ones, and None for parameters that are not pruned."""
         del target_sparsities
 
         def ones(path, param):
@@ -95,7 +95,7 @@ class GlobalPruningMixin(BaseUpdater):
         return structure.unflatten(masks)
 
     def _pruned(self, path, param):
-        """Whether a parameter is in the common order."""
+        """Tells whether a parameter is in the common order."""
         key, stacked = key_of(path), self.stacked(path, param)
         if stacked:
             copies = math.prod(param.shape[:stacked])

@@ -47,4 +47,4 @@ class IterativeNMPruning(MagnitudePruning):
 
 
 def add_to_jaxpruner() -> None:
-    """Nothing: the algorithm is registered. JaxPruner's users call this."""
+    """Does nothing, since the algorithm is registered: JaxPruner's users call this."""

@@ -35,7 +35,7 @@ class StaticRandomSparse(BaseUpdater):
         return self.create_masks(generate_random_scores(params, self.rng_seed), target_sparsities)
 
     def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:
-        """Not for these.
+        """Refuses: this algorithm trains sparse from the start.
 
         Raises:
           RuntimeError: always.
@@ -186,7 +186,7 @@ def _restart_using_mask(target_tree, masks):
 
 
 def _units(mask, sparsity_type):
-    """One entry of the mask for each thing that is kept or pruned whole."""
+    """Reduces a mask to an entry for each group (block or channel) that is kept or pruned whole."""
     match sparsity_type:
         case Block((height, width)):
             rows = jnp.atleast_2d(mask)

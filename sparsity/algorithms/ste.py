@@ -28,7 +28,7 @@ class SteMixin:
         return map_entries(lambda path, param, mask: straight_through(param, mask), params, masks)
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
-        """None for every parameter: the state holds no masks."""
+        """Returns None for every parameter: the state holds no masks."""
         del target_sparsities
         return jax.tree.map(lambda _: None, params)
 

@@ -74,7 +74,7 @@ class TopKAST(MagnitudePruning):
     def wrap_optax(
         self, inner: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        """As `BaseUpdater.wrap_optax`; weights outside B do not move."""
+        """Wraps as `BaseUpdater.wrap_optax`; weights outside the backward masks do not move."""
         masked = super().wrap_optax(inner)
 
         def update(updates, state, params=None, **extra):

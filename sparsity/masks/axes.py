@@ -18,7 +18,7 @@ def positive(axis: int, ndim: int) -> int:
 
 
 def shards(x: jax.Array, axis: int) -> int:
-    """How many shards an axis, counted from 0, is cut into; 1 where the type of x does not say."""
+    """Number of shards of an axis, counted from 0; 1 where the type of x does not say."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     if names is None or names is jax.sharding.PartitionSpec.UNCONSTRAINED:

@@ -1,4 +1,4 @@
-"""Which parameters get what: patterns over their names."""
+"""Patterns over the names of parameters, and what they assign to each."""
 
 import difflib
 import re
@@ -68,7 +68,8 @@ def _entry(entry) -> str:
 
 
 def listed(chosen: Mapping[str, str]) -> str:
-    """What parameters are given, for people: "2:4 of attention/query, attention/key; 1:8 of head".
+    """Lists, for people, what parameters are given: "2:4 of attention/query, attention/key; 1:8 of
+    head".
 
     Args:
       chosen: by name, in the order in which they are listed.

@@ -106,7 +106,7 @@ def split_groups(x: jax.Array, m: int, axis: Axis, *, n=1) -> tuple[jax.Array, i
 
 
 def _spec(x: jax.Array) -> P | None:
-    """How an array whose type says so is sharded, an entry for each axis."""
+    """Sharding of an array, an entry for each axis; None where its type has none."""
     spec = jax.typeof(x).sharding.spec
     return P(*spec, *[None] * (x.ndim - len(spec))) if any(spec) else None
 
@@ -304,7 +304,7 @@ def _network(size: int):
 
 
 def _bisected(groups, n, at: int):
-    """What `_largest` gives of each group, by counting what reaches a threshold, bit by bit."""
+    """Finds each group's n-th largest key as `_largest` does, bit by bit, by counting."""
     first = _entries(groups, at)[0]
     bits = 8 * first.dtype.itemsize
 

@@ -87,7 +87,7 @@ def global_topk_masks(scores: Any, keep) -> Any:
 
 
 def keep_count(size: int, sparsity) -> Any:
-    """How many of `size` entries a sparsity keeps: max(1, round(size * (1 - sparsity))).
+    """Number of entries of `size` that a sparsity keeps: max(1, round(size * (1 - sparsity))).
 
     Args:
       size: below 2^31.

@@ -1,4 +1,4 @@
-"""Whether a kernel is as sparse as it is said to be, by counting its zeros."""
+"""Check by counting zeros that a kernel is as sparse as it is said to be."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from sparsity.masks.nm import nm_violations
 
 
 class Validity(NamedTuple):
-    """What was counted in one kernel, all of its layers together.
+    """Counts of the zeros of one kernel, all of its layers together.
 
     Attributes:
       pattern: what it is said to have: "2:4", or the fraction of zeros, such as "0.8".
@@ -26,7 +26,8 @@ class Validity(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """No group has too many; or no more than a thousandth of the zeros are missing."""
+        """Tells whether every group holds N:M; of a fraction, whether it is short by at most
+        0.001."""
         if self.violations is not None:
             return self.violations == 0
         return self.sparsity >= float(self.pattern) - 1e-3

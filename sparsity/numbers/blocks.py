@@ -65,7 +65,7 @@ def join_blocks(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Arr
 
 
 def scale_shape(shape: tuple[int, ...], block: Block | None, axis: int) -> tuple[int, ...]:
-    """Of scales as they are given and stored: that of x, its axis cut to the blocks."""
+    """Shape of an array's scales, given or stored: that of x, its axis cut to the blocks."""
     if block is None or block == "tensor":
         return ()
     axis = positive(axis, len(shape))

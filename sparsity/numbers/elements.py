@@ -110,7 +110,7 @@ class FixedElement:
 
     @property
     def nan(self) -> None:
-        """None: there is no NaN."""
+        """Code of NaN: None, since fixed-point elements have no NaN."""
         return None
 
     def step(self, value: jax.Array) -> int:

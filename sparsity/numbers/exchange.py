@@ -1,10 +1,10 @@
-"""How compressed-tensors names formats: the arguments of quantization of its checkpoints."""
+"""Names of formats in compressed-tensors: the arguments of quantization of its checkpoints."""
 
 from typing import Any, NamedTuple
 
 
 class Layout(NamedTuple):
-    """How weights of a format are stored.
+    """Layout in which compressed-tensors stores the weights of a format.
 
     Attributes:
       name: of the layout.

@@ -96,17 +96,18 @@ class Format(abc.ABC):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether `quantize` may be given a scale for x."""
+        """Tells whether `quantize` may be given a scale for x."""
         return self.block is not None
 
     @property
     def takes_zero_point(self) -> bool:
-        """Whether a scale that is given needs a zero point beside it."""
+        """Tells whether a scale that is given needs a zero point beside it."""
         return False
 
     @property
     def mixes(self) -> bool:
-        """Whether a scale is shared across the axis, so that an array must be cut by hand."""
+        """Tells whether a scale is shared across the axis, so that arrays must be sharded by
+        hand."""
         return self.block == "tensor" or self.output_block > 1 or self.array_bits > 0
 
     @property
@@ -152,7 +153,7 @@ class Format(abc.ABC):
         return from_float(self.spread(scale, blocks, axes), zero_point)
 
     def spread(self, stored: jax.Array, blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        """What is stored for each scale, as it is broadcast to x in blocks."""
+        """Reshapes what is stored for each scale so that it broadcasts to x in blocks."""
         return stored.reshape(tuple(1 if a in axes else s for a, s in enumerate(blocks.shape)))
 
     def scale_to_give(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
@@ -206,7 +207,7 @@ class Format(abc.ABC):
 
     @property
     def has_nan(self) -> bool:
-        """Whether the bytes of an array can say that a number is NaN."""
+        """Tells whether the stored bytes of an array can say that a number is NaN."""
         return False
 
     # Other programs and hardware.
@@ -224,7 +225,7 @@ class Format(abc.ABC):
         return None
 
     def as_stored_weights(self, inputs: dict[str, Any] | None) -> Layout | None:
-        """How compressed-tensors stores weights whose activations have those arguments.
+        """Layout in which compressed-tensors stores weights of this format, by that of activations.
 
         Args:
           inputs: what `as_stored_inputs` of their format is, or None for plain activations.
@@ -247,7 +248,7 @@ class Format(abc.ABC):
         return dataclasses.replace(self, block=option) if option in ("channel", "tensor") else None
 
     def options(self, base: "Format") -> list[str] | None:
-        """What a text says after the name of `base` for this format; None where none will do."""
+        """Lists the options after the name of `base` that name this format; None where none do."""
         if type(self) is not type(base) or dataclasses.replace(self, block=base.block) != base:
             return None
         return [] if self.block == base.block else [str(self.block)]

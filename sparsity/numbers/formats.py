@@ -148,7 +148,7 @@ def get_format(format: str | Format) -> Format:
 
 
 def _named() -> dict[str, Format]:
-    """Every name that a text may begin with."""
+    """Formats by every name that a text may begin with."""
     return _INTEGERS | FORMATS
 
 

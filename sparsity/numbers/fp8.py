@@ -44,7 +44,7 @@ class FP8(ElementFormat):
         return self.element.nan is not None
 
     def for_weights(self) -> "FP8":
-        """With a scale per output: a cast without one would lose what is small."""
+        """Returns the format with a scale per output: without one a cast loses what is small."""
         return self if self.block is not None else dataclasses.replace(self, block="channel")
 
     def native_dtype(self) -> Any:

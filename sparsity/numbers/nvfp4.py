@@ -49,7 +49,7 @@ class NVFP4(ElementFormat):
         return _scale(self.largest(blocks, axes), tensor_scale)
 
     def given_scale_shape(self, shape, axis):
-        """Of the tensor scale."""
+        """Shape of the scale that may be given, that of the whole tensor: ()."""
         return ()
 
     def given_scale(self, blocks, axes, scale, zero_point) -> Scale:
@@ -90,7 +90,7 @@ def _arguments() -> dict[str, Any]:
 
 
 def _scale(largest: jax.Array, tensor_scale: jax.Array | None) -> Scale:
-    """Both scales.
+    """Computes the scales of blocks and of the whole tensor.
 
     Args:
       largest: int32, the bits of max |x| of every block.

@@ -77,12 +77,12 @@ class MatmulFormats:
 
     @property
     def random(self) -> bool:
-        """Whether anything is rounded stochastically."""
+        """Tells whether any operand is rounded stochastically."""
         of_gradients = self.gradient_rounding if self.gradients is not None else None
         return "stochastic" in (self.rounding, of_gradients)
 
     def resolved(self) -> "MatmulFormats":
-        """With objects in place of names."""
+        """Returns a copy with format objects in place of their names."""
         fields = ("weights", "activations", "gradients")
         given = {name: getattr(self, name) for name in fields}
         found = {name: f if f is None else get_format(f) for name, f in given.items()}
@@ -103,7 +103,7 @@ class MatmulFormats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Which matmuls of a model are quantized, and how.
+    """Choice of the matmuls of a model that are quantized, and of their formats.
 
     Attributes:
       layers: formats by regular expression over the names of parameters; see `layers.assign`. A
@@ -208,7 +208,7 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is quantized of one kernel's matmul."""
+    """Plan of the quantization of one kernel's matmul."""
 
     name: str
     formats: MatmulFormats  # objects
@@ -287,7 +287,7 @@ class Quantizer:
     seed: int
 
     def formats(self, name: str) -> MatmulFormats | None:
-        """Of the kernel of that name, None where its matmul is not quantized."""
+        """Formats of the kernel `name`; None where its matmul is not quantized."""
         found = (plan.formats for plan in self.plans if plan is not None and plan.name == name)
         return next(found, None)
 
@@ -305,13 +305,13 @@ class Quantizer:
         return self._map(lambda plan, kernel: self._wrapped(plan, kernel, clock), tree)
 
     def scored(self, params: Any) -> Any:
-        """What the masks of a recipe are made of in place of the parameters, all of it arrays."""
+        """Arrays from which a recipe makes its masks, in place of the parameters."""
         if self.quantization.order == "sparsify_then_quantize":
             return params
         return self._map(lambda plan, w: self._wrapped(plan, w, None).dense(), params)
 
     def errors(self, tree: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """By kernel, (|q(w) - w| / |w|, fraction of weights that are clipped), float32 scalars.
+        """Measures (|q(w) - w| / |w|, fraction of weights clipped) by kernel, float32 scalars.
 
         A weight is clipped where it is greater than the greatest value of its block.
 
@@ -331,7 +331,7 @@ class Quantizer:
         return found
 
     def describe(self, titles: Mapping[str, str] = MappingProxyType({})) -> str:
-        """One line: which matmuls are quantized and to what, and which are not.
+        """Says in one line which matmuls are quantized and to what, and which are not.
 
         Args:
           titles: what people call a kernel, by its name, where that is not its name.
@@ -382,7 +382,7 @@ class Quantizer:
 
 
 def _device(leaf) -> jax.Device:
-    """One that holds a parameter, or will."""
+    """Device that holds a parameter, or will hold it: that of the least id."""
     sharding = getattr(leaf, "sharding", None)
     return jax.devices()[0] if sharding is None else min(sharding.device_set, key=lambda d: d.id)
 

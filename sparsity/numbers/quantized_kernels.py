@@ -95,7 +95,7 @@ class QuantizedKernel(Kernel):
 
     @property
     def native(self) -> bool:
-        """Whether the forward pass multiplies codes, and not the values that they stand for."""
+        """Tells whether the forward pass multiplies codes instead of the values they stand for."""
         return self.formats.matmul == "native"
 
     def codes(self) -> list[tuple[jax.Array, jax.Array]]:
@@ -135,7 +135,7 @@ class QuantizedKernel(Kernel):
         return self._read(d_y, _GRADIENTS_BY_TOKENS)
 
     def product_operand(self, y: jax.Array) -> jax.Array:
-        """What an attention product reads of [batch, tokens, heads, head_dim].
+        """Quantizes an operand [batch, tokens, heads, head_dim] of an attention product.
 
         Blocks and scales are those of one token and head, along head_dim. The second product sums
         values over tokens: blocks along those would tell a token of those after it.
@@ -185,7 +185,8 @@ class QuantizedKernel(Kernel):
         return read(dense(inner), self.key)
 
     def _blocks(self, purpose: int, ndim: int) -> tuple[Format | None, Axes, int]:
-        """Of an array [batch, tokens, ...]: its format, the axes of a block, and `rows` of it."""
+        """Returns the format, the axes of a block and the `rows` of an array [batch, tokens,
+        ...]."""
         f = self.formats
         if purpose == _PRODUCTS:
             return self.products, (-1,), 3
@@ -219,7 +220,7 @@ class QuantizedKernel(Kernel):
 
 
 def unquantized(leaf):
-    """What a `QuantizedKernel` is made of; another leaf itself."""
+    """Returns the kernel inside a `QuantizedKernel`; any other leaf as it is."""
     return leaf.kernel if isinstance(leaf, QuantizedKernel) else leaf
 
 

@@ -56,7 +56,7 @@ def ratio_scale(largest: jax.Array, numerator: int, denominator: int) -> Scale:
 
 
 def kept(scale: Scale) -> Scale:
-    """The same numbers, each a quotient.
+    """Returns a scale of equal numbers, each written as a quotient, which XLA keeps.
 
     XLA's CPU compiler computes cheap operands anew for every entry of a block; a quotient it keeps.
     """

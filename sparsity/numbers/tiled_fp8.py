@@ -41,7 +41,7 @@ class TiledFP8(FP8):
         check_fields(self)
 
     def split(self, x: jax.Array, axis: int) -> tuple[jax.Array, tuple[int, ...]]:
-        """As [.., blocks, block, ..], of one block too."""
+        """Splits x as [.., blocks, block, ..], also where there is but one block."""
         axis = positive(axis, x.ndim)
         blocks, _ = super().split(x, axis)
         return (blocks if blocks.ndim > x.ndim else jnp.expand_dims(x, axis)), (axis + 1,)
@@ -111,5 +111,5 @@ def _across(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _last(numbers: jax.Array, axes: tuple[int, ...]) -> bool:
-    """Whether the axis is the last of several."""
+    """Tells whether the blocks' axis is the last of several."""
     return numbers.ndim > 2 and axes[0] == numbers.ndim - 1

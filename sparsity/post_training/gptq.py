@@ -25,7 +25,7 @@ from sparsity.post_training.hessian import (
 
 
 class Scales(NamedTuple):
-    """What the elements of a kernel are multiplied by.
+    """Scales of a kernel: numbers that its elements are multiplied by.
 
     Attributes:
       scale: float32 [blocks, outputs], or [1, 1] of a format with one scale, [blocks, blocks of
@@ -197,7 +197,8 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
 
 
 def _scales(kernel_IO, format: Format, earlier: Scale | None = None) -> Scale | None:
-    """Of every block, [blocks, 1, outputs], or [1, outputs] or [1, 1] where there is but one."""
+    """Computes the scale of every block, [blocks, 1, outputs], or [1, outputs] or [1, 1] where
+    there is but one."""
     return format.scale(*format.split(kernel_IO, 0), earlier)
 
 

@@ -1,4 +1,4 @@
-"""What sparsity and quantization do to each other: errors of each, of both orders, and the bound.
+"""Interplay of sparsity and quantization: errors of each, of both orders, and the bound.
 
 After Harma et al., "Effective Interplay between Sparsity and Quantization", ICLR 2025. The error of
 a map f is f(x) - x. Definition 3.4: f then g are orthogonal where the norm of the error of both is
@@ -26,7 +26,7 @@ MaskOf = Callable[[jax.Array], jax.Array]
 
 
 class LostMaxima(NamedTuple):
-    """Whether the premise of Theorem 3.5 holds.
+    """Test of the premise of Theorem 3.5: fractions of blocks that lose their maximum, or all.
 
     Attributes:
       lost: the fraction of blocks that keep something, but not their greatest magnitude (or, where
@@ -58,7 +58,7 @@ class TensorInterplay(NamedTuple):
 
     @property
     def excess(self) -> dict[str, jax.Array]:
-        """By order: by how much the error passes the bound, and at least 0."""
+        """Excess of the error over the bound, by order; at least 0."""
         return _excess(self)
 
 
@@ -86,7 +86,7 @@ class DotInterplay(NamedTuple):
 def lost_maxima(
     x: jax.Array, mask: jax.Array, format: str | Format, *, axis: int = -1
 ) -> LostMaxima:
-    """Which blocks of a format lose their greatest element to a mask.
+    """Counts the blocks of a format that lose their greatest element to a mask.
 
     Args:
       mask: bool like x, True = kept.

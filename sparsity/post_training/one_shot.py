@@ -341,7 +341,7 @@ class KeepZerosUpdater:
         )
 
     def validity(self, weights) -> dict[str, Validity]:
-        """What is counted in each kernel whose zeros are kept, by its name."""
+        """Counts, by name, the zeros of each kernel whose zeros are kept."""
         kernels, counted = by_name(dense_tree(weights)), {}
         for name, pattern in by_name(self.chosen).items():
             kind, kernel = parse_pattern(pattern), kernels[name]
@@ -353,7 +353,7 @@ class KeepZerosUpdater:
         return counted
 
     def describe(self) -> str:
-        """One line: which zeros are kept, and that they are in all steps."""
+        """Says in one line which zeros are kept, and that they are in all steps."""
         return (
             f"sparse: {listed(by_name(self.chosen))}; what is 0 at the start stays 0 in all steps"
         )

@@ -18,7 +18,7 @@ from sparsity.ranges import Count, Fraction, Positive, check_fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoSwitch:
-    """When the second moments v have settled (AutoSwitch, Lu et al., 2023).
+    """Switch to the sparse phase when second moments have settled (AutoSwitch, Lu et al., 2023).
 
     Z_t is the mean over all coordinates of |v_t - v_{t-1}|. The switch comes after the first update
     t for which the mean of the last `window` of them is below `threshold` and t > T_min, or for

@@ -1,4 +1,4 @@
-"""How a recipe's groups and masks lie in one kernel."""
+"""Layout of a recipe's groups and masks in one kernel."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ _MANY = 1024  # shards times eight, beyond which one axis is as good as another
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelPlan:
-    """What a recipe does with one kernel.
+    """Plan of a recipe for one kernel.
 
     Attributes:
       axis: of the groups of M, negative; a tuple of adjacent axes is taken as one, flattened.

@@ -1,4 +1,4 @@
-"""What a matmul reads in place of a kernel: a masked one, or one stored as values and indices.
+"""Kernels that a matmul reads in place of arrays: masked, or stored as values and indices.
 
 All are pytrees that stand as leaves in a tree of parameters. Where layers are stacked, every field
 has the axis of layers in front, so that `jax.lax.scan` and `jax.tree.map` slice them like arrays.
@@ -15,7 +15,8 @@ from sparsity.masks.packed import decode_indices, gather_nm, unpack_nm
 
 
 class Kernel:
-    """What stands for a kernel in a tree of parameters: `dense()` is the array that is read."""
+    """Base of what stands for a kernel in a tree of parameters; `dense()` is the array it reads
+    as."""
 
 
 @functools.partial(

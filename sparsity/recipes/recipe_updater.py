@@ -102,7 +102,7 @@ class RecipeUpdater:
         return self.fine_tune_start if fixed else None
 
     def settings(self, step: int | jax.Array | RecipeState) -> dict[str, Any]:
-        """What the recipe does in a step; all values are scalars and may be traced.
+        """Settings of the recipe in a step; all values are scalars and may be traced.
 
         Args:
           step: the number of updates done before, or the state. With an AutoSwitch the phases
@@ -275,7 +275,7 @@ class RecipeUpdater:
         return packed_state.global_norm(self, grads, count)
 
     def validity(self, weights: Any) -> dict[str, Validity]:
-        """What is counted in each kernel of the recipe, by its name.
+        """Counts, by name, the zeros of each kernel of the recipe.
 
         Args:
           weights: what `weights` or `pre_forward_update` gives.
@@ -288,7 +288,7 @@ class RecipeUpdater:
         }
 
     def describe(self) -> str:
-        """One line: which kernels are pruned, by which pattern, in which steps (from 1)."""
+        """Says in one line which kernels are pruned, by which pattern, in which steps (from 1)."""
         recipe, start, fixed = self.recipe, self.dense_steps, self.fine_tune_start
         patterns, stages = {}, []
         for plan in filter(None, self.plans):
@@ -395,7 +395,7 @@ class RecipeUpdater:
         return _Settings(phase, elapsed, length, decay, fine & self.recipe.freeze)
 
     def _stage(self, s: "_Settings", stages: int) -> jax.Array:
-        """Which of so many equally long stages a step is in."""
+        """Index of the stage that a step is in, of `stages` equally long ones."""
         stage = jnp.minimum(s.elapsed * stages // jnp.maximum(s.length, 1), stages - 1)
         return jnp.where(s.phase == FINE_TUNE, stages - 1, stage)
 

@@ -37,7 +37,7 @@ DEFAULT_LAYERS: Layers = {KERNELS: "2:4"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to do in each of three phases of a run: dense, decay, fine-tuning.
+    """Recipe of N:M sparsity for a run of three phases: dense, decay, fine-tuning.
 
     In the dense phase nothing is pruned. In the decay phase the masks are made anew from the
     magnitudes of the weights, in the stages of `pattern`, and pruned weights W are read as D W. In

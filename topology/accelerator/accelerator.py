@@ -1,4 +1,4 @@
-"""What one accelerator is made of, as the dataflow model sees it, as data.
+"""Accelerators as the dataflow model sees them: their parts and costs, as data.
 
 A matrix array that multiplies and adds, vector lanes beside it, one buffer on the chip, memory off
 it. Bandwidths are bytes/s, sizes bytes, frequencies Hz, energies joules. Every figure's source
@@ -85,7 +85,7 @@ class Accelerator:
     sources: Mapping[str, str] = field(repr=False, compare=False)
 
     def replace(self, **changes) -> "Accelerator":
-        """The same with other figures, as `dataclasses.replace`."""
+        """Returns a copy with the given fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
 

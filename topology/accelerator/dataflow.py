@@ -40,7 +40,7 @@ def attention_cost(
     softmax: str = "free",
     granularity: str = "M",
 ) -> Cost:
-    """What an attention costs by a dataflow.
+    """Computes the cost of an attention on an accelerator by a dataflow.
 
     Args:
       dataflow: of `DATAFLOWS`.
@@ -71,7 +71,7 @@ def layer_cost(
     softmax: str = "free",
     granularity: str = "M",
 ) -> Cost:
-    """What a layer of a model costs: its attention and its other matmuls, one after the other.
+    """Computes the cost of a model's layer: its attention, and then its other matmuls.
 
     Arguments and errors as of `attention_cost`.
     """
@@ -115,7 +115,7 @@ def least_full_buffer(cost_of, *, low: int = 2**10, high: int = 2**50, steps: in
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What a kernel makes at once.
+    """Tile that an attention kernel computes at once.
 
     Attributes:
       granularity: R, H, B or M.

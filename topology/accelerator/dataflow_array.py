@@ -1,4 +1,4 @@
-"""What a matmul costs on a matrix array: cycles, and elements that go to and from the buffer.
+"""Cycles of a matmul on a matrix array, and the elements it moves to and from the buffer.
 
 A is [m, k], B [k, n], C = A B [m, n]. One of the three stays in the array, as much as it holds,
 while the other two stream past:
@@ -23,7 +23,7 @@ STATIONARITIES = ("output", "weight", "input")
 
 
 class ArrayCost(NamedTuple):
-    """Of one matmul: cycles, and elements read of A, of B, and read and written of C."""
+    """Cost of one matmul: cycles, and elements read of A, of B, and read and written of C."""
 
     cycles: np.ndarray
     a: np.ndarray

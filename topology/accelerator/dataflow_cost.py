@@ -1,4 +1,4 @@
-"""What a dataflow costs on an accelerator, and what no dataflow can be below."""
+"""Cost of a dataflow on an accelerator, and a lower bound of that of every dataflow."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SOFTMAX_ACCESSES = 5  # of a logit in the buffer: the first reads; the others re
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What some work costs.
+    """Cost of a computation on an accelerator.
 
     Attributes:
       macs: multiplications and additions.
@@ -46,14 +46,14 @@ def check_softmax(softmax: str) -> None:
 
 
 def vector_cycles(accelerator: Accelerator, work: Attention, softmax: str) -> float:
-    """That the softmax takes the vector lanes."""
+    """Cycles that the vector lanes take for the softmax of an attention; 0 where it is "free"."""
     check_softmax(softmax)
     operations = 0 if softmax == "free" else SOFTMAX_OPERATIONS * work.logits
     return operations / accelerator.vector_lanes
 
 
 def softmax_bytes(work: Attention, softmax: str) -> float:
-    """That the softmax moves to and from the buffer."""
+    """Bytes that the softmax of an attention moves to and from the buffer; 0 where it is "free"."""
     return 0 if softmax == "free" else SOFTMAX_ACCESSES * work.logits * work.bytes_per_logit
 
 
@@ -69,7 +69,7 @@ def energy_of(accelerator: Accelerator, macs, vector, on_chip, off_chip):
 
 
 def lower_bound(accelerator: Accelerator, work: Attention, softmax: str = "free") -> Cost:
-    """What no dataflow is below, with a buffer of any size.
+    """Lower bound of the cost of an attention by any dataflow, with a buffer of any size.
 
     Every processing element busy in every cycle; Q, K and V read once and the output written once;
     the vector lanes busy with the softmax; the longest of the three hides the others.
@@ -94,7 +94,7 @@ def lower_bound(accelerator: Accelerator, work: Attention, softmax: str = "free"
 
 
 def add(costs: list[Cost], mapping: str = "") -> Cost:
-    """Of work done in turn."""
+    """Total cost of phases that run one after another."""
     total = {name: math.fsum(getattr(cost, name) for cost in costs) for name in _SUMS}
     ideal = sum(cost.utilisation * cost.seconds for cost in costs)
     return Cost(

@@ -125,7 +125,7 @@ def _scale(axes, ticks, labels) -> None:
 
 
 def size_text(size: float) -> str:
-    """Such as 512 KiB."""
+    """Writes a number of bytes in the largest unit that fits, such as "512 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

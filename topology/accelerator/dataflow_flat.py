@@ -47,7 +47,7 @@ GRANULARITIES = "RHBM"
 
 @dataclass(frozen=True, kw_only=True)
 class FlatMapping:
-    """How FLAT runs an attention.
+    """Mapping by which FLAT runs an attention.
 
     Attributes:
       granularity: R, H, B or M.
@@ -107,7 +107,7 @@ def flat_cost(
     spilled: float | None = None,
     softmax: str = "free",
 ) -> Cost:
-    """What a mapping costs.
+    """Computes the cost of an attention by a mapping of FLAT.
 
     Args:
       spilled: part of the live buffer that does not fit; None: by the accelerator's buffer.
@@ -230,7 +230,7 @@ def _lengths(n, c, d, rows):
 
 @functools.lru_cache(maxsize=256)
 def _best_shapes(array: MatrixArray, n, c, d, heights):
-    """For either matmul, by stationarity: costs and shapes with tiles of these heights, [T, 1]."""
+    """Finds costs and array shapes, [T, 1], by matmul and stationarity, for tile heights."""
     lengths = _lengths(n, c, d, np.array(heights)[:, None])
     return [{name: best_shape(array, name, *each) for name in STATIONARITIES} for each in lengths]
 
@@ -247,7 +247,7 @@ def _evaluate(
     spilled: float | None,
     softmax: str,
 ) -> dict[str, np.ndarray]:
-    """What mappings cost that share their stationarities; arguments broadcast.
+    """Evaluates mappings that share their stationarities; arguments broadcast.
 
     costs: of both matmuls of a head; shapes: [2, 2, ...], rows and columns of the array in either.
     """

@@ -49,7 +49,7 @@ class MatmulTraffic:
 
 
 def matmul_traffic(lengths, tiles, order) -> MatmulTraffic:
-    """What a tiled matmul moves between buffer and memory.
+    """Counts the elements that a tiled matmul moves between buffer and memory.
 
     Args:
       lengths: m, k and n; tiles: of each, numbers or arrays that broadcast.
@@ -84,7 +84,7 @@ def live_bytes(tiles, sizes):
 
 @dataclass(frozen=True, kw_only=True)
 class _Space:
-    """All tilings of a matmul: [T] tiles, [6] orders."""
+    """Tilings of a matmul: [T] tiles, [6] orders."""
 
     tiles: np.ndarray  # [3, T]
     cycles: np.ndarray  # [T], of the array

@@ -1,4 +1,4 @@
-"""What the dataflow model computes: the attention and the other matmuls of a transformer block.
+"""Workloads of the dataflow model: attention and the other matmuls of a transformer block.
 
 The models are those of the FLAT paper (Kao et al., ASPLOS 2023, arXiv 2107.06419), with the sizes
 of their published configurations.

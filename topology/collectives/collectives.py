@@ -1,4 +1,4 @@
-"""What collectives cost on a slice, and what no schedule can do better than.
+"""Costs of collectives on a slice, and lower bounds that hold for every schedule.
 
 All-gather is breadth-first broadcast (Zhao et al., "Efficient Direct-Connect Topologies for
 Collective Communications", arXiv 2202.03356): in round t every chip receives, whole, the shards of
@@ -65,7 +65,7 @@ _PATHS = 250_000  # held at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What links give.
+    """Bandwidths and latencies of the links of a network.
 
     Attributes:
       bandwidth: usable bytes/s of a link in one direction; of TPU v4 unless given, and `Network.of`
@@ -119,7 +119,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a collective costs on any network.
+    """Cost of a collective, whatever the bandwidth and latency of the network.
 
     Attributes:
       hops: whose latencies it waits for, one after another.
@@ -211,8 +211,9 @@ def broadcast_rounds(groups: Groups) -> list[BroadcastRound]:
 
 
 def arrivals(groups: Groups, receivers):
-    """For each receiving member: (int [n] steps away from every member, int [n] the set of moves by
-    which that member's shard can arrive when it is broadcast breadth-first; bit m is move m)."""
+    """Yields for each receiving member: (int [n] steps away from every member, int [n] the set of
+    moves by which that member's shard can arrive when it is broadcast breadth-first; bit m is move
+    m)."""
     n, after = groups.size, groups.after
     here, move = np.nonzero(after >= 0)
     graph = csr_array((np.ones(len(here), np.int8), (here, after[here, move])), (n, n))

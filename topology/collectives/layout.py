@@ -1,4 +1,4 @@
-"""Which chip gets which place of a logical mesh, so that given traffic costs least.
+"""Assignment of chips to places of a logical mesh, so that given traffic costs least.
 
 A slice is read as a box: chips are a_0 g_0 + a_1 g_1 + a_2 g_2 with 0 <= a_i < n_i. On a regular
 slice g is x, y, z; on a twisted one there are several boxes, because the lattice offers other
@@ -204,7 +204,7 @@ class _Search:
         }
 
     def digits(self, b, factors, order):
-        """Of every axis, its (dimension of the box, stride, size), the outermost first."""
+        """Lists (dimension of the box, stride, size) for every mesh axis, the outermost first."""
         digits = [[] for _ in self.names]
         for i, axes in enumerate(order):
             stride = 1
@@ -218,7 +218,7 @@ class _Search:
         return digits
 
     def seconds(self, b, factors, order, limit=math.inf):
-        """Of all the traffic; infinite as soon as it is known to be no less than the limit."""
+        """Seconds of all the traffic; infinite once they are known to be no less than `limit`."""
         parts = self._parts(b, factors, order)
         total = sum(least for *_, least in parts)
         for one, mine, least in parts:
@@ -298,7 +298,7 @@ class _Search:
         return self.costs[key]
 
     def _known(self, kind, offsets, members):
-        """What groups of different boxes share that are the same or mirror images."""
+        """Returns a key that groups of different boxes share if they are equal or mirror images."""
         if not self.slice.is_twisted:
             return kind, members.tobytes(), offsets.tobytes()
         images = self.images[:, self.slice.index(self.slice.reduce(members))]
@@ -373,7 +373,7 @@ def _devices(slice, axes):
 
 
 def _factorisations(sizes, wanted) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """All int [dimensions][axes] with the products `sizes` of rows and `wanted` of columns."""
+    """Yields int [dimensions][axes] with the products `sizes` of rows and `wanted` of columns."""
 
     def columns(size, left):
         if not left:

@@ -11,7 +11,7 @@ from topology.torus.slices import Slice
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What happened.
+    """Result of replaying a schedule of a collective on a network.
 
     Attributes:
       seconds: the rounds one after another; each takes the latency of its longest path and the
@@ -107,7 +107,8 @@ def _gathered(schedule):
 
 
 def _delivered(schedule):
-    """Where every piece is, moved from chip to chip; it must be where it is sent from."""
+    """Follows every piece by a schedule; tells whether all are sent from where they are, and
+    arrive."""
     members, K = schedule.groups.members, schedule.pieces
     G, n = members.shape
     group = np.empty(members.size, int)

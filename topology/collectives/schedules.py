@@ -199,7 +199,7 @@ def _breadth_first(groups) -> tuple[int, list]:
 
 
 def _share_out(items, possible, limits, K) -> Iterator[tuple[int, int, int, int]]:
-    """Which pieces of which item come by which move, no move more than its limit: a flow."""
+    """Assigns the pieces of items to moves by a maximum flow, within the limit of each move."""
     sets, of = np.unique(possible, return_inverse=True)
     S, M = len(sets), len(limits)
     capacity = np.zeros((S + M + 2,) * 2, np.int32)

@@ -1,4 +1,4 @@
-"""One HTML file of a scene, to turn and to zoom, with its figures beside it; it needs no network.
+"""Interactive HTML page of a scene, one file: turn, zoom, and values beside it; needs no network.
 
 The file holds all that it shows: the template `page.html`, the scene as JSON, and `scene.js`, which
 draws it by WebGL. Its content security policy lets it load nothing.
@@ -66,7 +66,7 @@ def figures(title: str, rows: Sequence[tuple[str, str]], note: str = "") -> str:
 
 
 def fabric_sections(fabric: Fabric) -> tuple[list[str], str]:
-    """What stands beside a picture of a fabric: its blocks, and every port of every switch.
+    """Makes the panel beside a picture of a fabric: its blocks, and every port of every switch.
 
     Returns:
       HTML for the panel, and the script that draws the ports.
@@ -184,7 +184,7 @@ def _ink(colour):
 
 
 def _data(scene):
-    """What `scene.js` reads."""
+    """Returns the scene as the JSON that `scene.js` reads."""
     bent = scene.kinds > 0
     values = []
     for name, value in scene.values.items():

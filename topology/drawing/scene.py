@@ -1,4 +1,4 @@
-"""What a picture of a slice, or of a pod's fabric, shows: places, links, loads, failures, as data.
+"""Contents of a picture of a slice or of a pod's fabric: places, links, loads, failures, as data.
 
 Nothing here draws: `topology.drawing.page` makes an interactive page of a scene,
 `topology.drawing.picture` a PNG.
@@ -48,7 +48,7 @@ _WORK = 2**18  # sources x chips up to which the optimum around failures takes s
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What is drawn: N nodes (chips, or blocks) and L links, each link once for both directions.
+    """Drawing of N nodes (chips, or blocks) and L links, each link once for both directions.
 
     Attributes:
       nodes: what a node is, such as "chip".

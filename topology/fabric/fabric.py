@@ -108,7 +108,7 @@ class Fabric:
         return [b for b in range(self.pod.num_blocks) if b not in used | self.unhealthy_blocks]
 
     def port(self, switch: Switch, port: int) -> int:
-        """Where the fibre is that the wiring rule lays to a port: there, or in a spare one."""
+        """Port that holds the fibre which the wiring rule lays to `port`: that one, or a spare."""
         return self.patches.get((switch, port), port)
 
 
@@ -146,8 +146,8 @@ class Changes:
 
 @dataclass(frozen=True)
 class Drained:
-    """What a maintenance drain did: blocks moved as {slice: (from, to)}, and the slices that go on
-    with links fewer, to be routed around."""
+    """Result of a maintenance drain: the fabric after it, blocks moved as {slice: (from, to)}, and
+    the slices that go on with fewer links, to be routed around."""
 
     fabric: Fabric
     moves: Mapping[str, tuple[int, int]]

@@ -1,4 +1,4 @@
-"""What a fabric really connects, found by following the light from port to port.
+"""Connections that a fabric really makes, found by following the light from port to port.
 
 Nothing here asks how a configuration was built. `trace` starts at every fibre, goes to the port at
 which it ends, through the cross-connect that the switch holds there, and out along the fibre at
@@ -63,7 +63,7 @@ def port_conflicts(fabric: Fabric) -> list[str]:
 
 
 def verify(fabric: Fabric, name: str) -> list[str]:
-    """Whether the light makes a slice what it claims to be: no line means it is proved.
+    """Verifies that the light makes a slice what it claims to be: no line means it is proved.
 
     The map from the slice's chips to the pod's, which the placement claims, is an isomorphism: it
     takes different chips to different chips, and each of the six links of each chip ends where the
@@ -77,7 +77,7 @@ def verify(fabric: Fabric, name: str) -> list[str]:
 
 
 def check(fabric: Fabric) -> list[str]:
-    """All that is wrong with a fabric; no line means that every slice is proved, and apart.
+    """Lists all that is wrong with a fabric; no line means that every slice is proved, and apart.
 
     No port and no block is used twice, every slice verifies, and no light joins a block to one
     that is not of its slice.
@@ -103,8 +103,8 @@ def check(fabric: Fabric) -> list[str]:
 
 @dataclass(frozen=True)
 class Impact:
-    """What a slice loses: chips by their index, links by their directed ids 6 * chip + direction
-    (both directions of each; those of lost chips too)."""
+    """Loss of a slice: chips by their index, links by their directed ids 6 * chip + direction (both
+    directions of each; those of lost chips too)."""
 
     chips: tuple[int, ...]
     links: tuple[int, ...]

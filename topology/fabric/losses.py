@@ -1,4 +1,4 @@
-"""What a slice loses with parts of it, by the wiring rule; it need not be placed on a pod.
+"""Loss of a slice when parts fail, by the wiring rule; it need not be placed on a pod.
 
 `topology.fabric.light` finds the same of a slice that is placed, by following the light.
 """

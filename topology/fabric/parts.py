@@ -29,7 +29,7 @@ class Switch(NamedTuple):
 
 
 def switches(pod: Pod) -> list[Switch]:
-    """All optical switches of a pod. ValueError where how they are wired is not published."""
+    """Lists all optical switches of a pod; ValueError where their wiring is not published."""
     switch_of(pod)
     places = range(block_of(pod).side)
     return [Switch(d, i, j) for d in range(3) for i in places for j in places]

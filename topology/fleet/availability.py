@@ -209,7 +209,8 @@ def first_fit_boxes(up: np.ndarray, places: Sequence[int]) -> np.ndarray:
 
 @lru_cache
 def _packings(shape, grid, wraparound):
-    """What `most_boxes` wants; None if there are too many."""
+    """Lists, by number of boxes, the unions of disjoint placements of `shape` in `grid`, for
+    `most_boxes`; None if there are too many."""
     places = grid_boxes(shape, grid, wraparound)
     unions, levels = set(places), []
     while unions:

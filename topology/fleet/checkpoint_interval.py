@@ -1,4 +1,4 @@
-"""How often to save a checkpoint: the rules of Young and Daly, and the exact optimum behind them.
+"""Intervals between checkpoints: the rules of Young and Daly, and the exact optimum behind them.
 
 Times are seconds throughout:
   work      computed between the end of a checkpoint and the start of the next (the interval)

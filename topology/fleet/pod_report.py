@@ -28,7 +28,7 @@ class Event(NamedTuple):
 
 @dataclass
 class JobRecord:
-    """What became of a job: times in seconds, None where it did not come so far."""
+    """Record of a job of a simulation: times in seconds, None for what it did not reach."""
 
     job: Job
     progress: Progress
@@ -38,7 +38,7 @@ class JobRecord:
 
     @property
     def wait(self) -> float | None:
-        """From its arrival to its first start."""
+        """Seconds from the job's arrival to its first start; None if it never started."""
         return None if self.started is None else self.started - self.job.arrival
 
 
@@ -78,7 +78,7 @@ class Report:
 
     @property
     def mean_wait(self) -> float:
-        """Of `waits`; 0 where there are none."""
+        """Mean of `waits`, in seconds; 0 where there are none."""
         return sum(self.waits) / max(1, len(self.waits))
 
     @property

@@ -271,7 +271,7 @@ class _Simulation:
         task.progress.stalled = bool(dark)
 
     def _prefers_detour(self, task):
-        """Whether a job rather runs around a switch than wait until it is repaired."""
+        """Tells whether a job would rather route around a broken switch than wait for repair."""
         repair = self.rates.repair("ocs")
         ways = {"wait": repair, **self._reroute(task, repair)}
         return self.policy.recovery.choose("ocs", ways) == "reroute"

@@ -1,4 +1,4 @@
-"""What a pod's scheduler decides, each decision a small class that can be exchanged.
+"""Decisions of a pod's scheduler, each a small class that can be exchanged.
 
 Where a slice goes (`AnyBlocks`, `ContiguousBox`), who is next (`InOrder`, `Backfill`), and what to
 do when a part under a job fails (`Cheapest`, `AsPublished`, `NeverReroute`).
@@ -36,7 +36,7 @@ class AnyBlocks:
         return tuple(next(others) if block in failed else block for block in held)
 
     def make_room(self, slice: Slice, free: Sequence[int], held: Mapping[str, tuple]) -> None:
-        """No move makes room that is not there already."""
+        """Returns None: where any blocks will do, moving slices makes no room."""
         return None
 
 
@@ -53,14 +53,14 @@ class ContiguousBox:
     wraparound: bool = False
 
     def choose(self, slice: Slice, free: Sequence[int]) -> tuple[int, ...] | None:
-        """As `AnyBlocks.choose`: the first box, by block numbers, that is free and healthy."""
+        """Chooses the first box, by block numbers, that is free and healthy."""
         open_ = _bits(free)
         return next((_blocks(box) for box in self._boxes(slice) if box & open_ == box), None)
 
     def replace(
         self, slice: Slice, held: Sequence[int], failed: Set[int], free: Sequence[int]
     ) -> tuple[int, ...] | None:
-        """As `AnyBlocks.replace`, but the slice moves to another box, that may overlap its own."""
+        """Chooses another box for the slice, that may overlap its own; see `AnyBlocks.replace`."""
         return self.choose(slice, [*free, *(block for block in held if block not in failed)])
 
     def make_room(
@@ -101,7 +101,7 @@ class InOrder:
     """First come, first served, the higher priority before: who does not fit holds up the rest."""
 
     def holds_up(self, job: Job, waited: float) -> bool:
-        """Whether no job behind may start before this one, which does not fit now."""
+        """Returns True: no job behind may start before one that does not fit now."""
         return True
 
 
@@ -120,7 +120,7 @@ class Cheapest:
     """Takes the way out that is expected to cost the job the least time."""
 
     def choose(self, kind: str, costs: Mapping[str, float]) -> str:
-        """One of the ways out.
+        """Chooses what to do after a failure: the option that is expected to cost least.
 
         Args:
           kind: of the part: host, link, ocs or block.
@@ -152,7 +152,7 @@ class NeverReroute:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """All decisions together.
+    """Policy of a pod's scheduler: all its decisions together.
 
     Attributes:
       spares: free healthy blocks that no job may start on: they replace those that fail.

@@ -1,5 +1,5 @@
-"""How far a job is: the work it has done, saved and lost, and where the time it held went; and the
-pauses that moving, saving and restoring cost."""
+"""Progress of a job: the work done, saved and lost, where the time it held went, and the pauses
+that moving, saving and restoring cost."""
 
 import math
 from dataclasses import dataclass
@@ -73,12 +73,12 @@ class Progress:
 
     @property
     def held(self) -> float:
-        """All time accounted for."""
+        """Seconds that the job held its blocks, all accounted for."""
         overhead = self.lost + self.slowed + self.saving + self.paused + self.stalled_for
         return self.kept + overhead
 
     def time_left(self) -> float:
-        """Until the work is done, if nothing happens; infinite while stalled."""
+        """Seconds until the work is done, if nothing happens; infinite while stalled."""
         if self.stalled:
             return math.inf
         seconds = self.pause + self.left / self.speed

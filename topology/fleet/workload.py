@@ -1,4 +1,4 @@
-"""What happens to a pod over months: the jobs that arrive, the parts that fail, the maintenance.
+"""Events of a pod over months: the jobs that arrive, the parts that fail, the maintenance.
 
 Each is a list made before a simulation begins, from a seed of its own, so policies are compared on
 the same jobs and the same failures; lists from anywhere else (real traces) do as well. Times are
@@ -60,7 +60,8 @@ class Job:
 
     @property
     def uses_switches(self) -> bool:
-        """Every slice of whole blocks uses all switches (one block: for its wraparound)."""
+        """Tells whether the slice uses switches: any of whole blocks does, if only to wrap
+        around."""
         return self.slice.is_whole_blocks
 
 
@@ -92,7 +93,7 @@ class Outage:
 
 @dataclass(frozen=True, kw_only=True)
 class FailureRates:
-    """How often the parts of a pod fail, and how long a repair takes on average.
+    """Rates at which the parts of a pod fail, and mean times of repair.
 
     Attributes:
       host, cable, switch: failures of one part a day. Published: 0.08 %, 0.005 %, 0.04 % (Zu et

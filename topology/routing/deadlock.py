@@ -123,5 +123,5 @@ def find_cycle(waits) -> list[int] | None:
 
 
 def is_deadlock_free(slice: Slice, routing: Routing, datelines: Datelines | None = None) -> bool:
-    """Whether dimension-order routing with these datelines can never deadlock."""
+    """Tells whether dimension-order routing with these datelines can never deadlock."""
     return find_cycle(dependencies(routing_buffers(slice, routing, datelines))) is None

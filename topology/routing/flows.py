@@ -1,4 +1,4 @@
-"""Any demands over any links: the routing with the least largest link load, and its proof."""
+"""Routing of any demands over any links with the least largest link load, and its proof."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Flow:
 
     @property
     def is_exact(self) -> bool:
-        """Whether routing and bound meet, up to one part in 100 000."""
+        """Tells whether routing and bound meet, up to one part in 100 000."""
         return self.max_link_load - self.lower_bound <= 1e-5 * self.max_link_load
 
 

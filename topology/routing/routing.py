@@ -239,7 +239,8 @@ def _routing(slice, chips, vectors, parts, order):
 
 
 def _mesh_order(slice, ties, order):
-    """As `dimension_order`, without wraparound somewhere (so not twisted): signs are the ways."""
+    """Routes as `dimension_order`, without all wraparound (so not twisted): paths differ by
+    signs."""
     ways = [np.zeros((1, slice.num_chips, 3), int)]
     shares = np.ones((1, slice.num_chips))
     vectors = ways[0]

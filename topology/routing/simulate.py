@@ -22,7 +22,7 @@ from topology.torus.slices import Slice
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What became of the packets.
+    """Outcome of a simulation of packets on a slice.
 
     Attributes:
       cycles: until the last arrived, or until nothing moved any more.

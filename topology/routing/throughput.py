@@ -91,7 +91,7 @@ def closed_form(slice: Slice) -> float | None:
 
 
 def is_cut(slice: Slice, failed_links: Iterable[int]) -> bool:
-    """Whether some chip cannot reach another any more without some links: cut in two, or more."""
+    """Tells whether some chip cannot reach another without the failed links."""
     neighbours, _ = _without(slice, failed_links)
     tails, directions = np.nonzero(neighbours >= 0)
     N = slice.num_chips
@@ -115,7 +115,7 @@ def all_to_all_kept(
 
 
 def bisection_is_least(slice: Slice, lower_bound: float) -> bool:
-    """Whether no cut into halves is smaller than `slice.bisection_links`.
+    """Tells whether no cut into halves is smaller than `slice.bisection_links`.
 
     Known of regular tori and meshes; of others where all-to-all proves it: N^2 / 4 units go from
     one half to the other over c links, none of which has to carry more than T, so c >= N^2 / 4 T.

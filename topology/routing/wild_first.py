@@ -121,7 +121,7 @@ def wild_first(
 def candidate_paths(
     slice: Slice, dimension: int, i: int, j: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All wild-first paths of all pairs that avoid a failed switch.
+    """Lists the wild-first paths of all pairs that avoid a failed switch.
 
     Any choice among them is free of deadlock, because all of them together are.
 
@@ -205,7 +205,7 @@ def _order(dimension) -> tuple[int, int, int]:
 
 
 def _datelines(slice, dimension, i, j) -> Datelines:
-    """At the end of the failed switch's dimension; elsewhere so that failed columns can be left.
+    """Datelines: the end of the failed switch's dimension; elsewhere so that columns can be left.
 
     Wild hops lose the links after the one from the dateline, as far as packets go past it: k/2 - 2
     of a ring of k chips (k/2 - 1 where both directions have theirs at the same place), and all but

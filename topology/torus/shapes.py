@@ -1,4 +1,4 @@
-"""Which shapes and twists of a slice the wiring of a pod can make, and the nearest that it can.
+"""Shapes and twists of a slice that the wiring of a pod can make, and the nearest to one it cannot.
 
 Limits are the pod's data (`topology.hardware`). A pod of blocks makes any box of whole blocks, up
 to its largest slice, and some boxes inside a block; another pod has the shapes that it lists.
@@ -35,7 +35,7 @@ def shipped_twist(shape: Shape, pod: Pod = TPU_V4) -> Twist | None:
 
 
 def legal_shapes(max_blocks: int | None = None, pod: Pod = TPU_V4) -> list[Shape]:
-    """All legal shapes, dimensions ascending, the smallest first.
+    """Lists all legal shapes of slices, dimensions ascending, the smallest first.
 
     Args:
       max_blocks: of slices of whole blocks; by default those of the pod's largest slice.

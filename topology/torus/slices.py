@@ -167,8 +167,8 @@ class Slice:
 
     @property
     def is_torus(self) -> bool:
-        """Whether all dimensions of more than a chip wrap, so that all chips are alike; twisted or
-        not."""
+        """Tells whether all dimensions of more than a chip wrap (twisted or not): all chips are
+        alike."""
         return all(wraps or k == 1 for k, wraps in zip(self.shape, self.wrap, strict=True))
 
     @property
@@ -375,7 +375,7 @@ def check_same_pod(slice: Slice, pod: Pod) -> None:
 
 
 def _no_twist(shape, pod):
-    """Why a shape has no twist that ships, and which has."""
+    """Says why no twist of a shape ships, and the nearest shape of which one does."""
     nearest = nearest_twistable(shape, pod)
     if nearest is None:
         return f"no slice of {pod.name} is twisted, its wiring is fixed; take {times(shape)}"

@@ -1,4 +1,4 @@
-"""Every twist of a shape that the optical switches can make, and which of them is best.
+"""Twists of a shape that the optical switches can make, and the best of them.
 
 Two twists are the same network where a signed permutation of x, y and z takes the lattice of one
 to that of the other; one of each such class is listed. "TONS" (arXiv 2605.27963) searches more
@@ -35,7 +35,7 @@ def ranked_twists(
 
 
 def all_twists(shape: Shape, pod: Pod = TPU_V4) -> list[Slice]:
-    """One slice of every class of equivalent twists; the regular torus is the first.
+    """Lists a slice of every class of equivalent twists; the regular torus is the first.
 
     Of a class, the twist that ships stands where it is in it, else the one with the least shifts.
 
@@ -63,7 +63,7 @@ def all_twists(shape: Shape, pod: Pod = TPU_V4) -> list[Slice]:
 
 
 def _acyclic_twists(shape, side):
-    """All twists with shifts of whole blocks, each dimension shifting only later ones of an order.
+    """Lists all twists by whole blocks, each dimension shifting only later ones of some order.
 
     By Hajos's theorem these are all lattices that the box of the shape tiles Z^3 by.
     """
