@@ -208,7 +208,7 @@ def steps_before(directory: Path) -> int | None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """False for what a start leaves that was killed before it wrote config.gin."""
+    """Tells whether a path is more than what a run leaves that was killed as it started."""
     if path.name == "checkpoints" and path.is_dir():
         return any(part.name != f"{Path(record.FILE).name}.new" for part in path.iterdir())
     return path.name not in (".lock", "config.gin.new", "pod")

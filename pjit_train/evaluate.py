@@ -20,7 +20,7 @@ log = logging.getLogger("torsion")
 
 
 def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
-    """The figures of the run's task, "val_loss" among them, over its validation batches.
+    """The metrics of the run's task, "val_loss" among them, over its validation batches.
 
     Args:
       weights: what `Program.weights` gives.
@@ -86,7 +86,7 @@ def _is_training(directory: Path) -> bool:
 
 
 def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Validation figures of a run directory's newest good checkpoint, and its `step`.
+    """Validation metrics of a run directory's newest good checkpoint, and its `step`.
 
     They are those of the run's task: `Task.figures` and `Task.details`.
 

@@ -101,7 +101,7 @@ class InterplayStudy:
 
 
 class Loss(NamedTuple):
-    """The validation loss of one model in one way of reading it.
+    """The validation loss of one model, read in one format and order.
 
     Attributes:
       kind: of the run, of `KINDS`.

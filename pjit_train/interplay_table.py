@@ -224,7 +224,7 @@ def _equal_bytes(losses: Sequence[Loss]) -> list[list[str]]:
 
 
 def draw(study: InterplayStudy, losses: Sequence[Loss], path: Path) -> None:
-    """Draws by how much each way passes the bound, and perplexity against bytes."""
+    """Draws the excess over the bound of each way to combine both, and perplexity against bytes."""
     import matplotlib
 
     matplotlib.use("Agg")

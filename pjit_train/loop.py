@@ -163,12 +163,12 @@ class _Loop:
         self.profiling = False
         self.step_ended = self.began
         self.step_seconds: list[float] = []  # of the steps since the last row
-        self.extra: dict[str, float] = {}  # other figures for the next row
+        self.extra: dict[str, float] = {}  # other metrics for the next row
 
     def steps(self, state, stop: StopRequest) -> None:
         """Trains to the end, or until asked to stop."""
         last, eval_every = self.run.steps, self.run.eval_every
-        unread = None  # (step, figures) of the step that is being computed
+        unread = None  # (step, metrics) of the step that is being computed
         masks = self.program.masks(state)
         with Prefetcher(self._batch, self.start) as self.prefetcher:
             for step, batch in enumerate(self.prefetcher, self.start + 1):
@@ -244,7 +244,7 @@ class _Loop:
         self.step_ended = time.monotonic()
 
     def _read(self, step: int, figures) -> dict:
-        """The figures of a step, once it is computed."""
+        """The metrics of a step, once it is computed."""
         row = {"step": step, **{name: np.asarray(x).item() for name, x in figures.items()}}
         now = time.monotonic()
         if step == self.start + 1:

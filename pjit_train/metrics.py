@@ -51,7 +51,7 @@ def utilisation(flops_per_second: float, mesh: jax.sharding.Mesh) -> float | Non
 
 
 class Metrics:
-    """Writes rows of figures, one a step, to `metrics.jsonl` and TensorBoard events.
+    """Writes records of metrics, one a step, to `metrics.jsonl` and TensorBoard events.
 
     Rows of steps after `start` are dropped when a run resumes from that step, so that a step stands
     once however often the run was resumed. Only process 0 writes.
@@ -81,7 +81,7 @@ class Metrics:
         self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=purge))
 
     def write(self, row: Row) -> None:
-        """Writes the figures of `row["step"]`; those that are not finite as null."""
+        """Writes the metrics of `row["step"]`; those that are not finite as null."""
         if self._file is None:
             return
         finite = {
@@ -216,7 +216,7 @@ class Display:
             self._bar.update(self._shown, completed=step)
 
     def row(self, row: Row) -> None:
-        """Shows the figures of a row."""
+        """Shows the metrics of a row."""
         step, loss = row["step"], f"{row['loss']:.4f}"
         unit = self._task.unit
         speed = f"{row[name]:,.0f}" if (name := f"{unit}_per_second") in row else "-"

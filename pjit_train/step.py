@@ -166,8 +166,8 @@ def eval_step(graph: nnx.GraphDef, sums_of: Callable) -> Callable:
 def _update(optimizer, grads, norm, state: State, updater, finite) -> State:
     """The state without its step after an update, sharded as before.
 
-    The optimizer is not ours and says nothing of shardings: the partitioner chooses inside it. The
-    choice between the branches is one of whole states, so that arrays are updated in place.
+    The optimizer comes from optax and says nothing of shardings: the partitioner chooses inside it.
+    The choice between the branches is one of whole states, so that arrays are updated in place.
     """
 
     def applied(grads, norm, state):

@@ -18,12 +18,12 @@ class NoUpdateSchedule:
     """Masks stay as they were made at initialization."""
 
     def get_sparsity_at_step(self, target_sparsities: Any, step: Any) -> Any:
-        """The targets."""
+        """Returns the target sparsities as they are."""
         del step
         return target_sparsities
 
     def is_mask_update_iter(self, step: Any) -> Any:
-        """False."""
+        """Returns False: masks are never updated."""
         del step
         return False
 
@@ -38,7 +38,7 @@ class OneShotSchedule(NoUpdateSchedule):
         check_fields(self)
 
     def is_mask_update_iter(self, step: Any) -> Any:
-        """True at `target_step`."""
+        """Tells whether `step` is `target_step`."""
         return step == self.target_step
 
 

@@ -1,6 +1,7 @@
 """The house stands from below: a package imports none of those above it."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -10,6 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# A docstring does not begin with these, but with a noun (and its article) or a verb.
+NO_BEGINNING = re.compile(
+    r"(After|As|At|Before|Besides|By|For|From|How|If|In|No|None|Nothing|Not|Of|One|Only|Ours?|So|Such"
+    r"|That|The\s+same|Theirs?|Then|There|They|This|Those|To|Until|What|Whatever|When|Where|Whether"
+    r"|Which|Who|Why|With|Within|Without)\b"
+)
 FORBIDDEN = {
     "topology": {"sparsity", "pjit_train", "launch", "jax", "flax", "optax"},
     "sparsity": {"topology", "pjit_train", "launch"},
@@ -120,3 +127,24 @@ def test_no_function_imports_upwards_later(package):
                 names = [node.module]
             upper = {name.partition(".")[0] for name in names} & FORBIDDEN[package]
             assert not upper, f"{path.relative_to(ROOT)}:{node.lineno} imports {upper}"
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    ["What links give.", "Of the kernel.", "Those, too.", "The same once open.", "None."],
+)
+def test_a_docstring_that_needs_its_file_is_found(docstring):
+    assert NO_BEGINNING.match(docstring)
+    assert not NO_BEGINNING.match("Nonempty groups. What they hold stands in `a`.")
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb():
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    bad = []
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and NO_BEGINNING.match(text):
+                place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+                bad.append(f"{place}: {text.splitlines()[0]}")
+    assert not bad, "begin these with a noun or a verb:\n" + "\n".join(bad)

@@ -1,4 +1,4 @@
-"""TPU pods: their chips, their tori, TPU v4's optical switches, and what they give.
+"""TPU pods: chips, tori, optical switches, and the bandwidth and goodput that they give.
 
 A library of its own: it needs numpy and scipy, and no JAX.
 """

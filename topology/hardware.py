@@ -98,7 +98,7 @@ class OpticalSwitch:
     Attributes:
       ports: of them spare_ports carry no block's fibre.
       switching_seconds: for a mirror to settle on a new connection. Only "milliseconds" is public:
-        10 ms is an upper estimate, ours.
+        10 ms is this project's upper estimate.
       cost_share, power_share: of the whole system's, with the optics; at most.
     """
 

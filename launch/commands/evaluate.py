@@ -1,4 +1,4 @@
-"""`torsion eval`: the validation figures of a trained run."""
+"""`torsion eval`: the validation metrics of a trained run."""
 
 import json
 from pathlib import Path

@@ -17,8 +17,8 @@ from pjit_train.errors import TrainingError, UserError
 from topology import Part, Slice, lay_mesh
 
 _POLL = 0.1  # seconds between two questions to every agent
-_ANSWER = 5.0  # seconds that an agent has for an answer
-_SAVING = 5  # times as long as a step may take what comes between steps: to save and validate
+_ANSWER = 5.0  # seconds in which an agent must answer
+_SAVING = 5  # limit for saving or validating between steps, in times the limit of a step
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A run's figures as metrics of Ray, which its dashboard and Prometheus read."""
+"""Export of a run's metrics to Ray, which its dashboard and Prometheus read."""
 
 from ray.util.metrics import Counter, Gauge
 

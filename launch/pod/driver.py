@@ -1,8 +1,8 @@
 """The process that holds Ray and supervises: `python -m launch.pod.driver OPTIONS`, as JSON.
 
-A `keeper` starts it, and starts it again where it dies; it ends with its keeper. It leaves with
-ENDED plus an exit code of the command line, or RAY_LOST. What Ray and other libraries print goes to
-`pod/driver.log`.
+A watchdog (`keeper`) starts it, and starts it again where it dies; it ends with its watchdog. It
+leaves with ENDED plus an exit code of the command line, or RAY_LOST. What Ray and other libraries
+print goes to `pod/driver.log`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _RAY = 300.0  # seconds that Ray has to start, or a cluster to answer
 
 
 def main() -> int:
-    # The keeper tells, and ends what is left; until there is something to save, at once.
+    # The watchdog tells, and ends what is left; until there is something to save, at once.
     with signals.taken(lambda number: os._exit(128 + number)):
         return _main(json.loads(sys.argv[1]))
 
@@ -167,7 +167,7 @@ def _ray(options, record, problems):
         ray = cluster.joined(options["address"])
         what = f"the Ray at {options['address']} to take this process in{proxy_note()}"
 
-    def in_vain() -> None:  # Ray has no limit of its own; the keeper tries again, or says the end
+    def in_vain() -> None:  # Ray has no limit of its own; the watchdog tries again, or says the end
         print(f"torsion: waited {_RAY:.0f} s in vain for {what}", file=problems, flush=True)
         os._exit(RAY_LOST)
 

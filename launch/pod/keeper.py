@@ -1,4 +1,4 @@
-"""The process that a user starts: it keeps a driver alive, and leaves nothing behind.
+"""Watchdog, the process that a user starts: it keeps a driver alive, and leaves nothing behind.
 
 Ray ends the process that it is connected from when its head dies, so that is another process than
 this one, which starts it again. The run then goes on from its newest checkpoint.

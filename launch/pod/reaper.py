@@ -1,7 +1,7 @@
-"""The process that clears up after a keeper that was killed: `python -m launch.pod.reaper DIR`.
+"""The process that clears up after a watchdog that was killed: `python -m launch.pod.reaper DIR`.
 
 Drivers, trainers and Ray's servers die with their parents; some of Ray's helpers take a minute to.
-This process waits at its standard input for the keeper's end. Then it kills all processes of the
+This process waits at its standard input for the watchdog's end. Then it kills all processes of the
 Ray of that directory, and removes it.
 """
 

@@ -42,14 +42,14 @@ class Host:
 
 
 class Staff:
-    """The agents.
+    """Pool of the agents, one for each process of a run and a spare one.
 
     Args:
-      standing: what holds for every attempt, of every agent.
-      chips: that an agent takes of the cluster's, by Ray's name of the resource ("TPU" or "GPU");
-        empty where devices are emulated.
-      slice: of TPU chips, on whose hosts the agents have to be.
-      say: is told what is waited for.
+      standing: orders that hold for every agent in every attempt.
+      chips: number of the cluster's chips that an agent takes, by Ray's name of the resource
+        ("TPU" or "GPU"); empty where devices are emulated.
+      slice: slice of TPU chips, on whose hosts the agents have to be.
+      say: called with a line on what is waited for.
     """
 
     def __init__(

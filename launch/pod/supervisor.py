@@ -1,4 +1,4 @@
-"""Attempt after attempt until the run is done: what has failed is found, told, and replaced.
+"""Supervisor of a run: attempt after attempt, with what failed replaced, until it is done.
 
 An attempt is the run on all hosts from its newest good checkpoint, until it is done or anything
 fails. Attempts are numbered, and the number outlives the driver: before one starts, all processes
@@ -24,7 +24,7 @@ from pjit_train.errors import TrainingError, UserError
 from pjit_train.waiting import told
 from topology import Slice
 
-_ANSWER = 300.0  # seconds that the manager has for an answer, with its start
+_ANSWER = 300.0  # seconds in which the manager must answer, its start included
 _FRUITLESS = 3  # attempts in a row that reach no new step, after which the run is given up
 
 

@@ -26,7 +26,7 @@ _DAY = 86400  # seconds
 
 
 class StaleAttemptError(Exception):
-    """Another attempt has begun, and nothing of this one may be written any more."""
+    """Error of an attempt after which another has begun: nothing of it may be written any more."""
 
 
 class Fence:
@@ -39,7 +39,7 @@ class Fence:
         write_whole(self._file, json.dumps({"attempt": attempt}))
 
     def current(self) -> int:
-        """0 before the first attempt."""
+        """Number of the attempt that may write; 0 before the first."""
         try:
             return json.loads(self._file.read_text())["attempt"]
         except FileNotFoundError:

@@ -124,7 +124,7 @@ def find(study: PodStudy, tell: Callable[[str], None] = lambda part: None) -> di
 def compared(
     what: str, published: float | Sequence[float], ours: float, source: str, why: str = ""
 ) -> dict[str, Any]:
-    """A published figure, or its range, beside ours; the difference is 0 inside a range."""
+    """A published figure, or its range, beside the computed one; the difference is 0 in a range."""
     low, high = (published, published) if isinstance(published, int | float) else published
     return {
         "what": what,

@@ -1,7 +1,8 @@
-"""Exact attention: one function, sharded, with a few ways to run it.
+"""Exact attention: one function, sharded, with several implementations.
 
-Every way makes, normalises and uses whole rows of logits, or blocks of them joined exactly, and
-holds no [length, length] matrix; docs/attention.md says which is taken when and how fast it is.
+Every implementation makes, normalises and uses whole rows of logits, or blocks of them joined
+exactly, and holds no [length, length] matrix; docs/attention.md says which is taken when and how
+fast it is.
 """
 
 import functools
@@ -50,12 +51,12 @@ def attention(
       tile_rows: the most rows of a head whose logits are held at a time; None for what suits the
         lengths. More than there are rows are as good as all of them.
       measured: on a CPU, take the tiles that were fastest here (`attention_tuning`) for None.
-      way: "rows" is `attention_rows` (anywhere), "flat" our kernel of a FLAT tile (TPU, GPU; on a
-        CPU interpreted, slowly), "splash" JAX's kernel (TPU), "cudnn" that of
-        `jax.nn.dot_product_attention` (GPU); "auto" takes splash or cudnn where it runs and fits,
-        else rows.
+      way: the implementation. "rows" is `rows.attend_rows` (anywhere), "flat" Torsion's kernel of a
+        FLAT tile (TPU, GPU; on a CPU interpreted, slowly), "splash" JAX's kernel (TPU), "cudnn"
+        that of `jax.nn.dot_product_attention` (GPU); "auto" takes splash or cudnn where it runs and
+        fits, else rows.
       sequence: keys and values split over their columns are gathered, or passed round a ring with
-        causal work balanced (`attention_ring`).
+        causal work balanced (`ring.attend_ring`).
 
     Returns:
       [batch, rows, heads, head_dim], in the dtype of q. A row that sees nothing gives zeros.
@@ -65,7 +66,7 @@ def attention(
 
     Raises:
       ValueError: the shapes do not fit each other, or window or tile_rows < 1.
-      UserError: the way asked for does not run on this device, or not for these inputs.
+      UserError: the implementation asked for does not run on this device, or not for these inputs.
     """
     _check(q, k, v, window, tile_rows)
     q, k, v = map(jnp.asarray, (q, k, v))
@@ -109,7 +110,7 @@ def attention(
 
 
 def check_way(way: str, platform: str) -> None:
-    """Raises a UserError where a way of `attention` does not run on devices of a platform."""
+    """Raises a UserError where an implementation does not run on the devices of a platform."""
     if way in ("auto", "rows"):
         return
     if way not in PLATFORMS:
@@ -137,10 +138,10 @@ def _check(q, k, v, window, tile_rows):
 
 
 def _choose(way: str, q, k, segments, mask: Mask) -> str:
-    """The way to go: what is asked for, or the best that runs here and fits.
+    """The implementation to use: the one asked for, or the best that runs here and fits.
 
     Raises:
-      UserError: what is asked for does neither.
+      UserError: the one asked for does not run here, or does not fit the inputs.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = _family(jax.default_backend() if device is None else device.platform)

@@ -51,7 +51,7 @@ def cudnn_misfit(q, k, segments, mask: Mask) -> str | None:
 
 
 def flat_misfit(q, k, segments, mask: Mask) -> str | None:
-    """Our kernel takes everything; lengths it does not like are padded."""
+    """Returns None: Torsion's kernel takes all inputs, and pads lengths that do not suit it."""
     return None
 
 

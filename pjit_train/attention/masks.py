@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_LEAST_WIDTH = 128  # columns by which the choices for a tile differ, at least
+_LEAST_WIDTH = 128  # least difference, in columns, between the widths to choose from for a tile
 _MAX_GROUPS = 8  # tiles of the forward pass are within so many loops, each with its own columns
 
 

@@ -1,1 +1,1 @@
-"""Trained runs, pruned and quantized."""
+"""Compression of trained runs: pruned and quantized."""

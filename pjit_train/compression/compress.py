@@ -130,7 +130,7 @@ def compress(
     """Compresses the parameters of a run's checkpoint and writes a run directory of them.
 
     Of a run that was trained in number formats they are those that its optimizer holds, so that
-    nothing is rounded twice; the figures before are those of the run as it evaluates.
+    nothing is rounded twice; the metrics before are those of the run as it evaluates.
 
     It holds the parameters as a checkpoint of step 0, with the optimizer's state of a first step:
     training that resumes there repeats the run's schedule on what is left (as ASP does; Mishra et
@@ -155,10 +155,10 @@ def compress(
       "together", X the inputs that the kernel has when it is changed and W the kernel before
       anything but smoothing; after fine-tuning "together" is what quantizing adds to the trained
       kernel. Of a kernel that only an earlier compression changed they are the errors of that one.
-      Under "before", "between" and "after" are the figures of `validate`, those between by the name
+      Under "before", "between" and "after" are the metrics of `validate`, those between by the name
       of what was just done, with inputs of the kernels in `formats` not quantized yet. "bytes"
       counts all parameters: see `kernel_bytes`; zeros stand in every file like other numbers, so
-      none has the size of "packed". Zeros, violations and figures after are those of the written
+      none has the size of "packed". Zeros, violations and metrics after are those of the written
       checkpoint.
 
     Raises:
@@ -299,7 +299,7 @@ class _Work:
             last = number + 1 == len(c.passes)
             params = self._pass(kind, params, first=number == 0, last=last)
             finetuned = kind == "sparsify" and c.finetune > 0
-            # Of the last pass the figures are "after", but where activations are quantized there.
+            # Of the last pass the metrics are "after", but where activations are quantized there.
             if not last or finetuned or c.activations is not None:
                 self._validate(kind, params)
             if finetuned:
@@ -391,7 +391,7 @@ class _Work:
         return _trained(program, weights)
 
     def describe(self, written: dict[str, Any], itemsize: int) -> dict[str, Any]:
-        """The figures of kernels and bytes; see `compress`.
+        """The report on kernels and bytes; see `compress`.
 
         Args:
           written: the parameters.

@@ -63,7 +63,7 @@ class TokenSplit:
 
 
 class Encoded(NamedTuple):
-    """Some documents: the ids of each, [tokens], and the UTF-8 bytes of the text of all."""
+    """Encoded documents: the ids of each, [tokens], and the UTF-8 bytes of the text of all."""
 
     ids: Sequence[np.ndarray]
     text_bytes: int

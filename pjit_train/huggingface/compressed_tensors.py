@@ -345,7 +345,7 @@ class _Packing:
 
 
 def _kernels(tensor: Tensor) -> list[str]:
-    """Names of the parameters of ours that a tensor holds."""
+    """Names of Torsion's parameters that a Hugging Face tensor holds."""
     return [path.replace(".", "/") for path in tensor.paths]
 
 

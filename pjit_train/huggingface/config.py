@@ -1,4 +1,4 @@
-"""config.json of `transformers`, read into a configuration of ours and written from one."""
+"""config.json of `transformers`, read into a configuration of Torsion and written from one."""
 
 import dataclasses
 import json

@@ -26,7 +26,8 @@ class Key:
 
     Attributes:
       name: dots lead into objects.
-      kind: int, float, bool, or their names of choices -> ours; the keys of a tuple stand for it.
+      kind: int, float, bool, or Hugging Face's name of each choice -> Torsion's; a tuple of values
+        is that of the keys in it.
       default: what `transformers` takes where the key is absent.
     """
 
@@ -37,13 +38,14 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of theirs and the parameters of ours that it holds.
+    """A tensor of a Hugging Face folder and the parameters of Torsion that it holds.
 
     Attributes:
-      name: "{}" stands for the number of the layer, and ours then have a leading axis of layers.
-      layout: axes of one of ours -> axes of theirs, each the product of those it lists ("1" lists
-        none): "dhk -> hk,d" is theirs [heads * head_dim, d_model].
-      paths: more than one are joined along the last axis of theirs.
+      name: "{}" stands for the number of the layer, and the parameters then have a leading axis of
+        layers.
+      layout: axes of a parameter -> axes of the tensor, each the product of those it lists ("1"
+        lists none): "dhk -> hk,d" is a tensor [heads * head_dim, d_model].
+      paths: the parameters; more than one are joined along the last axis of the tensor.
     """
 
     name: str
@@ -51,12 +53,12 @@ class Tensor:
     paths: tuple[str, ...]
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of Hugging Face's tensor, from that of one of the Torsion arrays in it (`ours`)."""
+        """Shape of the tensor of one layer; `ours` is that of each parameter in it."""
         *shape, last = (math.prod(ours[i] for i in group) for group in self._groups())
         return (*shape, last * len(self.paths))
 
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        """Theirs, of one layer, from ours."""
+        """Makes the tensor of one layer from its parameters."""
         groups = self._groups()
         order = [i for group in groups for i in group]
         parts = [
@@ -66,7 +68,7 @@ class Tensor:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
     def split(self, theirs: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Ours, each of `shape`, from theirs of one layer."""
+        """Splits the tensor of one layer into its parameters, each of `shape`."""
         order = [i for group in self._groups() for i in group]
         back = np.argsort(order)
         parts = np.split(theirs, len(self.paths), axis=-1)
@@ -82,8 +84,8 @@ class Family:
     """Family of models, by `model_type` of `transformers`, in the terms of Torsion.
 
     Attributes:
-      architecture: the class of theirs that has these tensors.
-      ours: fields of our configuration that are the same in all of the family.
+      architecture: the class of `transformers` that has these tensors.
+      ours: fields of Torsion's configuration that are the same in all of the family.
       keys: the other fields -> keys of config.json.
       theirs: keys of config.json that must have these values where they are present.
       base: the prefix of names that files of the model without its head leave out.

@@ -7,7 +7,7 @@ from typing import Any
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
 
 BYTES_SEPARATOR = "<|endoftext|>"  # what the folder calls the separator of `Bytes`
-# What common files call tokens of other uses; ours are not known to need them.
+# Names in common files of tokens of other uses; Torsion is not known to need them.
 _KNOWN = {
     "pad_token": ("<pad>", "[PAD]", "<|padding|>", "<|pad|>"),
     "cls_token": ("[CLS]",),

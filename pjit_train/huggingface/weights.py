@@ -1,6 +1,6 @@
 """Weights from and to Hugging Face folders of Llama, OPT, GPT-2 and ViT: config.json, safetensors.
 
-How their names and layouts pair with ours stands in `huggingface_families`.
+`families` says how names and layouts of Hugging Face pair with those of Torsion.
 """
 
 import contextlib

@@ -26,7 +26,8 @@ class BlockConfig:
         parameters are the same.
       remat: what the backward pass makes again: nothing but gathered parameters, all but the
         outputs of matmuls with parameters ("dots"), or the whole block ("full").
-      attention: the way to run it, its tile_rows, measured and sequence, of `attention.attention`.
+      attention: the implementation (`way`), and its tile_rows, measured and sequence, of
+        `attention.attention`.
       dtype: of activations and matmuls; param_dtype: of parameters and so of optimizer state.
     """
 

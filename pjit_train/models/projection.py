@@ -35,11 +35,12 @@ def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array
 
     Args:
       equation: batch and tokens lead in the activations and in the output.
-      prepare: makes the kernel of what is stored for it (one shard of an array, a sparse kernel,
-        a quantized one), with blocks along outputs where `turned`; the backward pass makes it
-        again instead of keeping it. With `native`, a list of (codes, scales), scales like the
-        kernel with 1 for each input axis.
-      stored: where it is a `QuantizedKernel`, activations and gradients are quantized as it says.
+      prepare: function of `stored` that makes the whole kernel of it; the backward pass calls it
+        again instead of keeping its result. `turned=True` asks for the kernel as the transposed
+        matmul reads it, quantized in blocks along outputs. `native=True` asks for a list of
+        (codes, scales) instead of an array; scales are like the kernel, 1 for each input axis.
+      stored: one shard of an array, or a sparse or quantized kernel. Where it is a
+        `QuantizedKernel`, activations and gradients are quantized as it says.
       out_spec: partition of the output, or None where no mesh is set.
     """
     return _project_fwd(equation, prepare, x, stored, out_spec)[0]

@@ -83,7 +83,7 @@ class ImageClassification(Task):
         return {"head": (model.head.kernel.get_value(), model.norm(x_BTD[:, 0]))}
 
     def sums(self, model, batch):
-        """Besides loss and weight, by class: "right" answers and "images", float32 [classes]."""
+        """Adds, to loss and weight, "right" answers and "images" by class, float32 [classes]."""
         losses_B, weights_B, logits_BC = self._scored(model, self.body(model, batch), batch)
         labels_BC = jax.nn.one_hot(batch["labels"], logits_BC.shape[-1])
         right_B = (jnp.argmax(logits_BC, axis=-1) == batch["labels"]) * weights_B

@@ -101,10 +101,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def figures(self, sums: Mapping[str, np.ndarray], batches: Batches) -> dict[str, float]:
-        """The figures of a validation by their names in metrics, with "val_loss"."""
+        """The metrics of a validation by their names in metrics.jsonl, "val_loss" among them."""
 
     def details(self, sums: Mapping[str, np.ndarray], batches: Batches) -> dict[str, Any]:
-        """More that `torsion eval` prints of a validation, as JSON has it."""
+        """Details of a validation that only `torsion eval` prints, as JSON."""
         return {}
 
     def remarks(self, details: Mapping[str, Any]) -> str | None:
@@ -113,7 +113,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def summary(self, figures: Mapping[str, float]) -> str:
-        """The figures of a validation in one line."""
+        """The metrics of a validation in one line."""
 
     def shower(self, run) -> Callable[[Any, Callable[[str], None], str], None] | None:
         """Makes a function that shows something of a model after a validation and at the end.

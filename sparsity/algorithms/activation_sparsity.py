@@ -30,7 +30,7 @@ def get_activation_context(sparsity_string: Any, allowlist: Sequence[str] = ("re
 def add_activation_sparsity(
     sparsity_type: SparsityType, sparsity: float | None = None, allowlist: Sequence[str] = ("relu",)
 ) -> Iterator[None]:
-    """Within, the activation functions of `flax.linen` named return their largest values only.
+    """Makes the named activation functions of `flax.linen` return their largest values only.
 
     Args:
       sparsity: fraction of zeros; None for N:M.
@@ -60,7 +60,7 @@ def add_activation_sparsity_layers(
     getter_fn: Callable[[str], Any] | None = None,
     setter_fn: Callable[[str, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Within, the layers of `flax.linen` named return their largest outputs only.
+    """Makes the named layers of `flax.linen` return their largest outputs only.
 
     Args:
       sparsity_fn: (path of the module, shape of its output) -> (type, sparsity); a type of None

@@ -68,7 +68,7 @@ class TopKAST(MagnitudePruning):
         return sparse_state._replace(masks=self.pack(forward), backward_masks=self.pack(backward))
 
     def gradient_masks(self, sparse_state: SparseState) -> Any:
-        """B."""
+        """Masks of the gradient: B, which keeps more weights than the forward masks."""
         return sparse_state.backward_masks
 
     def wrap_optax(

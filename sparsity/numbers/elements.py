@@ -49,7 +49,7 @@ class FloatElement:
 
     @property
     def fraction_bits(self) -> int:
-        """0: magnitudes are counted in units of one."""
+        """Number of fraction bits: 0, magnitudes are counted in units of one."""
         return 0
 
     @property
@@ -114,7 +114,7 @@ class FixedElement:
         return None
 
     def step(self, value: jax.Array) -> int:
-        """1, the distance of neighbours."""
+        """The distance of neighbours: 1."""
         return 1
 
     def codes(self, magnitude: jax.Array, negative: jax.Array) -> jax.Array:

@@ -183,7 +183,7 @@ def _clipped(x, scale, zero_point, *, format: Format, axis: int):
 
 
 def noise_of_blocks(key: jax.Array, parts: Parts, format: Format, axis: int) -> jax.Array:
-    """Drawn in the shape of x, so that it does not depend on blocks."""
+    """Uniform noise for `parts`, drawn in the shape of x so that it does not depend on blocks."""
     return format.split(noise_of(key, parts.shape), axis)[0]
 
 

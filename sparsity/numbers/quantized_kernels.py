@@ -23,7 +23,7 @@ Losses = jax.Array
 """float32 [4] of an array x that is read as q(x): |q(x) - x|^2, |x|^2, the number of entries above
 the greatest value of their block, and the number of all. A sum of some is that of all of them."""
 
-# What random bits are for: each has its own of a step.
+# Purposes of random bits, in a step; each draws bits of its own.
 _WEIGHTS, _TURNED, _INPUTS, _INPUTS_BY_TOKENS, _GRADIENTS, _GRADIENTS_BY_TOKENS, _PRODUCTS = range(
     7
 )

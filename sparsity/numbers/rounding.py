@@ -80,8 +80,8 @@ def lower(value: jax.Array, exponent: jax.Array, nan: jax.Array | None = None) -
 def divide(value: jax.Array, by: jax.Array | float) -> jax.Array:
     """float32 value / by for value >= 0, rounded once, where neither is subnormal.
 
-    XLA multiplies by the reciprocal where the divisor is broadcast or constant; this one depends on
-    the value, by the sign that it does not have.
+    XLA multiplies by the reciprocal where the divisor is broadcast or constant. So the (always
+    zero) sign bit of `value` is OR-ed into the divisor here, which XLA then cannot hoist.
     """
     no_sign = jax.lax.shift_right_logical(bits_of(value) & MAGNITUDE, 31)
     return value / float_of(bits_of(jnp.float32(by)) | no_sign)

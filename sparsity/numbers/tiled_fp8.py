@@ -24,7 +24,7 @@ class TiledFP8(FP8):
     So are the weights of DeepSeek-V3 (arXiv 2412.19437, section 3.3): E4M3, tiles of 128 x 128. The
     axis that a matmul sums over is cut to blocks, and all other axes, taken as one, as well; the
     last tiles may be smaller. Activations have a scale to a block of the features of one token,
-    tiles of 1 x 128 in the paper. Stored scales are [blocks, blocks across], or turned where the
+    tiles of 1 x 128 in the paper. Stored scales are [blocks, blocks across], transposed where the
     axis is the last. A stack of kernels is quantized under `jax.vmap`.
 
     Attributes:

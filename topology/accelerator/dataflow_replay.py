@@ -103,7 +103,7 @@ def _take(counted, mapping, name, operand, where, there, made):
 
 
 def _passes(array: MatrixArray, stationarity, shape, size):
-    """((where in A, B, C), cycles) of each pass of the array."""
+    """Yields ((where in A, B, C), cycles) of each pass of the array."""
     m, k, n = size
     rows, columns = shape
     every = slice(None)

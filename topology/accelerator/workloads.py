@@ -81,7 +81,7 @@ class Attention:
 
     @property
     def compulsory_bytes(self) -> int:
-        """Q, K and V read once, the output written once."""
+        """Bytes of Q, K and V read once and of the output written once."""
         elements = 2 * self.num_heads * (self.head_rows + self.columns) * self.head_dim
         return elements * self.bytes_per_element
 

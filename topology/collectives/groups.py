@@ -170,9 +170,9 @@ def vectors_between(slice: Slice, sources, destinations) -> np.ndarray:
 
 
 def ways_between(slice: Slice, sources, destinations, weights):
-    """The shortest ways from sources [P] to destinations [P], and what goes each way.
+    """The shortest paths from sources [P] to destinations [P], and the share of data on each.
 
-    Without a twist the two ways round between antipodes share the data evenly, which loads links
+    Without a twist the two paths between antipodes share the data evenly, which loads links
     least; on a twisted torus, parts are those with the least largest mean load for the weights.
 
     Returns:

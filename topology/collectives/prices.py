@@ -1,11 +1,12 @@
 """The least largest link load of any routing, by prices on links: a linear program and its dual.
 
-A routing is a convex combination of a few ways to send everything. The master program mixes the
-ways found so far so that the most loaded link carries least; its dual gives every link a price, the
-prices of all links together 1. Whoever sends everything by the cheapest paths at these prices finds
-a new way, and what that costs is a bound: no routing whatsoever has a smaller largest load, because
-the most loaded link carries at least the price-weighted mean. The two values meet at the optimum
-(Kelley's cutting planes, J. SIAM 8, 1960, seen from the dual; the Dantzig-Wolfe decomposition).
+A routing is a convex combination of a few assignments of paths to all that is sent. The master
+program mixes the assignments known so far so that the most loaded link carries least; its dual
+gives every link a price, the prices of all links together 1. Whoever sends everything by the
+cheapest paths at these prices finds a new one, and what that costs is a bound: no routing
+whatsoever has a smaller largest load, because the most loaded link carries at least the
+price-weighted mean. The two values meet at the optimum (Kelley's cutting planes, J. SIAM 8, 1960,
+seen from the dual; the Dantzig-Wolfe decomposition).
 
 Links that a symmetry takes to each other form a class and share a price; by convexity some best
 routing loads them alike.
@@ -13,9 +14,9 @@ routing loads them alike.
 Moves are what may be added to any mixture, whatever it carries: a detour takes load from a link and
 puts it on a path around that link. Some best prices make no link dearer than a path around it, so
 detours do not change the optimum (dual-optimal inequalities; Ben Amor, Desrosiers and Valerio de
-Carvalho, Operations Research 54(3), 2006), and with them a handful of ways is enough.
+Carvalho, Operations Research 54(3), 2006), and with them a handful of assignments is enough.
 
-Letters: C classes of links, G groups of demands whose ways are mixed apart, K ways, M moves.
+Letters: C classes of links, G groups of demands that are mixed apart, K assignments, M moves.
 """
 
 import time
@@ -28,21 +29,21 @@ from scipy.sparse import csc_array, csr_array, hstack, vstack
 
 from topology.numbers import number, whole
 
-_PATIENCE = 3  # rounds that an unused way stays in the master program
+_PATIENCE = 3  # rounds that an unused assignment stays in the master program
 _LEAST_PRICE = 1e-7  # of the mean price: between paths that cost alike, the shorter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """The best mixture of ways.
+    """The best mixture of assignments of paths.
 
     Attributes:
       max_link_load: of the mixture: a routing reaches it.
       lower_bound: that of no routing is smaller.
       class_loads: float [C], the load of every link of a class.
       prices: float [C], of every link of a class, that give `lower_bound`; over all links 1.
-      ways: of the K ways in the mixture, what the oracle gave; `shares` float [K] are their parts,
-        `groups` int [K] their groups; the shares of a group add up to 1.
+      ways: the K assignments in the mixture, as the oracle gave them; `shares` float [K] are
+        their parts, `groups` int [K] their groups; the shares of a group add up to 1.
       moves: float [M], how often each move is made.
     """
 
@@ -68,11 +69,12 @@ def best_mix(
     progress: Callable[[float, float], object] | None = None,
     smoothing: float = 0.8,
 ) -> Mix:
-    """The mixture of ways with the least largest link load.
+    """The mixture of assignments of paths with the least largest link load.
 
     Args:
-      cheapest: prices [C] -> (cost, loads [G, C], ways of length G): the cheapest way of every
-        group, with the load that it puts on each link of a class, and the cost of all together.
+      cheapest: prices [C] -> (cost, loads [G, C], ways of length G): the cheapest assignment of
+        every group, with the load that it puts on each link of a class, and the cost of all
+        together.
       class_sizes: int [C], links of each class.
       moves: sparse [C, M], what each move adds to the load of each link of a class; of the links
         that it takes load from, the mixture has as much. None: there are none.
@@ -113,7 +115,7 @@ def best_mix(
         shares, made, master_prices = solved
         class_loads = shares @ columns + moves @ made
         reached = class_loads.max()
-        # Prices near the best ones may find no way that the master has use for: then its own do.
+        # Prices near the best ones may find no path that the master has use for: its own do then.
         stay = smoothing if reached < upper * (1 - 1e-9) else 0.0
         upper = reached
         used = np.flatnonzero(shares)
@@ -140,11 +142,11 @@ def best_mix(
 
 
 class _Master:
-    """The master program: shares of the ways found, and moves, that load links least.
+    """The master program: shares of known assignments, and moves, that load links least.
 
     Solved as its dual, which HiGHS does faster: maximise the sum over groups of m_g, where m_g is
-    at most the cost of each of the group's ways, no move costs less than nothing, and all links
-    together cost 1. Moves are let in when one costs less than nothing, and stay.
+    at most the cost of each of the group's assignments, no move costs less than nothing, and all
+    links together cost 1. Moves are let in when one costs less than nothing, and stay.
     """
 
     def __init__(self, sizes, moves):
@@ -190,7 +192,7 @@ class _Master:
 
 
 def _possible(loads, moves, made):
-    """Fewer moves, so that none takes load away that is not there.
+    """Limits moves, so that none takes away load that is not there.
 
     A link without load costs nothing, so neither does a move away from it: without it the largest
     load is no larger.

@@ -40,7 +40,7 @@ class Round:
     adds: bool = False
 
     def reversed(self) -> "Round":
-        """Backwards in time: what was copied from a chip is now added to it."""
+        """The round backwards in time: what was copied from a chip is now added to it."""
         hops = (self.directions >= 0).sum(axis=1)
         H = self.directions.shape[1]
         back = np.arange(H) if not H else hops[:, None] - 1 - np.arange(H)

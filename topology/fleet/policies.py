@@ -144,7 +144,7 @@ class AsPublished:
 
 @dataclass(frozen=True)
 class NeverReroute:
-    """Always restarts."""
+    """Restarts after every failure, also where the job could route around it."""
 
     def choose(self, kind: str, costs: Mapping[str, float]) -> str:
         return _without_reroute(costs)

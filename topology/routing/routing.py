@@ -5,7 +5,7 @@ of them it takes, in what parts, and in which order of dimensions it makes the h
 the same, so for uniform all-to-all each link of a direction carries the same load and only the
 vectors count: breaking the ties between shortest vectors well is all there is to gain.
 
-Letters: N chips, W ways at most per displacement.
+Letters: N chips, W paths at most per displacement.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Routing:
       vectors: int [W, N, 3], signed hops to the chip at each displacement (chip c is the
         displacement from chip 0 to c). Without wraparound in a dimension both signs stand there,
         and a source takes the one that stays inside.
-      shares: float [W, N] >= 0, the part of the data that goes each way. On a torus the parts of a
+      shares: float [W, N] >= 0, the part of the data on each path. On a torus the parts of a
         displacement add up to 1.
       order: the dimensions in the order in which the hops are made.
     """

@@ -1,4 +1,4 @@
-"""Packets over links, cycle by cycle: what queues and finite buffers leave of the fluid figures.
+"""Simulation of packets over links, cycle by cycle, with queues and finite buffers.
 
 A model of moderate fidelity to validate the rest of the package on small slices. In a cycle every
 directed link moves at most one packet, and a packet moves only where the next buffer has a free
