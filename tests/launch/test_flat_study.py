@@ -9,6 +9,7 @@ from launch.cli import main
 from launch.reports import flat_study
 from launch.reports.flat_study import FlatStudy, both, make_table, study_flat
 from pjit_train.errors import UserError
+from topology.accelerator import dataflow_curves as curves
 from topology.accelerator.accelerator import CLOUD
 from topology.accelerator.workloads import MODELS
 
@@ -35,10 +36,7 @@ def test_gains_are_geometric_means_of_the_ratios(results):
     assert row["speed"] > 1.2
 
 
-def test_flat_is_never_slower_and_charges_are_what_they_say(results):
-    for row in results["gains"] + results["open"]:
-        assert row["speed"] >= 1
-        assert row["energy_saved"] < 1
+def test_charges_are_what_they_say():
     platform = CLOUD.replace(vector_lanes=1)
     free, _ = both(platform, MODELS["T5"], 512, charge="free")
     moved, _ = both(platform, MODELS["T5"], 512, charge="its bytes")
@@ -57,20 +55,47 @@ def test_where_a_row_of_logits_does_not_fit_flat_stays_unfused():
 
 def test_buffers_hold_the_logits_for_flex_and_rows_for_flat(results):
     for row in results["buffers"]:
-        assert row["ratio"] == row["flex"] / row["flat"]
         if (row["platform"], row["scope"]) == ("cloud", "attention"):
             logits = {"M": 64 * 12, "H": 1}[row["granularity"]] * 512 * 512 * 2
             assert 0.8 * logits < row["flex"] < 2 * logits
             assert row["flat"] <= 2**20
 
 
-def test_the_table_has_all_that_was_published(results):
-    table = make_table(results)
-    for figure in ("1.94", "49%", "1.76", "42%", "1.75", "44%", "1.65", "55%", "0.58", "0.97"):
-        assert figure in table
-    assert "FLEX goes head by head" in table
-    body = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(body) > 60
+def test_a_least_buffer_is_enough_and_half_of_it_is_not(results):
+    """By the utilisation of attention with it, for FLAT on the cloud platform."""
+    [row] = [
+        row
+        for row in results["buffers"]
+        if (row["platform"], row["scope"], row["granularity"]) == ("cloud", "attention", "M")
+    ]
+
+    def utilisation(size):
+        machine = CLOUD.replace(buffer=int(size))
+        return curves.cost(machine, MODELS["BERT"], 512, "flat", "attention").utilisation
+
+    enough = 0.95 * utilisation(2**34)
+    assert utilisation(row["flat"]) >= enough > utilisation(row["flat"] / 2)
+
+
+# Of FLAT (Kao et al., 2023): the abstract, and the text of section 6.
+PUBLISHED = {
+    ("edge", "paper, abstract"): ("1.94", "49%"),
+    ("edge", "paper, published body"): ("1.75", "44%"),
+    ("cloud", "paper, abstract"): ("1.76", "42%"),
+    ("cloud", "paper, published body"): ("1.65", "55%"),
+}
+
+
+def test_the_table_has_what_was_published_beside_what_was_found(results):
+    lines = [line for line in make_table(results).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = {(c[0], c[1]): c for c in reversed(cells)}  # of the first table
+    for key, (speed, saved) in PUBLISHED.items():
+        assert rows[key][2:4] == [speed, saved]
+    for row in results["gains"]:
+        if row["scope"] == "layer":
+            found = rows[row["platform"], row["softmax"]]
+            assert float(found[2]) == pytest.approx(row["speed"], abs=0.005)
 
 
 def test_the_command_writes_all(tmp_path, capsys, results, monkeypatch):
