@@ -45,7 +45,7 @@ class Reference(NamedTuple):
 
 
 class Macro(NamedTuple):
-    """`%name`."""
+    """Reference to a macro of gin: `%name`."""
 
     name: str
 
@@ -146,7 +146,7 @@ def check_said_once(texts: Iterable[str], source: str, *, numbered: bool = False
 
 
 def included(text: str) -> list[str]:
-    """The files that a gin text includes."""
+    """Lists the files that a gin text includes."""
     statements = config_parser.ConfigParser(io.StringIO(text), _Delegate())
     return [s.filename for s in statements if isinstance(s, config_parser.IncludeStatement)]
 
@@ -238,7 +238,7 @@ def _map_names(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _within(value: Any) -> Iterator[Configurable]:
-    """The configurables that a value refers to."""
+    """Yields the configurables that a value refers to."""
     return (leaf.configurable for leaf in _leaves(value) if isinstance(leaf, Reference))
 
 

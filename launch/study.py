@@ -55,7 +55,7 @@ class Member:
         return "-".join(part for part in parts if part)
 
     def build(self) -> tuple[Run, str]:
-        """The run and its operative configuration."""
+        """Builds the run, and the text of its operative configuration."""
         return build_run(self.files, self.bindings)
 
 

@@ -37,7 +37,7 @@ def check_types(values: dict[Key, Any]) -> None:
 
 
 def find(configurable: Configurable) -> Any:
-    """The class or function of that name."""
+    """Finds the class or function that a configurable names."""
     return operator.attrgetter(configurable.name)(importlib.import_module(configurable.module))
 
 

@@ -136,7 +136,7 @@ def _linear_index(x: jax.Array, starts: list, shape: tuple[int, ...]) -> jax.Arr
 
 
 def _mix(word: jax.Array, lane: tuple) -> jax.Array:
-    """A bijection of 32-bit words."""
+    """Maps 32-bit words one to one to words that look random."""
     _, mul1, mul2, (shift1, shift2, shift3) = lane
     word = (word ^ (word >> shift1)) * jnp.uint32(mul1)
     word = (word ^ (word >> shift2)) * jnp.uint32(mul2)

@@ -36,7 +36,7 @@ _ERRORS = ("S", "Q", "SQ", "QS", "over", "dot S", "dot Q", "dot SQ", "dot QS", "
 
 
 class Perplexities:
-    """Perplexities over the seeds of a study.
+    """Perplexities of a study's models, by seed.
 
     Attributes:
       by_way: by (kind, pattern, format, order), by seed.

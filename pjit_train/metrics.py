@@ -207,7 +207,7 @@ class Display:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """Prints text above the bar."""
+        """Prints text above the progress bar."""
         if self.shown:
             self.console.print(text, markup=False)
 

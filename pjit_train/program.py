@@ -116,7 +116,7 @@ class Program:
         return self.updater is not None or self.quantizer is not None
 
     def observe(self, before, state: State, batch: Batch) -> dict[str, jax.Array]:
-        """Figures of a sparse or quantized run.
+        """Computes the metrics of a sparse or quantized run.
 
         Args:
           before: what `masks` gave at the observation before; None in a run that is not sparse.

@@ -48,7 +48,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Training run.
+    """Training run: model, data, optimizer, mesh and all else that it is made of.
 
     Attributes:
       task: what is learned from the data.
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def flops_per_step(self) -> float:
-        """Floating-point operations of a step."""
+        """Floating-point operations of a training step."""
         return self.data.batch_size * self.task.flops(self.model, self.positions)
 
     def _position_shards(self, sizes: Mapping[str, int]) -> int:

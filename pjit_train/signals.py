@@ -72,7 +72,7 @@ class taken:
         _takers.pop()
 
     def _on_signal(self, number: int, frame) -> None:
-        """Python's handler, in the main thread."""
+        """Handles a signal, called by Python in the main thread."""
         with _handing:
             come = self._hand_over()
             if number not in come and number not in self._watched:

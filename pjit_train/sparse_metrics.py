@@ -80,7 +80,7 @@ def _adam(optimizer_state):
 
 
 def _noise(adam, b1: float, b2: float) -> dict[str, jax.Array]:
-    """Variance of the gradient of every weight."""
+    """Estimates the variance of the gradient of every weight, from Adam's moments."""
     means, squares = _named(adam.mu), _named(adam.nu)
     switched_at = getattr(adam, "switched_at", -1)  # where STEP froze the second moments
     bias1, bias2 = 1 - b1**adam.count, 1 - b2 ** jnp.where(switched_at < 0, adam.count, switched_at)

@@ -35,7 +35,7 @@ def new_params(config, rules: Rules, seed) -> Any:
 
 
 def new_state(params, optimizer: optax.GradientTransformation, updater=None) -> State:
-    """The state before the first step."""
+    """Makes the state before the first step."""
     optimizer_state = optimizer.init(params)
     if updater is not None:
         params = updater.post_gradient_update(params, optimizer_state)
@@ -77,7 +77,7 @@ def split(optimizer_state, updater) -> State:
 
 
 def joined(state: State) -> Any:
-    """The inverse of `split`."""
+    """Joins what `split` has split."""
     if "sparsity" not in state:
         return state["optimizer"]
     return state["sparsity"]._replace(inner_state=state["optimizer"])

@@ -111,7 +111,7 @@ def build_updater(run: Run):
 
 @functools.cache
 def abstract_params(model: TransformerConfig, rules: Rules):
-    """Shapes and dtypes of a model's parameters."""
+    """Returns a model's parameters as shapes and dtypes."""
     return jax.eval_shape(lambda: new_params(model, rules, 0))
 
 
@@ -326,7 +326,7 @@ def make_table(study: RecipeStudy, results: Sequence[Result], notes: Sequence[st
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its columns aligned."""
+    """Writes a table in Markdown, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * max(width, 3) for width in widths], *rows]
     return "\n".join(

@@ -51,7 +51,7 @@ def register_algorithm(algorithm_name: str, algorithm: type[BaseUpdater]) -> Non
 
 
 def create_updater_from_config(sparsity_config: Any) -> BaseUpdater:
-    """The updater of a configuration.
+    """Creates the updater that a configuration describes.
 
         create_updater_from_config({"algorithm": "magnitude", "dist_type": "erk", "sparsity": 0.8,
             "update_freq": 10, "update_start_step": 200, "update_end_step": 1000})

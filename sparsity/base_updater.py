@@ -156,7 +156,7 @@ class BaseUpdater:
     # What an algorithm gives.
 
     def get_topk_fn(self, sparsity_type: SparsityType) -> Callable[[jax.Array, Any], jax.Array]:
-        """(scores, sparsity) -> mask, of a type."""
+        """Returns the function (scores, sparsity) -> mask of a sparsity type."""
         return mask_calculator.get_topk_fn(sparsity_type)
 
     def calculate_scores(
@@ -172,7 +172,7 @@ class BaseUpdater:
         raise NotImplementedError(f"{type(self).__name__} has no scores")
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
-        """Masks at initialization: all ones."""
+        """Returns masks of ones, as they are at initialization."""
         return map_entries(
             lambda path, param, target: (
                 None if target is None else jnp.ones(param.shape, MASK_DTYPE)
@@ -234,7 +234,7 @@ class BaseUpdater:
         return map_entries(apply, params, masks)
 
     def pack(self, masks: Any) -> Any:
-        """Masks as the state holds them."""
+        """Converts masks to the form in which the state holds them."""
         if not self.use_packed_masks:
             return masks
         return jax.tree.map(pack_mask, masks)
@@ -261,13 +261,13 @@ class BaseUpdater:
         return axes
 
     def type_of(self, path: tuple, param: Any) -> SparsityType:
-        """The type of sparsity of a parameter."""
+        """Returns the sparsity type of a parameter, with its own axis for N:M."""
         if self.axis_fn is None or not isinstance(self.sparsity_type, NByM):
             return self.sparsity_type
         return dataclasses.replace(self.sparsity_type, axis=self.axis_fn(key_of(path), param))
 
     def distribute(self, params: Any) -> Any:
-        """The tree of target sparsities, None where there is no distribution."""
+        """Returns the tree of target sparsities; None where there is no distribution."""
         if self.sparsity_distribution_fn is None:
             return None
         if self.stacked_fn is not None:
@@ -357,18 +357,18 @@ class BaseUpdater:
         return self.apply_masks(params, masks), self.pack(masks)
 
     def pre_forward_update(self, params: Any, opt_state: SparseState) -> Any:
-        """The parameters that the forward pass reads."""
+        """Returns the parameters that the forward pass reads."""
         del opt_state
         return params
 
     def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
-        """The parameters to keep after an update: masked."""
+        """Returns the parameters to keep after an update: masked."""
         return self.apply_masks(params, sparse_state.masks, is_packed=None)
 
 
 @dataclasses.dataclass
 class NoPruning(BaseUpdater):
-    """Parameters stay dense."""
+    """Leaves parameters dense."""
 
     sparsity_distribution_fn: Callable[[Any], Any] | None = None
 
@@ -378,12 +378,12 @@ class NoPruning(BaseUpdater):
         return jax.tree.map(lambda _: None, params)
 
     def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
-        """The state as it is."""
+        """Returns the sparse state unchanged: there are no masks."""
         del params, grads, kwargs
         return sparse_state
 
     def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:
-        """(the parameters, None for each)."""
+        """Returns the parameters unchanged, and None for the mask of each."""
         del grads, kwargs
         return params, self.get_initial_masks(params, None)
 

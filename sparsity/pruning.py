@@ -225,7 +225,7 @@ class PruningUpdater:
         return self.said
 
     def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
-        """`optax.tree.norm`."""
+        """Computes the norm of all gradients together, by `optax.tree.norm`."""
         del count
         return optax.tree.norm(grads)
 
@@ -238,7 +238,7 @@ class PruningUpdater:
         return state
 
     def weights(self, params: Any, state: SparseState) -> Any:
-        """The parameters that the forward pass reads."""
+        """Returns the parameters, or masked kernels, that the forward pass reads."""
         read = self.updater.pre_forward_update(params, state)
 
         def kernel(name, w, read):
@@ -252,7 +252,7 @@ class PruningUpdater:
         return jax.tree.map(kernel, names(params), params, read) if self.masked else read
 
     def post_gradient_update(self, params: Any, state: SparseState) -> Any:
-        """The parameters to keep after an update."""
+        """Returns the parameters to keep after an update."""
         return self.updater.post_gradient_update(params, state)
 
     def masks(self, state: SparseState, params: Any) -> Any:

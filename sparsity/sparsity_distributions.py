@@ -24,7 +24,7 @@ CustomSparsityMapType = Mapping[tuple, float | None]
 
 
 def KERNEL_FILTER_FN(key: tuple, param: Any) -> bool:
-    """Parameters of the name "kernel"."""
+    """Tells whether a parameter is named "kernel"."""
     del param
     return key[-1] == "kernel"
 
@@ -125,7 +125,7 @@ def erk(
 
 
 def get_n_zeros(size: int, sparsity: float) -> int:
-    """floor(size * sparsity)."""
+    """Number of zeros at a sparsity: floor(size * sparsity)."""
     return math.floor(sparsity * size)
 
 

@@ -103,7 +103,7 @@ class PolynomialSchedule(PeriodicSchedule):
         return jnp.logical_or(super().is_mask_update_iter(step), step == self.update_end_step)
 
     def get_sparsity_at_step(self, target_sparsities: Any, step: Any) -> Any:
-        """The targets times the rise at `step`."""
+        """Multiplies the target sparsities by the rise at `step`."""
         length = self.update_end_step - self.update_start_step
         if length:
             done = jnp.clip(step + 1 - self.update_start_step, 0, length)

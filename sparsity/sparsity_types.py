@@ -25,7 +25,7 @@ class NByM:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rectangles, kept or pruned whole.
+    """Sparsity of rectangles of weights, each kept or pruned whole.
 
     Attributes:
       block_shape: (height, width) over the first two axes, as in JaxPruner's code.

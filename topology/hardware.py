@@ -24,7 +24,7 @@ COMPILER = "measured: libtpu 0.0.42.1 compiling for v4"
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A chip.
+    """Chip of an accelerator, as data.
 
     Attributes:
       matrix_units: on the whole chip; each multiplies and adds matrix_size^2 pairs a cycle.
@@ -112,7 +112,7 @@ class OpticalSwitch:
 
 @dataclass(frozen=True, kw_only=True)
 class Pod:
-    """A pod.
+    """Pod of an accelerator's generation, as data.
 
     Attributes:
       host: None where sources disagree.
@@ -174,7 +174,7 @@ def _those_with(part: str) -> str:
 
 
 def _sources(names_of: dict[str, str]) -> dict[str, str]:
-    """{source: "figure figure ..."} -> {figure: source}."""
+    """Turns {source: "figure figure ..."} into {figure: source}."""
     return {name: source for source, names in names_of.items() for name in names.split()}
 
 

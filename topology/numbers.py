@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 
 def whole(name: str, value, *, least: int = 0, most: int | None = None) -> int:
-    """The value as an int.
+    """Checks that a value is a whole number in a range, and returns it as an int.
 
     Raises:
       ValueError: it is no whole number from `least` to `most`; names the argument.

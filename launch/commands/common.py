@@ -107,7 +107,7 @@ PODS = ("v4", "v5p", "v5e", "v6e")
 
 
 def add_pod(sub: argparse.ArgumentParser, of: str) -> None:
-    """The option --pod, for `pod_of`."""
+    """Adds the option --pod, for `pod_of`."""
     sub.add_argument(
         "--pod",
         choices=PODS,
@@ -193,7 +193,7 @@ def trained_run(args):
 
 
 def mesh_bindings(mesh: str | None) -> list[str]:
-    """Bindings for `data=2,fsdp=2`."""
+    """Turns a text such as `data=2,fsdp=2` into bindings."""
     if mesh is None:
         return []
     sizes = {}

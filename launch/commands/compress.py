@@ -316,7 +316,7 @@ def _quantization_binding(run, config: str, compression) -> str:
 
 
 def _activation_binding(text: str, scope: str) -> str:
-    """Gin's lines for the format of activations.
+    """Writes the gin lines for the format of activations.
 
     All else is bound too: a scope has what is bound outside of it.
     """

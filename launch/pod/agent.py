@@ -119,7 +119,7 @@ class Agent:
         return self._child.process.pid
 
     def poll(self, attempt: int) -> dict[str, Any]:
-        """Returns the state of the attempt.
+        """Returns the state of the attempt that the trainer runs.
 
         Returns:
           {"exit": None while it runs, "events": new ones, "silent": seconds without a sign of life,
@@ -171,7 +171,7 @@ class Agent:
         return self._kept[process][1]
 
     def load(self, copy: bytes) -> None:
-        """Takes over what another host kept."""
+        """Loads the copy of this process's shards that another host kept."""
         os.ftruncate(self._memory, len(copy))
         os.pwrite(self._memory, copy, 0)
 

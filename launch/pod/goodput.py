@@ -30,7 +30,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Account:
-    """The whole time of a run, split.
+    """Account of the whole time of a run, split by cause.
 
     Attributes:
       spans: without gaps, by time.

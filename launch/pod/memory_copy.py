@@ -103,7 +103,7 @@ def _name(path) -> str:
 
 
 def _index(index, shape) -> tuple[tuple[int, int], ...]:
-    """((start, stop), ...) of a shard."""
+    """Place of a shard in its array, as ((start, stop), ...)."""
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 

@@ -24,7 +24,7 @@ _VALIDATION = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a slice.
+    """Plan of a run on a slice of a pod.
 
     Attributes:
       config: a file with the run's operative configuration.

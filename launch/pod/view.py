@@ -15,7 +15,7 @@ _ACCOUNT = 5.0  # seconds between two times that all events are gone through
 
 
 class View:
-    """Shows the events of a record.
+    """View of a run's events, printed as they come.
 
     Args:
       out: the stream to show them on; the table only where it is a terminal.
@@ -36,7 +36,7 @@ class View:
         record.listeners.append(self._show)
 
     def say(self, text: str) -> None:
-        """A line with the time of day."""
+        """Prints a line with the time of day."""
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of 524288, 512KiB or 20MB.
+    """Parses a size in bytes, such as 524288, 512KiB or 20MB.
 
     Raises:
       UserError: it is no size.
@@ -110,7 +110,7 @@ def _tile(machine, sizes, sequence, batch) -> dict[str, Any] | None:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A report as a page for people."""
+    """Formats a report as text for people."""
     lines = [
         f"{found['model']}, {found['heads']} heads of {found['head_dim']}, sequence "
         f"{found['sequence']}, batch {found['batch']}, on {found['platform']} with a buffer of "

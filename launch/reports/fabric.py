@@ -40,7 +40,7 @@ class Pod:
 
 
 def place(slices: Sequence[str], failed: Sequence[str] = (), machine: hardware.Pod = TPU_V4) -> Pod:
-    """A pod with slices, then with failures.
+    """Places slices on a pod, then lets parts fail.
 
     A slice whose block fails gets a free healthy one in its place, and the fibre at a failed port
     goes to a spare one; slices go on without the links of a failed switch. The slices are named 1,
@@ -252,7 +252,7 @@ def _called(found):
 
 
 def _parse(text, machine):
-    """(slice, its blocks or None) of "4x4x8@3,17"."""
+    """Parses "4x4x8@3,17" into (slice, its blocks or None)."""
     name, at, blocks = text.partition("@")
     if not at:
         return Slice.parse(name, machine), None

@@ -68,7 +68,7 @@ class FlatStudy:
 
 
 def study_flat(out: Path, *, as_json: bool = False, study: FlatStudy | None = None) -> int:
-    """The command: see `study_files.compute_and_write`."""
+    """Runs `torsion study flat`; see `study_files.compute_and_write`."""
     return compute_and_write(
         out,
         lambda tell: find(study or FlatStudy(), tell),
@@ -285,7 +285,7 @@ def use(name: str, sequence: int, points: int) -> dict[str, Any]:
 
 
 def make_table(results: dict[str, Any]) -> str:
-    """The report, Markdown."""
+    """Writes the report of the study in Markdown."""
     head = ["platform", "softmax", "times as fast", "energy saved", "memory moved"]
     head += [curves.size_text(n).split(" ")[0] if n < 1024 else f"{n // 1024}K"
              for n in results["sequences"]]  # fmt: skip

@@ -74,7 +74,7 @@ def draw_goodput(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_kept(results: dict[str, Any], path: Path) -> None:
-    """All-to-all kept without one switch."""
+    """Draws what is kept of all-to-all without one switch."""
     figure, axes = _figure(8.5, 4.6)
     rows = results["failed_switch"]
     places = np.arange(len(rows))
@@ -114,7 +114,7 @@ def draw_year(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_checkpoints(results: dict[str, Any], path: Path) -> None:
-    """Work kept against the checkpoint interval, with the rules."""
+    """Draws the work kept against the checkpoint interval, with the rules of Young and Daly."""
     figure, axes = _figure(7, 4.2)
     found = results["checkpoints"]
     minutes = [row["interval"] / 60 for row in found["intervals"]]

@@ -78,7 +78,7 @@ class PodStudy:
 
 
 def study_pod(out: Path, *, as_json: bool = False, study: PodStudy | None = None) -> int:
-    """The command: see `study_files.compute_and_write`."""
+    """Runs `torsion study pod`; see `study_files.compute_and_write`."""
     return compute_and_write(
         out,
         lambda tell: find(study or PodStudy(), tell),
@@ -256,7 +256,7 @@ def compare_goodput() -> list[dict[str, Any]]:
 
 
 def sampled_goodput(trials: int) -> list[dict[str, Any]]:
-    """Closed forms and Monte Carlo of goodput."""
+    """Computes goodput by closed form, and estimates it by Monte Carlo."""
     rows = []
     for chips, box in BOXES.items():
         for host in (0.99, 0.995, 0.999):

@@ -156,7 +156,7 @@ def say(line: str) -> None:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A report as a page for people."""
+    """Formats a report as text for people."""
     lines = [_title(found)]
     for heading, rows in figures(found):
         lines += [heading] if heading else []
@@ -281,12 +281,12 @@ def named(path: str, name: str) -> Path:
 
 
 def count(n: int, what: str) -> str:
-    """2, "chip" -> "2 chips"."""
+    """Writes a number with its noun: 2, "chip" -> "2 chips"."""
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
 def _parse(shape, failed_ocs, failed, pod):
-    """(slice, parts that failed)."""
+    """Parses the arguments of a report into (slice, parts that failed)."""
     names = ([f"ocs:{failed_ocs}"] if failed_ocs is not None else []) + list(failed)
     parts = [Part.parse(name, pod) for name in names]
     return Slice.parse(shape, pod), list(dict.fromkeys(parts))

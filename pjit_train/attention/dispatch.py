@@ -36,7 +36,7 @@ def attention(
     way: Way = "auto",
     sequence: Literal["gather", "ring"] = "gather",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v, exactly.
+    """Computes softmax(q k^T / sqrt(head_dim)) v, exactly.
 
     Args:
       q: [batch, rows, heads, head_dim].

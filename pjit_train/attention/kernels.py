@@ -93,7 +93,7 @@ def attend_splash(q, k, v, segments, mask: Mask, *, interpret: bool = False):
 
 
 def attend_cudnn(q, k, v, mask: Mask):
-    """`jax.nn.dot_product_attention` with cuDNN, on one device's arrays."""
+    """Computes attention by `jax.nn.dot_product_attention` with cuDNN, on one device's arrays."""
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=mask.causal, local_window_size=window, implementation="cudnn"

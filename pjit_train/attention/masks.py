@@ -25,7 +25,7 @@ class Mask:
     segmented: bool
 
     def __call__(self, logits, rows, cols, ids=None, columns=None):
-        """Logits, -inf where masked.
+        """Sets logits to -inf where they are masked.
 
         Args:
           rows, cols: positions, which broadcast against each other to the logits' last two axes.

@@ -301,7 +301,7 @@ def _segment_tiles(segments, n, R, K, G, h):
 
 
 def _columns(x, low, size: int, axis: int):
-    """`size` columns from `low`, static or traced."""
+    """Slices `size` columns of x from `low`, static or traced."""
     if isinstance(low, int):
         return jax.lax.slice_in_dim(x, low, low + size, axis=axis)
     return jax.lax.dynamic_slice_in_dim(x, low, size, axis)

@@ -169,7 +169,7 @@ def smooth(
 
 
 def as_matrices(role: Role, kernel):
-    """A kernel as matrices [layers, inputs, outputs]."""
+    """Reshapes a kernel to matrices [layers, inputs, outputs]."""
     return kernel.reshape(role.matrix_shape(kernel.shape))
 
 
@@ -241,7 +241,7 @@ def kernel_bytes(
 
 
 def leaf(params, name: str):
-    """The parameter of that name."""
+    """Returns the parameter of a name."""
     return functools.reduce(lambda tree, key: tree[key], name.split("/"), params)
 
 

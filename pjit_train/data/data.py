@@ -36,7 +36,7 @@ class Data(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, seed: int, *, keep: bool = True) -> Batches:
-        """Opens the data.
+        """Opens the data, and prepares what batches are made from.
 
         Args:
           seed: of the order of the rows.

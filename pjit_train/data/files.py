@@ -101,7 +101,7 @@ def _lines(file: BinaryIO, place: _Place, text_field: str) -> Iterator[str]:
 
 
 def _text_of(line: bytes, place: _Place, text_field: str) -> str:
-    """The text of a line of .jsonl."""
+    """Reads the text from a line of .jsonl."""
     try:
         text = line.decode("utf-8-sig" if place.line == 1 else "utf-8")
     except UnicodeDecodeError as error:

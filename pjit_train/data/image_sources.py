@@ -34,7 +34,7 @@ class Examples(Protocol):
 
 
 class Opened(NamedTuple):
-    """An open source.
+    """Examples and classes of a source of images, opened.
 
     Attributes:
       classes: their names, in the order of labels.

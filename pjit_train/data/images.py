@@ -85,7 +85,7 @@ class ImageBatches:
 
     @property
     def num_train(self) -> int:
-        """Images of the training split."""
+        """Number of images of the training split."""
         return len(self._train)
 
     @property
@@ -118,7 +118,7 @@ class ImageBatches:
         return {"images": self._normalised(image), "labels": label, "weights": weight}
 
     def _pixels(self, example: Example) -> tuple[np.ndarray, np.int32]:
-        """uint8 [image_size, image_size, channels], and the label."""
+        """Decodes an example to uint8 [image_size, image_size, channels], and its label."""
         size, channels = self.data.image_size, self.data.channels
         image = example.image
         if image.shape[:2] != (size, size):

@@ -149,12 +149,12 @@ class Batches:
 
     @property
     def num_train_sequences(self) -> int:
-        """Full rows of the training split, over all sources."""
+        """Number of full rows of the training split, over all sources."""
         return sum(len(packed) for packed in self._rows["train"])
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Training targets, over all sources."""
+        """Number of training targets, over all sources."""
         return self.num_train_sequences * self.seq_len
 
     @property

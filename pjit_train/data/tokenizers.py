@@ -117,7 +117,7 @@ class TokenizerJson:
 
     @functools.cached_property
     def text(self) -> str:
-        """The text of the file."""
+        """Text of the tokenizer's file."""
         path = Path(self.path).expanduser()
         try:
             if path.exists() and not path.is_file():  # a pipe might never answer
@@ -139,7 +139,7 @@ class TokenizerJson:
 
     @functools.cached_property
     def separator(self) -> int:
-        """The id of the separator token."""
+        """Id of the separator token."""
         asked = KNOWN_SEPARATORS if self.separator_token is None else (self.separator_token,)
         for token in asked:
             if (index := self._tokenizer.token_to_id(token)) is not None:

@@ -139,7 +139,7 @@ def _integers(elements_OI: np.ndarray, scales: Scales) -> tuple[np.ndarray, np.n
 def _spread(
     scale_OG: np.ndarray, shape: tuple[int, ...], tile: tuple[int, int] | None
 ) -> np.ndarray:
-    """The scale of every weight [outputs, inputs].
+    """Repeats scales so that each weight [outputs, inputs] has its own.
 
     Args:
       scale_OG: one to a group of inputs of each output; of tiles one to each.
@@ -195,7 +195,7 @@ def pack_int32(codes_OI: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_int32(words: np.ndarray, bits: int, inputs: int) -> np.ndarray:
-    """int16 [outputs, inputs]; undoes `pack_int32`."""
+    """Unpacks codes to int16 [outputs, inputs], the inverse of `pack_int32`."""
     bytes_ = np.ascontiguousarray(words).view(np.uint8)
     stream = np.unpackbits(bytes_, axis=1, count=inputs * bits, bitorder="little")
     codes = np.packbits(stream.reshape(len(words), inputs, bits), axis=-1, bitorder="little")
@@ -231,5 +231,5 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def _e8m0(scale: np.ndarray) -> np.ndarray:
-    """The biased exponents of powers of two."""
+    """Reads the biased exponents of powers of two."""
     return (np.frexp(scale)[1] - 1 + 127).astype(np.uint8)

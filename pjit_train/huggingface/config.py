@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(text: str | bytes) -> dict:
-    """The object of a JSON text.
+    """Parses a JSON text that has to be an object.
 
     Raises:
       ValueError: there is none, or its brackets are too deep, or an object in it has a key twice,

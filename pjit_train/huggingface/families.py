@@ -22,7 +22,7 @@ _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of config.json.
+    """Key of config.json, and how its value is read.
 
     Attributes:
       name: dots lead into objects.

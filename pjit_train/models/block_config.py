@@ -100,12 +100,12 @@ class BlockConfig:
 
     @property
     def num_norm_params(self) -> int:
-        """Elements of the parameters of one norm."""
+        """Number of parameters of one norm."""
         return self.d_model * (2 if self.norm == "layernorm" else 1)
 
     @property
     def num_block_params(self) -> int:
-        """Elements of the parameters of one block."""
+        """Number of parameters of one block."""
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         wide = 2 if self.activation == "swiglu" else 1  # matmuls into the feed-forward width
         kernels = self.d_model * (2 * query + 2 * kv + (wide + 1) * self.d_ff)

@@ -157,7 +157,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Transformer block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: BlockConfig, init: Initializer):
         self.attention_norm = Norm(config, init)

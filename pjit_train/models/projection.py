@@ -143,7 +143,7 @@ def _plain(x: jax.Array) -> jax.Array:
 
 
 def _like(x: jax.Array, y: jax.Array) -> jax.Array:
-    """y with the sharding of x."""
+    """Gives y the sharding of x."""
     return reshard(y, spec_of(x))
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger("torsion")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(BlockConfig):
-    """A decoder-only language model.
+    """Configuration of a decoder-only language model.
 
     Attributes:
       max_len: longest sequence; with learned positions, the number of their embeddings.
@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
         return stored.inputs(hidden_BTD) if isinstance(stored, QuantizedKernel) else hidden_BTD
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """float32 [batch, tokens, vocab]."""
+        """Computes logits, float32 [batch, tokens, vocab]."""
         kernel, spec = self.head_kernel(), self.rules.spec(("batch", "length", "vocab"))
         return jnp.einsum(
             "btd,dv->btv",

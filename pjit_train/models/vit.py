@@ -20,7 +20,7 @@ from sparsity.ranges import Count, Positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(BlockConfig):
-    """A classifier of square images.
+    """Configuration of a vision transformer that classifies square images.
 
     Attributes:
       image_size: height and width of an image, in pixels.

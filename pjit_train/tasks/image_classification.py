@@ -120,7 +120,7 @@ class ImageClassification(Task):
         return f"loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}"
 
     def remarks(self, details):
-        """The classes with the lowest accuracy."""
+        """Names the classes with the lowest accuracy."""
         known = {n: c["accuracy"] for n, c in details["classes"].items() if c["images"]}
         worst = sorted(known, key=known.__getitem__)[:_SHOWN]
         worst = [name for name in worst if not math.isclose(known[name], 1.0)]

@@ -51,11 +51,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def positions(self, run) -> int:
-        """Positions of a row: what attention runs over."""
+        """Number of positions of a row, over which attention runs."""
 
     @abc.abstractmethod
     def units(self, run) -> int:
-        """Units (see `unit`) of a row."""
+        """Number of units (see `unit`) of a row of a batch."""
 
     @abc.abstractmethod
     def flops(self, model: BlockConfig, positions: int) -> float:

@@ -9,7 +9,7 @@ from sparsity.sparsity_types import NByM, SparsityType, Unstructured, parse_spar
 
 
 def get_activation_context(sparsity_string: Any, allowlist: Sequence[str] = ("relu",)):
-    """`add_activation_sparsity` of a text.
+    """Reads a text such as "2:4" and returns the context of `add_activation_sparsity`.
 
     Args:
       sparsity_string: a fraction for unstructured sparsity, "nm_2,4" or "2:4", "block_4,4_0.8".

@@ -23,7 +23,7 @@ def find_adamstate(state: Any) -> optax.ScaleByAdamState | None:
 
 
 def replace_adamstate(state: Any, replacement: optax.ScaleByAdamState) -> Any:
-    """The optax state with `replacement` for Adam's."""
+    """Returns an optax state with `replacement` in the place of Adam's."""
     return jax.tree.map(lambda x: replacement if _is_adam(x) else x, state, is_leaf=_is_adam)
 
 

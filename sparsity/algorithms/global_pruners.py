@@ -57,7 +57,7 @@ class GlobalPruningMixin(BaseUpdater):
             )
 
     def distribute(self, params: Any) -> float:
-        """The total sparsity."""
+        """Returns the target sparsity of all parameters together."""
         del params
         return self.sparsity
 
@@ -118,7 +118,7 @@ class GlobalPruningMixin(BaseUpdater):
 
 @dataclasses.dataclass
 class GlobalMagnitudePruning(GlobalPruningMixin, MagnitudePruning):
-    """Keeps the largest |w| of all parameters."""
+    """Keeps the largest |w| of all parameters together."""
 
 
 @dataclasses.dataclass

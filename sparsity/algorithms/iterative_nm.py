@@ -40,7 +40,7 @@ class IterativeNMPruning(MagnitudePruning):
     """
 
     def get_topk_fn(self, sparsity_type):
-        """(scores, sparsity) -> mask; of N:M, `iterative_nm_mask`."""
+        """Returns a function (scores, sparsity) -> mask; for N:M it is `iterative_nm_mask`."""
         if isinstance(sparsity_type, NByM):
             return functools.partial(iterative_nm_mask, sparsity_type=sparsity_type)
         return super().get_topk_fn(sparsity_type)

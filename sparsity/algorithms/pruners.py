@@ -17,7 +17,7 @@ class MagnitudePruning(BaseUpdater):
     def calculate_scores(
         self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
     ) -> Any:
-        """|w|."""
+        """Scores parameters by |w|."""
         del sparse_state, grads, kwargs
         return jax.tree.map(jnp.abs, params)
 
@@ -29,7 +29,7 @@ class SaliencyPruning(BaseUpdater):
     def calculate_scores(
         self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
     ) -> Any:
-        """|w * g|."""
+        """Scores parameters by |w * g|, with g their gradients."""
         del sparse_state, kwargs
         if grads is None:
             raise ValueError("grads=None; saliency is |w * g|: give the gradients")

@@ -21,17 +21,17 @@ from sparsity.utils import is_none, map_entries
 
 @dataclasses.dataclass
 class StaticRandomSparse(BaseUpdater):
-    """Masks drawn at initialization, which stay."""
+    """Trains with masks that are drawn at initialization and never change."""
 
     is_sparse_gradients: bool = True
 
     def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
-        """The state as it is."""
+        """Returns the sparse state unchanged: masks stay."""
         del params, grads, kwargs
         return sparse_state
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
-        """Masks of the target sparsities at random."""
+        """Draws masks of the target sparsities at random."""
         return self.create_masks(generate_random_scores(params, self.rng_seed), target_sparsities)
 
     def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:

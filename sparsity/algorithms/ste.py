@@ -33,21 +33,21 @@ class SteMixin:
         return jax.tree.map(lambda _: None, params)
 
     def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
-        """The state as it is."""
+        """Returns the sparse state unchanged: it holds no masks."""
         del params, grads, kwargs
         return sparse_state
 
     def post_gradient_update(self, params: Any, opt_state: SparseState) -> Any:
-        """The parameters as they are, dense."""
+        """Returns the parameters unchanged: they stay dense."""
         del opt_state
         return params
 
 
 @dataclasses.dataclass
 class SteMagnitudePruning(SteMixin, MagnitudePruning):
-    """The forward pass reads the largest |w|."""
+    """Keeps all weights and has the forward pass read those of the largest |w|."""
 
 
 @dataclasses.dataclass
 class SteRandomPruning(SteMixin, RandomPruning):
-    """The forward pass reads weights at random, others at each step."""
+    """Keeps all weights and has the forward pass read some at random, others at each step."""

@@ -88,12 +88,12 @@ class TopKAST(MagnitudePruning):
         return optax.GradientTransformationExtraArgs(masked.init, update)
 
     def pre_forward_update(self, params: Any, opt_state: SparseState) -> Any:
-        """The parameters with zeros outside A."""
+        """Returns the parameters with zeros outside the forward masks A."""
         masks = self.unpack(opt_state.masks, params)
         return map_entries(lambda path, param, mask: straight_through(param, mask), params, masks)
 
     def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
-        """The parameters as they are, dense."""
+        """Returns the parameters unchanged: they stay dense."""
         del sparse_state
         return params
 

@@ -72,7 +72,7 @@ class FloatElement:
         return code | negative.astype(jnp.int32) << (self.bits - 1)
 
     def values(self, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(float32 magnitude, bool negative) of codes."""
+        """Decodes codes to (float32 magnitude, bool negative)."""
         width = self.mantissa_bits
         code = codes & (2 ** (self.bits - 1) - 1)
         normal = float_of((code << (23 - width)) + ((127 - self.bias) << 23))

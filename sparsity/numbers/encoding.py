@@ -18,7 +18,7 @@ from sparsity.numbers.rounding import Rounding, check_rounding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """An array in a format.
+    """Array in the bytes of a format.
 
     Attributes:
       codes: uint8 [.., bytes], the blocked axis last: its codes one after the other, the least
@@ -43,7 +43,7 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
+        """Number of bytes of codes, scales and zero points together."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 

@@ -90,7 +90,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def magnitudes(self, codes: jax.Array, scale: Scale | None) -> tuple[jax.Array, jax.Array]:
-        """(magnitude, bool negative) of codes; undoes `codes`."""
+        """Decodes codes to (magnitude, bool negative), the inverse of `codes`."""
 
     # Blocks and scales: float32 ones of one block each, unless a format has others.
 
@@ -187,7 +187,7 @@ class Format(abc.ABC):
     # Values.
 
     def lifted(self, blocks: jax.Array, scale: Scale | None) -> jax.Array:
-        """|x| / scale as float32."""
+        """Divides |x| by the scale of its block, in float32."""
         bits = bits_of(blocks) & MAGNITUDE
         if scale is None:
             return float_of(bits)
@@ -195,7 +195,7 @@ class Format(abc.ABC):
         return value if scale.significand is None else divide(value, scale.significand)
 
     def values(self, magnitude: jax.Array, sign: jax.Array, scale: Scale | None) -> jax.Array:
-        """float32 of elements and their scale."""
+        """Multiplies elements by their scale, float32."""
         if scale is None:
             return float_of(bits_of(magnitude) | sign)
         if scale.significand is not None:
@@ -260,7 +260,7 @@ class ElementFormat(Format):
     @property
     @abc.abstractmethod
     def element(self) -> Element:
-        """The element."""
+        """Element of the format: its values, limits and codes."""
 
     @property
     def element_bits(self) -> int:

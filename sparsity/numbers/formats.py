@@ -153,7 +153,7 @@ def _named() -> dict[str, Format]:
 
 
 def _unknown(format) -> str:
-    """The message for what is no format."""
+    """Makes the error message for what is no format."""
     text = f"unknown format {format!r}; use one of {', '.join(FORMATS)}, int2 to int8, or an object"
     if isinstance(format, str) and format.upper() in SCHEMES:
         weights, activations = SCHEMES[format.upper()]

@@ -49,7 +49,7 @@ class HBFP(PowerOfTwoFormat):
         return Scale(jnp.maximum(exponent, -126) - self.mantissa_bits, nan=nan)
 
     def codes(self, magnitude, negative, scale):
-        """Sign and magnitude."""
+        """Encodes elements as a sign bit and a magnitude."""
         return magnitude.astype(jnp.int32) | negative.astype(jnp.int32) << self.mantissa_bits
 
     def magnitudes(self, codes, scale):

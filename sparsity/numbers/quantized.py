@@ -152,7 +152,7 @@ class Quantization:
         tokens: tuple[int, int] | None = None,
         attention_operands: Collection[str] = (),
     ) -> "Quantizer":
-        """The quantization of a model.
+        """Builds the `Quantizer` of a tree of parameters.
 
         Args:
           params: tree of arrays or of `jax.ShapeDtypeStruct`, with their shardings.
@@ -365,7 +365,7 @@ class Quantizer:
         )
 
     def _keys(self, plan: _Plan, stacked: tuple[int, ...], clock) -> jax.Array | None:
-        """`QuantizedKernel.key` of a forward pass."""
+        """Makes the `QuantizedKernel.key` of a forward pass."""
         if clock is None or not plan.formats.random:
             return None
         key = jax.random.fold_in(jax.random.key(self.seed), _PURPOSE)

@@ -147,11 +147,11 @@ class QuantizedKernel(Kernel):
         return self._losses(x, _INPUTS)
 
     def gradient_losses(self, d_y: jax.Array) -> Losses | None:
-        """`Losses` of what `gradients` makes of d_y."""
+        """Measures the `Losses` of d_y when `gradients` quantizes it."""
         return self._losses(d_y, _GRADIENTS)
 
     def product_losses(self, y: jax.Array) -> Losses | None:
-        """`Losses` of what `product_operand` makes of y."""
+        """Measures the `Losses` of y when `product_operand` quantizes it."""
         return self._losses(y, _PRODUCTS)
 
     @property
@@ -208,7 +208,7 @@ class QuantizedKernel(Kernel):
         return losses(x, self._read(x, purpose), _clipped(x, format, axes, rows))
 
     def _rounding(self, purpose: int, key=None) -> tuple[str, jax.Array | None]:
-        """(rounding, key) for a purpose."""
+        """Returns (rounding, random key or None) for a purpose."""
         of_gradient = purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS)
         rounding = self.formats.gradient_rounding if of_gradient else self.formats.rounding
         if rounding != "stochastic":
@@ -252,7 +252,7 @@ def _quantized(x, format: Format, axes: Axes, rounding, key, rows: int = 0) -> j
 
 
 def _clipped(x, format: Format, axes: Axes, rows: int) -> jax.Array:
-    """bool, where `_quantized` clips x."""
+    """Tells where `_quantized` clips x, bool like x."""
     return _by_blocks(
         lambda x, key, axis: clipped(x, format, axis=axis), x, None, format, axes, rows
     )

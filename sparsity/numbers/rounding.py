@@ -27,7 +27,7 @@ def bits_of(x: jax.Array) -> jax.Array:
 
 
 def float_of(bits: jax.Array) -> jax.Array:
-    """The float32 of those bits."""
+    """The float32 number that int32 bits stand for."""
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

@@ -41,7 +41,7 @@ class Scales(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """A quantized kernel.
+    """Quantized kernel, as `rtn` and `gptq` return it.
 
     Attributes:
       values: float32 [inputs, outputs].
@@ -207,7 +207,7 @@ def _rounded(blocks, scale: Scale | None, format: Format):
 
 
 def _host(scale: Scale | None, format: Format) -> Scales:
-    """The scales as they are stored."""
+    """Converts scales to the numpy arrays that are stored."""
     if scale is None:
         return Scales(None)
 

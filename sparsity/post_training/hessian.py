@@ -91,7 +91,7 @@ def check_norms(name: str, norms_I, inputs: int) -> None:
 
 
 def check_hessian(hessian_II, inputs: int) -> np.ndarray:
-    """The Hessian as float64.
+    """Checks a Hessian, and returns it as float64.
 
     Raises:
       ValueError: it is not [inputs, inputs], finite and symmetric, or has a negative diagonal.

@@ -278,7 +278,7 @@ class KeepZeros:
     layers: Mapping[str, str]
 
     def build(self, params: Any, *, steps=None, contraction=None) -> "KeepZerosUpdater":
-        """The updater for a tree of parameters.
+        """Builds the updater that keeps the zeros of a tree of parameters.
 
         Args:
           contraction: (name, shape) -> the input axes of a kernel; see `recipes.Recipe.build`.
@@ -324,11 +324,11 @@ class KeepZerosUpdater:
         return jax.tree.map(keep, masks, tree, is_leaf=lambda x: x is None)
 
     def global_norm(self, grads, count):
-        """`optax.tree.norm`."""
+        """Computes the norm of all gradients together, by `optax.tree.norm`."""
         return optax.tree.norm(grads)
 
     def skip(self, params, state):
-        """The state as it is."""
+        """Returns the state unchanged after a step whose update is left out."""
         return state
 
     def masks(self, state, params):
@@ -359,9 +359,9 @@ class KeepZerosUpdater:
         )
 
     def weights(self, params, state):
-        """The parameters as they are."""
+        """Returns the parameters unchanged: their zeros are those of the masks."""
         return params
 
     def post_gradient_update(self, params, state):
-        """The parameters as they are."""
+        """Returns the parameters unchanged: updates of zeros were masked before."""
         return params

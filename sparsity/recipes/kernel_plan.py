@@ -132,7 +132,7 @@ def plan_kernel(
 
 
 def shards_of(leaf) -> list[int]:
-    """Number of shards along each axis."""
+    """Number of shards along each axis of an array, by its sharding."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return [1] * len(leaf.shape)

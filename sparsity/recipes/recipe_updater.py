@@ -47,7 +47,7 @@ class Phases(Protocol):
 
 
 class RecipeState(NamedTuple):
-    """The optimizer state of a recipe.
+    """Optimizer state of a recipe.
 
     Attributes:
       count: int32 [], updates done.
@@ -357,7 +357,7 @@ class RecipeUpdater:
         return self.treedef.unflatten(leaves)
 
     def _switched_at(self, inner_state) -> jax.Array:
-        """`RecipeState.masked_from` of the state of the optimizer."""
+        """Reads `RecipeState.masked_from` from the state of the optimizer."""
         if self.recipe.variance is None:
             return jnp.full((), -1, jnp.int32)
         found = optax.tree_utils.tree_get(inner_state, "switched_at")
@@ -379,7 +379,7 @@ class RecipeUpdater:
         return jnp.asarray(step, jnp.int32), self.dense_steps
 
     def _start(self, masked_from) -> jax.Array | int:
-        """First step of the decay phase."""
+        """Number of the first step of the decay phase."""
         if self.recipe.variance is None:
             return self.dense_steps
         return jnp.where(masked_from < 0, self.fine_tune_start, masked_from)

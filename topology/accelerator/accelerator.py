@@ -65,7 +65,7 @@ class Energy:
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """An accelerator.
+    """Accelerator with one matrix array, vector lanes, a buffer on the chip and memory off it.
 
     Attributes:
       buffer: on the chip, software-managed.
@@ -198,7 +198,7 @@ ACCELERATORS = {
 
 
 def accelerator(name: str) -> Accelerator:
-    """The accelerator of a name.
+    """Returns the accelerator of a name.
 
     Raises:
       ValueError: there is none of that name.

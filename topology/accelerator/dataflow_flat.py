@@ -89,7 +89,7 @@ class FlatMapping:
 
 
 def heads_of(granularity: str, work: Attention) -> int:
-    """Heads in a tile."""
+    """Number of heads in a tile of a granularity."""
     return {"R": 1, "H": 1, "B": work.kv_heads, "M": work.num_heads}[granularity]
 
 

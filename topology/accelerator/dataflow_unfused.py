@@ -232,7 +232,7 @@ def search_flex(
     softmax: str = "free",
     granularity: str = "M",
 ) -> Cost:
-    """The best unfused attention.
+    """Searches the unfused attention of least time: the FLEX dataflow.
 
     The operators follow one another; each hides its transfers behind its work. Part of the logits
     may stay in the buffer from one operator to the next: all parts in `_KEPT` are tried.

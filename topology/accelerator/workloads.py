@@ -76,7 +76,7 @@ class Attention:
 
     @property
     def macs(self) -> int:
-        """Multiplications and additions of both matmuls."""
+        """Multiplications and additions of both matmuls of the attention."""
         return 2 * self.logits * self.head_dim
 
     @property
@@ -112,7 +112,7 @@ class Model:
     source: str
 
     def attention(self, sequence: int, batch: int = BATCH) -> Attention:
-        """The attention of a layer."""
+        """Sizes of the attention of one layer."""
         return Attention(batch=batch, heads=self.heads, rows=sequence, head_dim=self.head_dim)
 
     def matmuls(self, sequence: int, batch: int = BATCH) -> tuple[Matmul, ...]:

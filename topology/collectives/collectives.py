@@ -35,7 +35,7 @@ from topology.torus.slices import Slice
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 
 EFFICIENCIES = {
-    # Schedules of ours.
+    # Torsion's own schedules.
     "breadth_first": 1.0,
     "dimension_rings": 1.0,
     "shortest_paths": 1.0,
@@ -86,7 +86,7 @@ class Network:
 
     @classmethod
     def of(cls, pod: Pod) -> "Network":
-        """The network of a pod's slices."""
+        """Returns the network of a pod's slices."""
         return cls(bandwidth=pod.chip.usable_link_bandwidth)
 
     def fitted(self, measured: Iterable[tuple[str, "Cost", float, float]]) -> "Network":

@@ -30,7 +30,7 @@ _IMPROVED = 8  # of the best factorisations, so many have the order of their fac
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """A collective over mesh axes, `count` times.
+    """Traffic of a collective over mesh axes, carried out `count` times.
 
     Attributes:
       kind: one of `collectives.KINDS`. A permute is from each member of one axis to the next.
@@ -72,7 +72,7 @@ class Digit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """A mesh on a slice.
+    """Layout of a mesh on the chips of a slice.
 
     Attributes:
       devices: int, chip indices in the mesh's shape: put the device of each chip there and give
@@ -353,7 +353,7 @@ class _Search:
         return [(i, *digit) for i in range(3) for digit in rows[i]]
 
     def _rest(self, b, digits):
-        """The digits of all other chips."""
+        """Lists the digits by which all other chips of a box are counted."""
         rest = []
         for i, n in enumerate(self.boxes[b].sizes):
             at = 1

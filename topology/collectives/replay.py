@@ -28,7 +28,7 @@ class Replay:
 
 
 def replay(schedule: Schedule, bytes: float, network: Network | None = None) -> Replay:
-    """Plays a schedule.
+    """Replays a schedule of a collective, round by round, and counts what each link carries.
 
     Args:
       bytes: as in `topology.collectives`.

@@ -58,7 +58,7 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A collective in all groups at once.
+    """Schedule of a collective in all its groups at once.
 
     An item is a member's shard (all-gather, all-reduce: item i is gathered from, or reduced at,
     member i), what a member sends in a permute, or, in an all-to-all, n * origin + destination.
@@ -76,7 +76,7 @@ class Schedule:
 
 
 def schedule(kind: str, groups: Groups, *, to=None, pieces: int = 60) -> Schedule:
-    """The schedule whose cost is `collectives.collective_cost`.
+    """Makes a schedule of a collective that reaches `collectives.collective_cost`.
 
     For groups of up to a few hundred chips: an all-gather of n members is n^2 transfers and more.
 

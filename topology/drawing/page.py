@@ -39,7 +39,7 @@ _MARKS = {".html": b'name="generator" content="torsion"', ".png": b"Software\0to
 def page(
     scene: Scene, *, heading: str, lead: str, sections: Sequence[str], script: str = ""
 ) -> str:
-    """The HTML of a scene.
+    """Makes the HTML page of a scene.
 
     Args:
       lead: a line below the heading.
@@ -122,7 +122,7 @@ def fabric_sections(fabric: Fabric) -> tuple[list[str], str]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """(0, 1, 2, 9) -> "0-2, 9"."""
+    """Writes ascending numbers as ranges: (0, 1, 2, 9) -> "0-2, 9"."""
     runs = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -25,7 +25,7 @@ _LEAST = 2.0  # chips that there is room for, however few are drawn
 
 
 def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
-    """The PNG of a scene.
+    """Draws the PNG of a scene.
 
     Links have the colour of the first of the scene's `values`, or of what their node belongs to
     where the scene has groups; what is further away is paler. Failed parts lie on top.

@@ -52,7 +52,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Fabric:
-    """The state of a pod's fabric.
+    """State of a pod's fabric: its slices, cross-connects and failed parts.
 
     Where it is not published how the switches are wired (TPU v5p), slices have their blocks, and
     there are no cross-connects; what asks for those raises a ValueError.
@@ -128,7 +128,7 @@ class Changes:
         return sum(map(len, self.makes.values()))
 
     def seconds(self, switch: OpticalSwitch, at_a_time: int | None = None) -> float:
-        """Time until all mirrors have settled.
+        """Seconds until all mirrors of the changed cross-connects have settled.
 
         The switches work at the same time, and each moves `at_a_time` connections together (all of
         them by default), a break and a make in one move. That links come up again takes a time
@@ -163,7 +163,7 @@ def lowest_numbered(fabric: Fabric, free: list[int], count: int) -> Sequence[int
 
 
 def choose(fabric: Fabric, slice: Slice, policy: Policy = lowest_numbered) -> tuple[int, ...]:
-    """Free healthy blocks for a slice.
+    """Chooses free healthy blocks for a slice.
 
     Raises:
       ValueError: there are too few; names the nearest shape that fits.
@@ -213,7 +213,7 @@ def place(
     blocks: Sequence[int] | None = None,
     policy: Policy = lowest_numbered,
 ) -> Fabric:
-    """The fabric with one more slice.
+    """Returns the fabric with one more slice.
 
     Args:
       blocks: row-major over `slice.block_shape`; None lets the policy choose.

@@ -154,7 +154,7 @@ def _ranges(pod, kind, name):
 
 
 def check_part(part: Part, pod: Pod) -> Part:
-    """The part, its numbers as ints.
+    """Checks the numbers of a part, and returns it with them as ints.
 
     Raises:
       ValueError: the pod has no such part.

@@ -9,7 +9,7 @@ from topology.fleet.workload import Job
 
 
 class Event(NamedTuple):
-    """A line of the log.
+    """Line of the log of a simulated pod.
 
     kind, and what blocks and detail are:
       submit; finish;
@@ -44,7 +44,7 @@ class JobRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Outcome of a simulation.
+    """Outcome of the simulation of a pod.
 
     Attributes:
       blocks: of the pod.

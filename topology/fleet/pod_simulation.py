@@ -391,7 +391,7 @@ class _Simulation:
         task.updated = self.now
 
     def _expect(self, task):
-        """Sets anew when a job finishes."""
+        """Posts anew when the job of a task finishes."""
         task.turn += 1
         seconds = task.progress.time_left()
         if seconds < float("inf"):

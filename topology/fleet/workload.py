@@ -34,7 +34,7 @@ of one block, so that all sizes take as much of the machine."""
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training job.
+    """Training job that is submitted to a pod.
 
     Attributes:
       arrival: when it is submitted.

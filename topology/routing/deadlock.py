@@ -28,7 +28,7 @@ Datelines = tuple[tuple[frozenset, frozenset], ...]
 
 
 def end_datelines(slice: Slice) -> Datelines:
-    """A dateline where each dimension wraps around."""
+    """Places a dateline at the end of each dimension that wraps around."""
     return tuple((frozenset([k - 1]), frozenset([0])) for k in slice.shape)
 
 

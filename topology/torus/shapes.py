@@ -196,5 +196,5 @@ def _take(pod):
 
 
 def times(shape) -> str:
-    """(4, 4, 8) -> "4x4x8"."""
+    """Writes a shape as text: (4, 4, 8) -> "4x4x8"."""
     return "x".join(map(numbers.shown, shape))
