@@ -125,7 +125,7 @@ class Rules:
             )
 
     def spec(self, axes: Axes, *, gathered: bool = False) -> PartitionSpec:
-        """The partition of an array with these logical axes.
+        """Returns the partition of an array by the logical axis of each dimension.
 
         Args:
           axes: a logical axis, or None for one that stays whole, for each dimension.

@@ -30,7 +30,7 @@ def add_command(
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as every other is told, with the nearest right word."""
+    """Parser of arguments that reports a mistake in one line, with the nearest right word."""
 
     def error(self, message: str):
         if found := re.match(r"(.*invalid choice: '([^']*)') \(choose from ", message):

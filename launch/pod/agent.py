@@ -20,7 +20,7 @@ from launch.pod import memory_copy, ray_internals
 
 
 class _Child:
-    """A trainer: what it told, and what it is told."""
+    """Trainer process of an agent, with the events that it sends and the orders that it gets."""
 
     def __init__(self, standing: dict[str, Any], memory: int | None):
         read, write = os.pipe()

@@ -152,7 +152,7 @@ def _duplicate(fd: int):
 
 @contextlib.contextmanager
 def _ray(options, record, problems):
-    """The Ray of the pod, which has a time to answer; what is waited for is told.
+    """Starts or joins the pod's Ray within a time limit, and reports what is waited for.
 
     Gives HOST:PORT of its dashboard, None where it has none.
     """

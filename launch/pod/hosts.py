@@ -70,7 +70,7 @@ class Hosts:
 
     @property
     def coordinates(self) -> np.ndarray:
-        """int [N, 3]: of each device, those of its chip in the slice."""
+        """int [N, 3]: for each device the coordinates of its chip in the slice."""
         return self.slice.coordinates[np.argsort(self.device_of_chip)]
 
     def device_order(self, mesh: Mapping[str, int], traffic: list[Traffic]) -> np.ndarray:

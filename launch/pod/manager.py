@@ -133,7 +133,7 @@ def _links(pod, part):
 
 
 def smaller_shapes(slice: Slice) -> list[Slice]:
-    """Slices of fewer chips, the largest first, those of like shape before others."""
+    """Lists smaller slices than a given one, the largest first, of equals the nearest to a cube."""
     shapes = legal_shapes(slice.num_blocks, slice.pod)
     slices = [Slice(shape=shape, pod=slice.pod) for shape in shapes]
     fewer = [one for one in slices if one.num_chips < slice.num_chips]

@@ -91,7 +91,7 @@ def summary(events: Sequence[dict], run: Run) -> list[str]:
 
 
 def _joined(found: Account):
-    """Spans, those of one cause that follow each other as one: a page of steps is no use."""
+    """Joins consecutive spans of one cause and attempt: a page of single steps is of no use."""
     joined = []
     for span in found.spans:
         before = joined[-1] if joined else None

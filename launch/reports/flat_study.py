@@ -1,4 +1,4 @@
-"""`torsion study flat`: what was published of FLAT beside what `topology` finds of it.
+"""`torsion study flat`: published figures of FLAT beside those that `topology` computes.
 
 Nothing is fitted to the published figures. What they leave open is varied, one thing at a time.
 """

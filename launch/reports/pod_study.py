@@ -1,4 +1,4 @@
-"""`torsion study pod`: what was published of the TPU v4 pod beside what `topology` finds of it.
+"""`torsion study pod`: published figures of the TPU v4 pod beside those of `topology`.
 
 Nothing is fitted to the published figures but one number, the efficiency of all-to-all. What
 differs is shown with its reason.

@@ -1,4 +1,4 @@
-"""`torsion slice`: what the interconnect of a slice gives, and a drawing of it."""
+"""`torsion slice`: bisection, all-to-all and failures of a slice, and a drawing of it."""
 
 import os
 import sys

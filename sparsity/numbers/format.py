@@ -255,7 +255,7 @@ class Format(abc.ABC):
 
 
 class ElementFormat(Format):
-    """A format whose elements are those of an `Element`: a small float or fixed-point number."""
+    """Format whose elements are those of an `Element`: small floats or fixed-point numbers."""
 
     @property
     @abc.abstractmethod

@@ -115,17 +115,17 @@ def _reduce_axis(bits: jax.Array, axis: int, of: Callable[[jax.Array], jax.Array
 
 
 def magnitude_bits(bits: jax.Array) -> jax.Array:
-    """The bits of |x|, of those of x; integers in the order of |x|."""
+    """The bits of |x| from the bits of x; as integers they are in the order of |x|."""
     return bits & MAGNITUDE
 
 
 def positive_bits(bits: jax.Array) -> jax.Array:
-    """The bits of max(x, 0)."""
+    """The bits of max(x, 0) from the bits of x."""
     return jnp.maximum(bits, 0)
 
 
 def negative_bits(bits: jax.Array) -> jax.Array:
-    """The bits of max(-x, 0)."""
+    """The bits of max(-x, 0) from the bits of x."""
     return jnp.where(bits < 0, bits & MAGNITUDE, 0)
 
 

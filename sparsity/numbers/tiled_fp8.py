@@ -100,7 +100,7 @@ def _rows(numbers: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _unrows(rows: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-    """The numbers whose `_rows` these are, of x in blocks of a shape."""
+    """Undoes `_rows`: x in blocks of a shape, from its rows."""
     numbers = rows.reshape(len(rows), *_across(shape, axes))
     return jnp.expand_dims(jnp.moveaxis(numbers, 0, axes[0] - 1), axes[0])
 

@@ -88,5 +88,5 @@ class Report:
 
     @property
     def interrupted_jobs(self) -> int:
-        """Jobs to which at least one of these happened."""
+        """Number of jobs that were interrupted at least once."""
         return sum(bool(record.interruptions) for record in self.jobs)

@@ -239,7 +239,7 @@ def _translations(slice, action, direction, link_sets, identity):
 
 
 def _components(permutations):
-    """Labels of what permutations of the same things take to each other."""
+    """Labels the orbits of permutations: two entries share one where some of these join them."""
     here = np.tile(np.arange(len(permutations[0])), len(permutations))
     there = np.concatenate(permutations)
     n = len(permutations[0])

@@ -108,7 +108,7 @@ class Slice:
 
     @classmethod
     def parse(cls, text: str, pod: Pod = TPU_V4) -> "Slice":
-        """The slice of a pod that `str` of it names.
+        """Parses the name of a slice, as `str` writes it.
 
         `4x4x8` is regular; `4x4x8_twisted` has the twist that ships; `_twist:0,0,4/0,0,4/0,0,0`
         gives the three rows of any other; `_wrap:xy` wraps only those dimensions, `_wrap:` none.
