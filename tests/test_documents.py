@@ -234,7 +234,7 @@ def test_a_gin_file_without_its_imports_is_told_which(here):
     )
     says = (
         "quantized.Quant is unknown; begin the file with the lines from __gin__ import "
-        "dynamic_registration, and from sparsity import quantized"
+        "dynamic_registration, and from sparsity.numbers import quantized"
     )
     with pytest.raises(UserError, match=says):
         build_run(["configs/quickstart.gin", str(file)])
