@@ -19,6 +19,7 @@ from pjit_train.models.roles import Role, Roles
 from sparsity.masks.layers import names
 from sparsity.ranges import Count, Decay, Fraction, NonNegative, Positive, Whole, check_fields
 from sparsity.recipes.autoswitch import scale_by_step_adam
+from sparsity.updater import Updater
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Optimizer:
         check_fields(self, UserError)
 
     def build(
-        self, steps: int, roles: Roles, updater=None
+        self, steps: int, roles: Roles, updater: Updater | None = None
     ) -> tuple[optax.GradientTransformation, Callable]:
         """The transformation for a run of `steps` updates, and its schedule.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.data import Data
@@ -16,6 +16,7 @@ from pjit_train.tasks.language_modelling import LanguageModelling
 from pjit_train.tasks.task import Task
 from sparsity.numbers.quantized import Quantization, Quantizer
 from sparsity.ranges import Count, NonNegative, Whole, check_fields
+from sparsity.updater import Sparsity, Updater
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class Run:
       steps: updates of the whole run; the learning-rate schedule spans them.
       initial_weights: a Hugging Face folder of this model to start from; None draws them at random.
       seed: of parameters, order of the data, and samples.
-      sparsity: a recipe of the package `sparsity`, such as `recipes.Recipe` or `pruning.Pruning`;
-        None trains dense.
+      sparsity: such as `recipes.Recipe` or `pruning.Pruning` of the package `sparsity`; None trains
+        dense.
       quantization: a `quantized.Quantization` of the package `sparsity`; None quantizes nothing.
       accumulate: parts that a batch goes through the model in, their gradients summed.
       log_every: steps between rows of metrics.
@@ -78,7 +79,7 @@ class Run:
     rules: Rules = Rules()
     checkpoints: CheckpointConfig = CheckpointConfig()
     samples: Samples = Samples()
-    sparsity: Any = None
+    sparsity: Sparsity | None = None
     quantization: Quantization | None = None
     accumulate: Count = 1
     log_every: Count = 10
@@ -91,6 +92,11 @@ class Run:
         check_fields(self, UserError)
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise UserError(f"run: profile={self.profile}; want (first step, last step)")
+        if not isinstance(self.sparsity, Sparsity | None):
+            raise UserError(
+                f"run: sparsity={self.sparsity!r}; use a Sparsity, such as recipes.Recipe or "
+                "pruning.Pruning of the package sparsity, or None"
+            )
         if self.on_nonfinite not in ("stop", "skip"):
             raise UserError(f"run: on_nonfinite={self.on_nonfinite!r} is unknown; use stop or skip")
         if self.data.batch_size % self.accumulate:
@@ -155,7 +161,7 @@ class Run:
                 )
         return quantizer
 
-    def build_updater(self, params, quantizer: Quantizer | None = None):
+    def build_updater(self, params, quantizer: Quantizer | None = None) -> Updater | None:
         """The updater of the run's recipe for these parameters; None for a dense run.
 
         Args:
@@ -167,10 +173,15 @@ class Run:
         """
         if self.sparsity is None:
             return None
-        options = {"steps": self.steps, "contraction": contraction(param_roles(self.model))}
-        if quantizer is not None and self.quantization.order == "quantize_then_sparsify":
-            options["scored"] = quantizer.scored
-        return self.sparsity.build(params, **options)
+        quantized_first = (
+            self.quantization is not None and self.quantization.order == "quantize_then_sparsify"
+        )
+        return self.sparsity.build(
+            params,
+            steps=self.steps,
+            contraction=contraction(param_roles(self.model)),
+            scored=quantizer.scored if quantized_first and quantizer is not None else None,
+        )
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
         """Raises a UserError where a mesh of these sizes, by axis, does not divide a batch."""

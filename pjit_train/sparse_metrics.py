@@ -1,13 +1,20 @@
 """Metrics of a sparse or quantized run besides its loss: how sparse, how settled, how exact."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from pjit_train.optimizers import Optimizer
 from pjit_train.step import State, weights
+from sparsity.numbers.quantized import Quantizer
 from sparsity.numbers.rounding import divide
+from sparsity.updater import Updater
 
 
-def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
+def observe(
+    updater: Updater, optimizer: Optimizer, before: Any, state: State
+) -> dict[str, jax.Array]:
     """Figures of the masks and of the gradients that they meet; scalars, float32.
 
     A program of its own, run for the steps that are logged: the step itself has no sum over devices
@@ -51,7 +58,9 @@ def observe(updater, optimizer, before, state: State) -> dict[str, jax.Array]:
     return figures
 
 
-def observe_quantization(quantizer, updater, state: State) -> dict[str, jax.Array]:
+def observe_quantization(
+    quantizer: Quantizer, updater: Updater | None, state: State
+) -> dict[str, jax.Array]:
     """Figures of the weights of a quantized run; scalars, float32. As `observe`, run by itself.
 
     Of activations and gradients see `activation_metrics`.

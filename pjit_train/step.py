@@ -10,6 +10,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train.sharding import Rules, has_mesh
+from sparsity.numbers.quantized import Quantizer
+from sparsity.updater import Updater
 
 State = dict[str, Any]
 """{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}; and in a sparse
@@ -34,7 +36,9 @@ def new_params(config, rules: Rules, seed) -> Any:
     return nnx.to_pure_dict(nnx.state(config.build(jax.random.key(seed), rules)))
 
 
-def new_state(params, optimizer: optax.GradientTransformation, updater=None) -> State:
+def new_state(
+    params, optimizer: optax.GradientTransformation, updater: Updater | None = None
+) -> State:
     """Makes the state before the first step."""
     optimizer_state = optimizer.init(params)
     if updater is not None:
@@ -54,7 +58,12 @@ def abstract(make: Callable, *args) -> Any:
     return jax.tree.map(concrete, jax.eval_shape(make, *args))
 
 
-def weights(state: State, updater=None, quantizer=None, clock: jax.Array | None = None) -> Any:
+def weights(
+    state: State,
+    updater: Updater | None = None,
+    quantizer: Quantizer | None = None,
+    clock: jax.Array | None = None,
+) -> Any:
     """The parameters as the forward pass reads them: of a sparse run masked, of others quantized.
 
     Args:
@@ -66,7 +75,7 @@ def weights(state: State, updater=None, quantizer=None, clock: jax.Array | None 
     return params if quantizer is None else quantizer.weights(params, clock)
 
 
-def split(optimizer_state, updater) -> State:
+def split(optimizer_state, updater: Updater | None) -> State:
     """Splits the wrapped optimizer's state from what the updater keeps for the forward pass."""
     if updater is None:
         return {"optimizer": optimizer_state}
@@ -89,8 +98,8 @@ def train_step(
     schedule: Callable,
     loss: Callable,
     accumulate: int = 1,
-    updater=None,
-    quantizer=None,
+    updater: Updater | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
 
@@ -163,7 +172,7 @@ def eval_step(graph: nnx.GraphDef, sums_of: Callable) -> Callable:
     return step
 
 
-def _update(optimizer, grads, norm, state: State, updater, finite) -> State:
+def _update(optimizer, grads, norm, state: State, updater: Updater | None, finite) -> State:
     """The state without its step after an update, sharded as before.
 
     The optimizer comes from optax and says nothing of shardings: the partitioner chooses inside it.

@@ -64,6 +64,7 @@ from sparsity.sparsity_schedules import (
     PolynomialSchedule,
 )
 from sparsity.sparsity_types import Block, Channel, NByM, SparsityType, Unstructured
+from sparsity.updater import Sparsity, Updater
 from sparsity.utils import summarize_intersection, summarize_sparsity
 
 __all__ = [
@@ -106,6 +107,7 @@ __all__ = [
     "RigL",
     "SaliencyPruning",
     "SparseState",
+    "Sparsity",
     "SparsityType",
     "StaticRandomSparse",
     "SteMagnitudePruning",
@@ -113,6 +115,7 @@ __all__ = [
     "TiledFP8",
     "TopKAST",
     "Unstructured",
+    "Updater",
     "all_algorithm_names",
     "apply_mask",
     "bits_per_element",

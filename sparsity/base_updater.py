@@ -133,6 +133,7 @@ class BaseUpdater:
         and the distribution's filter, ERK and positive axes of `sparsity_type` see one layer.
       axis_fn: (keys, parameter) -> the axis of N:M, negative, in place of that of `sparsity_type`:
         kernels with separate heads have theirs elsewhere than others.
+      scored_fn: parameters -> a tree like them, which masks are made of in their place.
     """
 
     scheduler: Any = NoUpdateSchedule()  # noqa: RUF009 (frozen)
@@ -147,6 +148,7 @@ class BaseUpdater:
     topk_fn: Callable[[jax.Array, Any], jax.Array] | None = None
     stacked_fn: StackedFnType | None = None
     axis_fn: Callable[[tuple, Any], int] | None = None
+    scored_fn: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -189,6 +191,18 @@ class BaseUpdater:
         )
         scores = self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
         return sparse_state._replace(masks=self.pack(self.create_masks(scores, sparsities)))
+
+    def scored(self, params: Any) -> Any:
+        """What masks are made of: `update_state` is given it, with the parameters' shapes.
+
+        An algorithm that makes masks elsewhere, as in `pre_forward_update`, asks for it there.
+        """
+        return params if self.scored_fn is None else self.scored_fn(params)
+
+    @property
+    def masks_forward(self) -> bool:
+        """Whether all weights are kept, and masked where the forward pass reads them."""
+        return type(self).pre_forward_update is not BaseUpdater.pre_forward_update
 
     def gradient_masks(self, sparse_state: SparseState) -> Any:
         """The masks of the gradients, as stored, where `is_sparse_gradients`."""
@@ -327,7 +341,9 @@ class BaseUpdater:
             due = self.scheduler.is_mask_update_iter(state.count)
             grads = updates
             state = _cond(
-                due, lambda: self.update_state(state, params, grads, **extra), lambda: state
+                due,
+                lambda: self.update_state(state, self.scored(params), grads, **extra),
+                lambda: state,
             )
             if self.is_sparse_gradients:
                 updates = self.apply_masks(updates, self.gradient_masks(state), is_packed=None)
@@ -352,7 +368,7 @@ class BaseUpdater:
         """
         if self.sparsity_distribution_fn is None:
             raise ValueError("sparsity_distribution_fn=None; use sparsity_distributions.uniform")
-        scores = self.calculate_scores(params, grads=grads, **kwargs)
+        scores = self.calculate_scores(self.scored(params), grads=grads, **kwargs)
         masks = self.create_masks(scores, self.distribute(params))
         return self.apply_masks(params, masks), self.pack(masks)
 

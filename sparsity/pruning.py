@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -24,12 +24,13 @@ from sparsity.recipes.kernel_plan import packing_axis, shards_of
 from sparsity.recipes.kernels import MaskedKernel, dense_tree
 from sparsity.sparsity_schedules import OneShotSchedule, PeriodicSchedule, PolynomialSchedule
 from sparsity.sparsity_types import NByM, parse_sparsity_type
+from sparsity.updater import Contraction, Scored, Sparsity, Updater
 
 DEFAULT_LAYERS = (KERNELS,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pruning:
+class Pruning(Sparsity):
     """Pruning by one of `sparsity.all_algorithm_names()`, its steps given as fractions of a run.
 
     Attributes:
@@ -75,8 +76,8 @@ class Pruning:
         params: Any,
         *,
         steps: int,
-        contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]] | None = None,
-        scored: Callable[[Any], Any] | None = None,
+        contraction: Contraction | None = None,
+        scored: Scored | None = None,
     ) -> "PruningUpdater":
         """The algorithm for a model and a run.
 
@@ -124,6 +125,7 @@ class Pruning:
             "use_packed_masks": self.packed_masks,
             "stacked_fn": stacked,
             "axis_fn": lambda path, leaf: inputs(path, leaf)[-1],
+            "scored_fn": scored,
             **self.options,
         }
         updater = create_updater_from_config(config)
@@ -132,13 +134,11 @@ class Pruning:
             axis = inputs(name.split("/"), leaves[name])[-1]
             check_nm(n, m, leaves[name].shape[axis], name=name)
         masked = {}
-        if scored is not None and _masks_forward(updater):
+        if scored is not None and updater.masks_forward:
             for name in chosen:
                 shape, first = leaves[name].shape, inputs(name.split("/"), leaves[name])[0]
                 axis = packing_axis(name, shape, shards_of(leaves[name]), first)
                 masked[name] = axis, shape[: stacked(name.split("/"), leaves[name])]
-        if scored is not None:
-            _score(updater, scored)
         given = f"{self.algorithm} to {self.sparsity:.4g}"
         given += f" ({self.sparsity_type}, {self.distribution})"
         order = [name for name in leaves if name in chosen]
@@ -176,26 +176,9 @@ def _phases(updater: BaseUpdater, steps: int) -> str:
     return f"{said}{', ever sparser' if rises else ''}, of {steps} steps"
 
 
-def _masks_forward(updater: BaseUpdater) -> bool:
-    """Tells whether an algorithm keeps all weights and masks them in the forward pass."""
-    return type(updater).pre_forward_update is not BaseUpdater.pre_forward_update
-
-
-def _score(updater: BaseUpdater, scored: Callable[[Any], Any]) -> None:
-    """Has an algorithm make its masks of `scored(params)` in place of the parameters."""
-    if _masks_forward(updater):
-        calculate_scores = updater.calculate_scores
-        updater.calculate_scores = lambda params, *a, **k: calculate_scores(scored(params), *a, **k)
-    else:
-        update_state = updater.update_state
-        updater.update_state = lambda state, params, *a, **k: update_state(
-            state, scored(params), *a, **k
-        )
-
-
 @dataclasses.dataclass(frozen=True)
-class PruningUpdater:
-    """A `BaseUpdater` with the methods of a `RecipeUpdater`, for a trainer that takes either.
+class PruningUpdater(Updater):
+    """A `BaseUpdater` as an `Updater`.
 
     Attributes:
       sparsity: of the pruned parameters together, in the end.
@@ -210,11 +193,11 @@ class PruningUpdater:
     chosen: frozenset[str]
     masked: Mapping[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     said: str = "sparse"
-    variance = None
-    packs_at = None
 
     def wrap_optax(
-        self, inner: optax.GradientTransformation, learning_rate: Any = None
+        self,
+        inner: optax.GradientTransformation,
+        learning_rate: optax.ScalarOrSchedule | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer with the algorithm around it; its state is a `SparseState`."""
         del learning_rate
@@ -223,11 +206,6 @@ class PruningUpdater:
     def describe(self) -> str:
         """Says in one line which kernels are pruned, by which algorithm, how far and when."""
         return self.said
-
-    def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
-        """Computes the norm of all gradients together, by `optax.tree.norm`."""
-        del count
-        return optax.tree.norm(grads)
 
     def skip(self, params: Any, state: SparseState) -> SparseState:
         """The state after a step whose update is left out: the schedule of the masks waits for it.

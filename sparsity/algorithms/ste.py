@@ -24,7 +24,8 @@ class SteMixin:
             opt_state.target_sparsities, opt_state.count
         )
         fixed = jax.lax.stop_gradient(params)
-        masks = self.create_masks(self.calculate_scores(fixed, sparse_state=opt_state), sparsities)
+        scores = self.calculate_scores(self.scored(fixed), sparse_state=opt_state)
+        masks = self.create_masks(scores, sparsities)
         return map_entries(lambda path, param, mask: straight_through(param, mask), params, masks)
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:

@@ -44,7 +44,7 @@ class TopKAST(MagnitudePruning):
         targets = self.distribute(params)
         return self._with_sets(
             SparseState(masks=None, target_sparsities=targets, count=jnp.zeros([], jnp.int32)),
-            params,
+            self.scored(params),
             targets,
         )
 

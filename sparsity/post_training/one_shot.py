@@ -13,7 +13,7 @@ Letters in names: I inputs, O outputs.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from sparsity.post_training.hessian import (
 )
 from sparsity.recipes.kernels import dense_tree
 from sparsity.sparsity_types import NByM
+from sparsity.updater import Contraction, Scored, Sparsity, Updater
 
 Pattern = str | float | NByM
 
@@ -265,7 +266,7 @@ class KeepZerosState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeepZeros:
+class KeepZeros(Sparsity):
     """A recipe that trains what one-shot pruning left: weights that are 0 stay 0.
 
     So any pattern is kept, also one that differs by layer, without its being stored.
@@ -277,23 +278,32 @@ class KeepZeros:
 
     layers: Mapping[str, str]
 
-    def build(self, params: Any, *, steps=None, contraction=None) -> "KeepZerosUpdater":
-        """Builds the updater that keeps the zeros of a tree of parameters.
+    def build(
+        self,
+        params: Any,
+        *,
+        steps: int | None = None,
+        contraction: Contraction | None = None,
+        scored: Scored | None = None,
+    ) -> "KeepZerosUpdater":
+        """Builds the updater that keeps the zeros of a tree of parameters, in a run of any length.
 
         Args:
           contraction: (name, shape) -> the input axes of a kernel; see `recipes.Recipe.build`.
+          scored: changes nothing; a zero is one in every number format.
 
         Raises:
           ValueError: an expression matches no parameter, or a pattern is unknown.
         """
+        del steps, scored
         for pattern in self.layers.values():
             parse_pattern(pattern)
         return KeepZerosUpdater(assign(params, self.layers), contraction or (lambda *_: -2))
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepZerosUpdater:
-    """Keeps the zeros of some parameters, with the methods of a `RecipeUpdater`.
+class KeepZerosUpdater(Updater):
+    """Keeps the zeros of some parameters.
 
     Attributes:
       chosen: tree like the parameters, the pattern where zeros are kept and None elsewhere.
@@ -301,12 +311,13 @@ class KeepZerosUpdater:
     """
 
     chosen: Any
-    contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]]
+    contraction: Contraction
 
-    variance = None
-    packs_at = None
-
-    def wrap_optax(self, inner: optax.GradientTransformation, learning_rate=None):
+    def wrap_optax(
+        self,
+        inner: optax.GradientTransformation,
+        learning_rate: optax.ScalarOrSchedule | None = None,
+    ) -> optax.GradientTransformationExtraArgs:
         """The inner transformation, which sees no gradient of a zero and cannot move it."""
 
         def update(grads, state, params, **extra):
@@ -318,20 +329,16 @@ class KeepZerosUpdater:
         init = lambda params: KeepZerosState(None, inner.init(params))
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def _where_nonzero(self, params, tree):
+    def _where_nonzero(self, params: Any, tree: Any) -> Any:
         masks = self.masks(None, params)
         keep = lambda m, x: x if m is None else jnp.where(m, x, 0)
         return jax.tree.map(keep, masks, tree, is_leaf=lambda x: x is None)
 
-    def global_norm(self, grads, count):
-        """Computes the norm of all gradients together, by `optax.tree.norm`."""
-        return optax.tree.norm(grads)
-
-    def skip(self, params, state):
+    def skip(self, params: Any, state: KeepZerosState) -> KeepZerosState:
         """Returns the state unchanged after a step whose update is left out."""
         return state
 
-    def masks(self, state, params):
+    def masks(self, state: KeepZerosState | None, params: Any) -> Any:
         """Tree of bool masks, True where a weight is not 0; None where zeros are not kept."""
         return jax.tree.map(
             lambda chosen, w: None if chosen is None else w != 0,
@@ -340,7 +347,7 @@ class KeepZerosUpdater:
             is_leaf=lambda x: x is None,
         )
 
-    def validity(self, weights) -> dict[str, Validity]:
+    def validity(self, weights: Any) -> dict[str, Validity]:
         """Counts, by name, the zeros of each kernel whose zeros are kept."""
         kernels, counted = by_name(dense_tree(weights)), {}
         for name, pattern in by_name(self.chosen).items():
@@ -358,10 +365,10 @@ class KeepZerosUpdater:
             f"sparse: {listed(by_name(self.chosen))}; what is 0 at the start stays 0 in all steps"
         )
 
-    def weights(self, params, state):
+    def weights(self, params: Any, state: KeepZerosState) -> Any:
         """Returns the parameters unchanged: their zeros are those of the masks."""
         return params
 
-    def post_gradient_update(self, params, state):
+    def post_gradient_update(self, params: Any, state: KeepZerosState) -> Any:
         """Returns the parameters unchanged: updates of zeros were masked before."""
         return params

@@ -20,6 +20,7 @@ from sparsity.recipes.decay import Decay, Hard
 from sparsity.recipes.kernel_plan import KernelPlan
 from sparsity.recipes.kernels import MaskedKernel, dense_tree
 from sparsity.recipes.packed_state import PackedState
+from sparsity.updater import Scored, Updater
 
 DENSE, DECAY, FINE_TUNE = 0, 1, 2
 """The phases of a recipe, as `settings` numbers them."""
@@ -66,7 +67,7 @@ class RecipeState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeUpdater:
+class RecipeUpdater(Updater):
     """A recipe for the parameters of a model and a run of so many steps; see `Recipe.build`.
 
     Attributes:
@@ -83,7 +84,7 @@ class RecipeUpdater:
     dense_steps: int
     fine_tune_start: int
     steps: int
-    scored: Callable[[Any], Any] | None = None
+    scored: Scored | None = None
 
     @property
     def variance(self) -> AutoSwitch | None:

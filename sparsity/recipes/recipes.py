@@ -26,6 +26,7 @@ from sparsity.recipes.patterns import (
     parse_pattern,
 )
 from sparsity.recipes.recipe_updater import RecipeUpdater
+from sparsity.updater import Contraction, Scored, Sparsity
 
 Layers = Mapping[str, str | None]
 """Pattern such as "2:4" by regular expression over the names of parameters; see `layers.assign`."""
@@ -36,7 +37,7 @@ DEFAULT_LAYERS: Layers = {KERNELS: "2:4"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Sparsity):
     """Recipe of N:M sparsity for a run of three phases: dense, decay, fine-tuning.
 
     In the dense phase nothing is pruned. In the decay phase the masks are made anew from the
@@ -132,9 +133,9 @@ class Recipe:
         params: Any,
         *,
         steps: int,
-        contraction: Callable[[str, tuple[int, ...]], int | tuple[int, ...]] | None = None,
+        contraction: Contraction | None = None,
         ways: Callable[[str], int] | None = None,
-        scored: Callable[[Any], Any] | None = None,
+        scored: Scored | None = None,
     ) -> RecipeUpdater:
         """The recipe for a model and a run.
 

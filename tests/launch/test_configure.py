@@ -1,5 +1,7 @@
 """Gin files and bindings to a Run: what holds, and one line for every mistake."""
 
+import dataclasses
+
 import pytest
 
 from launch.configure import build_run
@@ -12,6 +14,8 @@ IMPORTS = (
     "from pjit_train.data import sources\n"
     "from pjit_train.data import text\n"
 )
+
+SPARSITIES = "@one_shot.KeepZeros() or @pruning.Pruning() or @recipes.Recipe() or None"
 
 
 def mistake(files, bindings=()) -> str:
@@ -28,6 +32,31 @@ def test_the_last_binding_holds_and_nothing_stays_for_the_next_call():
     )
     assert (run.steps, run.model.d_model, run.model.head_dim) == (9, 96, 96 // 6)
     assert build_run(QUICKSTART) == before
+
+
+@pytest.mark.parametrize(
+    ("bindings", "kind"),
+    [
+        (["run.Run.sparsity = @recipes.Recipe()"], "Recipe"),
+        (["run.Run.sparsity = @pruning.Pruning()"], "Pruning"),
+        (
+            [
+                "run.Run.sparsity = @one_shot.KeepZeros()",
+                "one_shot.KeepZeros.layers = {'up/': '2:4'}",
+            ],
+            "KeepZeros",
+        ),
+        (["run.Run.sparsity = None"], "NoneType"),
+    ],
+)
+def test_every_kind_of_sparsity_is_taken(bindings, kind):
+    assert type(build_run(QUICKSTART, bindings)[0].sparsity).__name__ == kind
+
+
+def test_what_is_no_sparsity_is_refused_without_gin_too():
+    run, _ = build_run(QUICKSTART)
+    with pytest.raises(UserError, match=r"run: sparsity='2:4'; use a Sparsity, such as"):
+        dataclasses.replace(run, sparsity="2:4")
 
 
 @pytest.mark.parametrize("written", ["configs/quickstart.gin", "quickstart.gin"])
@@ -190,6 +219,19 @@ def test_parameters_that_are_not_in_use_may_be_bound_in_files():
         (
             "run.Run.mesh = @run.Samples()",
             "run.Run.mesh = @run.Samples(): want @sharding.MeshShape()",
+        ),
+        ("run.Run.sparsity = '2:4'", f"run.Run.sparsity = '2:4': want {SPARSITIES}"),
+        (
+            "run.Run.sparsity = @quantized.Quantization()",
+            f"run.Run.sparsity = @quantized.Quantization(): want {SPARSITIES}",
+        ),
+        (
+            "run.Run.sparsity = @pruning.Pruning",
+            f"run.Run.sparsity = @pruning.Pruning: want {SPARSITIES}",
+        ),
+        (
+            "run.Run.sparsity = @patterns.Fixed()",
+            f"run.Run.sparsity = @patterns.Fixed(): want {SPARSITIES}",
         ),
         ("run.Run.rules = 'fsdp'", "run.Run.rules = 'fsdp': want @sharding.Rules()"),
         (

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -18,11 +20,15 @@ from pjit_train.evaluate import evaluate
 from pjit_train.loop import train
 from pjit_train.optimizers import SGD, AdamW, Lion, Muon, Schedule
 from sparsity import recipes
+from sparsity.masks.validity import Validity, by_name
+from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.post_training.one_shot import KeepZeros
 from sparsity.pruning import Pruning
 from sparsity.recipes import Recipe
 from sparsity.recipes.autoswitch import AutoSwitch
 from sparsity.recipes.kernels import MaskedKernel, dense
 from sparsity.recipes.patterns import Geometric
+from sparsity.updater import Sparsity, Updater
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 # head_dim of the test model is 6, which no group of 4 divides: the output kernel stays dense.
@@ -388,3 +394,89 @@ def test_groups_may_go_over_heads_that_devices_share():
         program = make_program(LLAMA, mesh, sparsity=outputs, steps=4)
         masks.append(jax.device_get(program.new_state()["sparsity"].masks))
     jax.tree.map(np.testing.assert_array_equal, *masks)
+
+
+class RowsState(NamedTuple):
+    inner_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstRows(Sparsity, Updater):
+    """A sparsity that the library does not have: the first input of every `up` kernel is unread."""
+
+    def build(self, params, *, steps, contraction=None, scored=None):
+        return self
+
+    def wrap_optax(self, inner, learning_rate=None):
+        def update(grads, state, params, **extra):
+            updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
+            return updates, RowsState(inner_state)
+
+        init = lambda params: RowsState(inner.init(params))
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def weights(self, params, state):
+        masks = self.masks(state, params)
+        read = lambda mask, w: w if mask is None else w * mask
+        return jax.tree.map(read, masks, params, is_leaf=lambda x: x is None)
+
+    def post_gradient_update(self, params, state):
+        return params
+
+    def skip(self, params, state):
+        return state
+
+    def masks(self, state, params):
+        def mask(path, w):
+            is_up = "up" in jax.tree_util.keystr(path)
+            return jnp.arange(w.shape[-2])[:, None] > 0 if is_up else None
+
+        return jax.tree.map_with_path(mask, params)
+
+    def validity(self, weights):
+        first = by_name(weights)["blocks/feed_forward/up/kernel"][..., 0, :]
+        return {"up": Validity("first", jnp.mean(first == 0))}
+
+    def describe(self):
+        return "sparse: the first input of up"
+
+
+def test_a_sparsity_of_ones_own_trains():
+    """What `sparsity.updater` asks for is all that the trainer needs."""
+    program = make_program(LLAMA, {}, sparsity=FirstRows(), steps=2)
+    state = program.new_state()
+    first = jax.device_get(state["params"]["blocks"]["feed_forward"]["up"]["kernel"])
+    step = program.compile_step(make_batch(program, 0))
+    for i in range(2):
+        state, figures = step(state, make_batch(program, i))
+        assert figures["finite"]
+    last = jax.device_get(state["params"]["blocks"]["feed_forward"]["up"]["kernel"])
+    decay = last[:, 0] / first[:, 0]  # no gradient: weight decay alone, the same for all of a row
+    np.testing.assert_allclose(decay, decay.flat[0], rtol=1e-5)
+    assert np.ptp(last[:, 1] / first[:, 1]) > 1e-3
+    read = program.weights(state)
+    assert not np.any(read["blocks"]["feed_forward"]["up"]["kernel"][:, 0])
+    with pytest.raises(ValueError, match="FirstRows packs nothing"):
+        program.updater.pack(state["params"], state["sparsity"])
+
+
+def test_zeros_are_kept_where_masks_are_of_quantized_weights():
+    quantization = Quantization(
+        layers={KERNELS: MatmulFormats(weights="int8")}, order="quantize_then_sparsify"
+    )
+    program = make_program(
+        LLAMA,
+        {},
+        sparsity=KeepZeros(layers={"up/kernel": "0.5"}),
+        quantization=quantization,
+        steps=2,
+    )
+    state = program.new_state()
+    kernel = state["params"]["blocks"]["feed_forward"]["up"]["kernel"]
+    zero = np.arange(kernel.size).reshape(kernel.shape) % 2 == 0
+    kernel = jax.device_put(np.where(zero, 0, kernel), kernel.sharding)
+    state["params"]["blocks"]["feed_forward"]["up"]["kernel"] = kernel
+    step = program.compile_step(make_batch(program, 0))
+    state, _ = step(state, make_batch(program, 0))
+    after = np.asarray(state["params"]["blocks"]["feed_forward"]["up"]["kernel"])
+    np.testing.assert_array_equal(after == 0, zero)
