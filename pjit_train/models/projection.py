@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.parameters import (
+    Dtype,
     Initializer,
     gathered,
     gathered_codes,
@@ -21,6 +23,7 @@ from pjit_train.models.parameters import (
 from pjit_train.models.roles import Role
 from pjit_train.sharding import (
     Axes,
+    Rules,
     out_sharding,
     reshard,
     spec_axes,
@@ -29,47 +32,103 @@ from pjit_train.sharding import (
 from sparsity.numbers.quantized_kernels import Losses, QuantizedKernel
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
-def project(equation: str, prepare, x: jax.Array, stored, out_spec) -> jax.Array:
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("stored",),
+    meta_fields=("rules", "axes", "dtype"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredKernel:
+    """What is stored for the kernel of a matmul, and what the matmul reads of it.
+
+    Attributes:
+      stored: one shard of an array, or a sparse or quantized kernel of `sparsity`.
+      rules: and axes, by which it is sharded; what is read is whole along `fsdp`.
+      dtype: of what is read; None for that which is stored.
+    """
+
+    stored: Any
+    rules: Rules
+    axes: Axes
+    dtype: Dtype | None
+
+    @property
+    def quantized(self) -> QuantizedKernel | None:
+        """How activations and gradients are quantized; None where nothing is."""
+        return self.stored if isinstance(self.stored, QuantizedKernel) else None
+
+    @property
+    def quantizes_gradients(self) -> bool:
+        """Whether the products of the backward pass are quantized too."""
+        return self.quantized is not None and self.quantized.formats.gradients is not None
+
+    @property
+    def native(self) -> bool:
+        """Whether the forward pass multiplies `codes`."""
+        return is_native(self.stored)
+
+    def value(self) -> jax.Array:
+        """The kernel that the forward pass reads; differentiable in what is stored."""
+        return self._gathered(self.stored)
+
+    def transposed_value(self) -> jax.Array:
+        """The kernel, in the same layout, that the product with the outputs' gradients reads.
+
+        Its blocks lie along its outputs, over which that product sums. For `quantizes_gradients`.
+        """
+        return self._gathered(self.stored.turned())
+
+    def codes(self) -> list[tuple[jax.Array, jax.Array]]:
+        """(codes, scales), scales like the kernel with 1 for each input axis; for `native`.
+
+        What is read is the sum of their products.
+        """
+        gathered = functools.partial(gathered_codes, rules=self.rules, axes=self.axes)
+        return [(gathered(codes), gathered(scales)) for codes, scales in self.stored.codes()]
+
+    def _gathered(self, stored) -> jax.Array:
+        return gathered_value(stored, self.rules, self.axes, self.dtype, tokens=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project(
+    equation: str, x: jax.Array, kernel: StoredKernel, out_spec: PartitionSpec | None
+) -> jax.Array:
     """An einsum of activations and a kernel, with gradients that XLA:CPU computes at full speed.
 
     Args:
       equation: batch and tokens lead in the activations and in the output.
-      prepare: function of `stored` that makes the whole kernel of it; the backward pass calls it
-        again instead of keeping its result. `turned=True` asks for the kernel as the transposed
-        matmul reads it, quantized in blocks along outputs. `native=True` asks for a list of
-        (codes, scales) instead of an array; scales are like the kernel, 1 for each input axis.
-      stored: one shard of an array, or a sparse or quantized kernel. Where it is a
-        `QuantizedKernel`, activations and gradients are quantized as it says.
+      x: activations; where the kernel is quantized, they and the gradients are, as it says.
+      kernel: the backward pass reads it anew instead of keeping what was read.
       out_spec: partition of the output, or None where no mesh is set.
     """
-    return _project_fwd(equation, prepare, x, stored, out_spec)[0]
+    return _project_fwd(equation, x, kernel, out_spec)[0]
 
 
-def _project_fwd(equation, prepare, x, stored, out_spec):
-    read = x
-    if is_native(stored):
-        codes, scale = stored.input_codes(_plain(x))
-        y = _native(equation, codes, scale, prepare(stored, native=True), out_spec).astype(x.dtype)
-        return y, (x if _quantizes_gradients(stored) else (_like(x, codes), scale), stored)
-    if isinstance(stored, QuantizedKernel):
-        read = _like(x, stored.inputs(_plain(x)))
-    y = jnp.einsum(equation, read, prepare(stored), out_sharding=out_spec)
+def _project_fwd(equation, x, kernel: StoredKernel, out_spec):
+    read, quantized = x, kernel.quantized
+    if quantized is not None and kernel.native:
+        codes, scale = quantized.input_codes(_plain(x))
+        y = _native(equation, codes, scale, kernel.codes(), out_spec).astype(x.dtype)
+        return y, (x if kernel.quantizes_gradients else (_like(x, codes), scale), kernel)
+    if quantized is not None:
+        read = _like(x, quantized.inputs(_plain(x)))
+    y = jnp.einsum(equation, read, kernel.value(), out_sharding=out_spec)
     # What the backward pass reads is kept, and quantized once.
-    return y, (x if _quantizes_gradients(stored) else read, stored)
+    return y, (x if kernel.quantizes_gradients else read, kernel)
 
 
-def _project_bwd(equation, prepare, out_spec, residuals, d_y):
+def _project_bwd(equation, out_spec, residuals, d_y):
     x, stored = residuals
     if isinstance(x, tuple):  # codes
         codes, scale = x
         x = _like(codes, (_plain(codes).astype(jnp.float32) * scale).astype(d_y.dtype))
-    if not isinstance(stored, jax.Array) or spec_axes(spec_of(stored)):
+    if not isinstance(stored.stored, jax.Array) or spec_axes(spec_of(stored.stored)):
         # Or XLA would find the forward pass's kernel equal to this one, and keep it until here.
         stored, d_y = jax.lax.optimization_barrier((stored, d_y))
-    kernel, pull_back = jax.vjp(prepare, stored)
-    if is_native(stored):  # the same numbers, gathered as bytes
-        parts = [codes.astype(jnp.float32) * scale for codes, scale in prepare(stored, native=True)]
+    kernel, pull_back = jax.vjp(StoredKernel.value, stored)
+    if stored.native:  # the same numbers, gathered as bytes
+        parts = [codes.astype(jnp.float32) * scale for codes, scale in stored.codes()]
         kernel = _like(kernel, sum(parts).astype(kernel.dtype))
     x_axes, kernel_axes, y_axes = re.split(",|->", equation)
 
@@ -81,14 +140,14 @@ def _project_bwd(equation, prepare, out_spec, residuals, d_y):
         parts = spec.partitions if order is None else [spec.partitions[i] for i in order]
         return PartitionSpec(*parts, unreduced=spec.reduced)
 
-    if not _quantizes_gradients(stored):
+    if not stored.quantizes_gradients:
         d_y_by_outputs = d_y
     else:
-        kernel = prepare(stored, turned=True)
+        kernel, quantized = stored.transposed_value(), stored.quantized
         plain = _plain(d_y)
-        d_y_by_outputs = _like(d_y, stored.gradients(plain))
-        d_y = _like(d_y, stored.gradients_by_tokens(plain))
-        x = _like(x, stored.inputs_by_tokens(_plain(x)))
+        d_y_by_outputs = _like(d_y, quantized.gradients(plain))
+        d_y = _like(d_y, quantized.gradients_by_tokens(plain))
+        x = _like(x, quantized.inputs_by_tokens(_plain(x)))
     d_x = jnp.einsum(
         f"{y_axes},{kernel_axes}->{x_axes}", d_y_by_outputs, kernel, out_sharding=like(x)
     )
@@ -131,10 +190,6 @@ def _native(equation, codes, scale, kernels, out_spec) -> jax.Array:
             read, lambda y, *k: y + product(*k), lambda y, *k: y, y, kernel, kernel_scale
         )
     return y
-
-
-def _quantizes_gradients(stored) -> bool:
-    return isinstance(stored, QuantizedKernel) and stored.formats.gradients is not None
 
 
 def _plain(x: jax.Array) -> jax.Array:
@@ -210,19 +265,15 @@ class Dense(nnx.Module):
         self.bias = init.constant(*bias, 0.0) if config.use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        rules, axes, dtype = self.rules, self.kernel.get_metadata("axes"), self.config.dtype
-
-        def prepare(stored, turned=False, native=False):
-            if native:
-                return [
-                    tuple(gathered_codes(x, rules, axes) for x in pair) for pair in stored.codes()
-                ]
-            stored = stored.turned() if turned else stored
-            return gathered_value(stored, rules, axes, dtype, tokens=True)
-
-        spec = out_sharding(rules.spec(self.out_axes))
-        y = project(self.equation, prepare, x, self.kernel.get_value(), spec)
-        return y if self.bias is None else y + gathered(self.bias, rules, self.config.dtype)
+        rules, dtype = self.rules, self.config.dtype
+        kernel = StoredKernel(
+            stored=self.kernel.get_value(),
+            rules=rules,
+            axes=self.kernel.get_metadata("axes"),
+            dtype=dtype,
+        )
+        y = project(self.equation, x, kernel, out_sharding(rules.spec(self.out_axes)))
+        return y if self.bias is None else y + gathered(self.bias, rules, dtype)
 
     def as_operand(self, y: jax.Array) -> jax.Array:
         """The outputs as an attention product reads them, [batch, tokens, heads, head_dim]."""

@@ -11,7 +11,8 @@ import pytest
 from test_sharding import LLAMA, make_batch, make_program
 
 from pjit_train.errors import UserError
-from pjit_train.models.projection import project
+from pjit_train.models.projection import StoredKernel, project
+from pjit_train.sharding import Rules
 from sparsity import recipes
 from sparsity.masks.bits import pack_bits
 from sparsity.numbers.formats import E5M2, FP8, MX, Int
@@ -19,7 +20,7 @@ from sparsity.numbers.native import check_matmul, codes_of
 from sparsity.numbers.quantization import quantize
 from sparsity.numbers.quantized import MatmulFormats, Quantization
 from sparsity.numbers.quantized_kernels import QuantizedKernel
-from sparsity.recipes.kernels import MaskedKernel, dense
+from sparsity.recipes.kernels import MaskedKernel
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KERNELS = "(attention|feed_forward)/.*kernel"
@@ -44,16 +45,17 @@ def kernel(w, matmul="native", *, axes=(-2,), order=ORDERS[0], key=None, **forma
     )
 
 
-def prepare(stored, turned=False, native=False):
-    if native:
-        return stored.codes()
-    return stored.turned() if turned else dense(stored)
+def projected(equation, x, stored, dtype=None):
+    """`project` without a mesh."""
+    axes = (None,) * stored.ndim
+    kernel = StoredKernel(stored=stored, rules=Rules(), axes=axes, dtype=dtype)
+    return project(equation, x, kernel, None)
 
 
 @functools.partial(jax.jit, static_argnames="equation")
 def pulled(equation, x, stored, d_y):
     """(y, d_x, d_w) of a matmul with a quantized kernel of an array."""
-    y, pull = jax.vjp(lambda x, k: project(equation, prepare, x, k, None), x, stored)
+    y, pull = jax.vjp(lambda x, k: projected(equation, x, k), x, stored)
     d_x, d_stored = pull(d_y)
     return y, d_x, d_stored.kernel
 
@@ -134,15 +136,11 @@ def test_native_is_the_emulation_but_for_the_order_of_the_sum(formats, dtype):
     x, d_y = jnp.asarray(x, dtype), jnp.asarray(d_y, dtype)
     key = jax.random.key_data(jax.random.key(5)) if "stochastic" in formats.values() else None
 
-    def read(stored, **how):
-        out = prepare(stored, **how)
-        return out if how.get("native") else out.astype(dtype)
-
     @jax.jit
     def both(x, w):
         return [
             jax.vjp(
-                lambda x, k: project("btd,df->btf", read, x, k, None),
+                lambda x, k: projected("btd,df->btf", x, k, dtype),
                 x,
                 kernel(w, way, key=key, **formats),
             )
@@ -170,7 +168,7 @@ def test_masks_in_either_order(order, decay):
         weight=w, bits=pack_bits(mask), decay=jnp.float32(decay), gradient=jnp.float32(1), axis=-1
     )
     stored = kernel(stored, order=order, weights="int8", activations="int8")
-    y, pull = jax.vjp(lambda x, k: project("btd,df->btf", prepare, x, k, None), x, stored)
+    y, pull = jax.vjp(lambda x, k: projected("btd,df->btf", x, k), x, stored)
     x_codes, x_scale = int8(x, -1)
     w_codes, w_scale = int8(w * factor if order == ORDERS[0] else w, 0)
     w_read = w_codes * np.float64(w_scale) * (1 if order == ORDERS[0] else factor)
@@ -225,9 +223,7 @@ def test_a_sharded_step_multiplies_int8_and_gathers_bytes():
 def test_fp8_reaches_the_compiler_as_fp8():
     """Lowered for a CPU and for a GPU; the CPU's XLA then takes it for float32."""
     one = kernel(normal(64, 24), weights=E4M3_CHANNEL, activations=E5M2_CHANNEL)
-    traced = jax.jit(lambda x: project("btd,df->btf", prepare, x, one, None)).trace(
-        normal(2, 8, 64)
-    )
+    traced = jax.jit(lambda x: projected("btd,df->btf", x, one)).trace(normal(2, 8, 64))
     wanted = r"dot_general.*tensor<2x8x64xf8E5M2>, tensor<64x24xf8E4M3FN>\) -> tensor<2x8x24xf32>"
     for platform in ("cpu", "cuda"):
         assert re.search(wanted, traced.lower(lowering_platforms=(platform,)).as_text())

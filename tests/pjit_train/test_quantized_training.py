@@ -16,15 +16,16 @@ from pjit_train.errors import UserError
 from pjit_train.evaluate import evaluate
 from pjit_train.loop import train
 from pjit_train.models.blocks import rotary_angles, rotate
-from pjit_train.models.projection import project
+from pjit_train.models.projection import StoredKernel, project
 from pjit_train.optimizers import SGD, Schedule
 from pjit_train.sample import sample
+from pjit_train.sharding import Rules
 from sparsity import recipes
 from sparsity.numbers.formats import HBFP, MX, Int
 from sparsity.numbers.quantization import quantize
 from sparsity.numbers.quantized import MatmulFormats, Quantization
 from sparsity.numbers.quantized_kernels import QuantizedKernel
-from sparsity.recipes.kernels import dense, dense_tree
+from sparsity.recipes.kernels import dense_tree
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KERNELS = "(attention/(query|key|value)|feed_forward)/.*kernel"
@@ -61,14 +62,13 @@ def test_gradients_of_a_matmul_are_the_straight_through_ones(gradients):
         products=None,
     )
 
-    def prepare(stored, turned=False):
-        return stored.turned() if turned else dense(stored)
+    stored = StoredKernel(stored=kernel, rules=Rules(), axes=(None, None, None), dtype=None)
 
     @jax.jit
-    def pulled(x, kernel):
-        y, pull = jax.vjp(lambda x, k: project("bthk,hkd->btd", prepare, x, k, None), x, kernel)
-        d_x, d_kernel = pull(d_y)
-        return y, d_x, d_kernel.kernel
+    def pulled(x, stored):
+        y, pull = jax.vjp(lambda x, k: project("bthk,hkd->btd", x, k, None), x, stored)
+        d_x, d_stored = pull(d_y)
+        return y, d_x, d_stored.stored.kernel
 
     # The definition, in matrices: [tokens, inputs] and [inputs, outputs].
     flat_x, flat_w = x.reshape(2, 64, 64), w.reshape(64, 64)
@@ -79,7 +79,7 @@ def test_gradients_of_a_matmul_are_the_straight_through_ones(gradients):
         d_y_q, d_y_t = (np.asarray(quantize(d_y, "hbfp6", axis=axis)) for axis in (2, 1))
         w_t = np.asarray(quantize(flat_w, "mxfp4_e2m1", axis=1))
         x_t = np.asarray(quantize(flat_x, "int4", axis=1))
-    y, d_x, d_w = pulled(x, kernel)
+    y, d_x, d_w = pulled(x, stored)
     np.testing.assert_allclose(y, x_q @ w_q, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(d_x.reshape(2, 64, 64), d_y_q @ w_t.T, rtol=1e-4, atol=1e-4)
     want = np.einsum("bti,bto->io", x_t, d_y_t)
