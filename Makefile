@@ -25,6 +25,7 @@ test: lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -59,4 +60,4 @@ bench: setup
 	$(BIN)/python tests/bench/trainer.py
 
 clean:
-	rm -rf .venv .venv-oracle .venv-docs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oracle .venv-docs .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -64,7 +64,7 @@ def known_parameters() -> list[str]:
 
 def kinds_of(base: type) -> list[Configurable]:
     """The classes that may stand where one is wanted: itself, or those made from it."""
-    found = {}
+    found: dict[type, Configurable] = {}
     for module in (*STANDARD, base.__module__):
         for member in classes_of(module):
             if issubclass(member, base) and not inspect.isabstract(member):

@@ -40,6 +40,7 @@ from pjit_train.interplay_study import (
 )
 from pjit_train.interplay_table import draw, make_table
 from pjit_train.run import Run
+from pjit_train.tasks.language_modelling import language_model
 
 SIZES = {
     "small": "configs/studies/interplay_small.gin",
@@ -109,7 +110,7 @@ def _of_seed(file, study, run, seed: int, out: Path) -> Iterator[Part]:
                     "quantized.Quantization.order": repr(order),
                 }
                 yield part(BOTH, quantized, pattern=pattern, format=format, order=order)
-        small = model_of_equal_bytes(run.model, pattern, study.layers)
+        small = model_of_equal_bytes(language_model(run), pattern, study.layers)
         if small in shapes:
             continue
         shapes.add(small)
@@ -225,7 +226,7 @@ def report(file: str, study: InterplayStudy, run: Run, parts: list[Part], out: P
         if part.recipe == SPARSE and (rows := read_figures(out / part.name).get("errors"))
     }
     small = {
-        pattern: model_of_equal_bytes(run.model, pattern, study.layers)
+        pattern: model_of_equal_bytes(language_model(run), pattern, study.layers)
         for pattern in study.patterns
     }
     notes = [

@@ -18,9 +18,9 @@ def write_compilations_whole() -> None:
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src import compilation_cache, lru_cache
 
-        suffix, base = lru_cache._CACHE_SUFFIX, lru_cache.LRUCache
+        suffix = lru_cache._CACHE_SUFFIX
 
-        class Cache(base):
+        class Cache(lru_cache.LRUCache):
             def put(self, key: str, value: bytes) -> None:
                 if self.eviction_enabled:  # which keeps more than a file of an entry
                     return super().put(key, value)
@@ -28,7 +28,7 @@ def write_compilations_whole() -> None:
                     new.write_bytes(value)
 
         if hasattr(compilation_cache, "LRUCache"):
-            compilation_cache.LRUCache = Cache
+            compilation_cache.LRUCache = Cache  # type: ignore[misc]
 
 
 def every_process_caches() -> None:

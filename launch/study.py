@@ -120,7 +120,7 @@ def plan(file: str, study: RecipeStudy, run: Run) -> tuple[list[Member], list[st
             },
         )
         for recipe in study.recipes:
-            bindings = {"recipes__Recipe__layers": layers}
+            bindings: dict[str, Any] = {"recipes__Recipe__layers": layers}
             if recipe == "sdgf_geometric":
                 k = core.largest_geometric(sparse)
                 bindings["patterns__Geometric__k"] = k
@@ -212,7 +212,7 @@ def results(members: list[Member], out: Path) -> Iterator[Result]:
         if not is_done(directory, run):
             continue
         key = member.recipe, member.pattern
-        switched = run.sparsity is not None and run.sparsity.variance is not None
+        switched = isinstance(run.sparsity, core.Recipe) and run.sparsity.variance is not None
         if switched:
             costs[key] = core.training_flops(run, switched_at=_switched_at(run, directory))
         elif key not in costs:

@@ -1,5 +1,6 @@
 """Files that a study leaves in its directory: table.md, results.json and its figures."""
 
+import functools
 import json
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def write(out: Path, table: str, results: dict[str, Any], figures: Mapping[str, 
     _replace(out / "table.md", lambda path: path.write_text(table, encoding="utf-8"))
     _replace(out / "results.json", lambda path: path.write_text(document, encoding="utf-8"))
     for name, draw in figures.items():
-        _replace(out / name, lambda path, draw=draw: draw(results, path))
+        _replace(out / name, functools.partial(draw, results))
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

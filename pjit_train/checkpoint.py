@@ -157,7 +157,7 @@ class Checkpoints:
         # Waited for: orbax waits for the same step to copy the state, and two programs with
         # collectives at once could deadlock on emulated devices.
         leaves = jax.block_until_ready(digests(state))
-        body = {
+        body: dict[str, Any] = {
             "step": step,
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
             "rows": rows,

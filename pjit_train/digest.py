@@ -45,7 +45,7 @@ def digests(tree: Any) -> Any:
       TypeError: an array is of another kind (complex numbers, PRNG keys).
     """
     leaves, structure = jax.tree.flatten(tree)
-    meshes: dict[Mesh | None, list[int]] = {}
+    meshes: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         sharding = leaf.sharding
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None

@@ -1,6 +1,7 @@
 """Validation loss of parameters, in a run or after it."""
 
 import fcntl
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def validation_sums(program: Program, weights, batches: Batches) -> dict[str, np
     count = min(program.run.eval_batches, batches.num_eval_batches)
     sums = None
     for index in range(count):
-        batch = program.global_batch(lambda rows, i=index: batches.eval_batch(i, rows))
+        batch = program.global_batch(functools.partial(batches.eval_batch, index))
         sums = program.evaluate(weights, batch, sums)
     return {name: np.asarray(x) for name, x in sums.items()}
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from pjit_train.compression import calibrate
 from pjit_train.compression.kernels import as_matrices, kernel_bytes, leaf
 from pjit_train.errors import UserError
 from pjit_train.evaluate import validate
+from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.program import Program
@@ -30,9 +31,11 @@ from pjit_train.run import Run
 from pjit_train.sharding import Rules, make_mesh
 from pjit_train.step import weights
 from pjit_train.study import abstract_params, build_updater
+from pjit_train.tasks.language_modelling import language_model
 from sparsity.masks.layers import KERNELS, names
 from sparsity.numbers.formats import check_blocks, element_bits, get_format
 from sparsity.numbers.quantized import MatmulFormats, Quantization
+from sparsity.numbers.quantized_kernels import Order
 from sparsity.post_training.interplay import dot_interplay, tensor_interplay
 from sparsity.post_training.one_shot import magnitude_mask, parse_pattern
 from sparsity.pruning import Pruning
@@ -40,7 +43,8 @@ from sparsity.ranges import Count, Positive, check_fields
 from sparsity.recipes.kernels import dense_tree
 from sparsity.sparsity_types import NByM
 
-SPARSIFY_FIRST, QUANTIZE_FIRST = ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
+ORDERS: tuple[Order, ...] = get_args(Order)
+SPARSIFY_FIRST, QUANTIZE_FIRST = ORDERS
 PRETRAINED, DENSE, SMALL, SPARSE, BOTH = KINDS = ("pretrained", "dense", "small", "sparse", "both")
 """The kinds of runs: the dense one that all fine-tuning starts from; the same, trained on; smaller
 dense ones of a sparse run's bytes; sparse; and sparse and quantized while training."""
@@ -125,7 +129,7 @@ def check(study: InterplayStudy, run: Run) -> None:
     """Raises a UserError where a pattern or a format of a study does not fit a kernel of a run."""
     for pattern in study.patterns:
         build_updater(dataclasses.replace(run, sparsity=sparsified(pattern, study.layers)))
-    for name, (_, inputs, _) in kernel_shapes(run.model, study.layers).items():
+    for name, (_, inputs, _) in kernel_shapes(language_model(run), study.layers).items():
         for format in study.formats:
             try:
                 check_blocks(format, inputs, name=f"study: {name}: {format}")
@@ -139,7 +143,7 @@ def sparsified(pattern: str, layers: str = KERNELS) -> Pruning:
     nm = isinstance(kind, NByM)
     return Pruning(
         algorithm="magnitude_ste",
-        sparsity=1 - kind.n / kind.m if nm else kind,
+        sparsity=1 - kind.n / kind.m if isinstance(kind, NByM) else kind,
         sparsity_type=pattern if nm else "unstructured",
         layers=(layers,),
         start_fraction=0.0,
@@ -201,11 +205,11 @@ class Measures:
 
     def __init__(self, study: InterplayStudy):
         self.study = study
-        self._programs: dict[TransformerConfig, Program] = {}  # that evaluate a model
+        self._programs: dict[BlockConfig, Program] = {}  # that evaluate a model
 
     def formats(self, run: Run) -> list[str]:
         """Lists the study's formats whose blocks divide the inputs of every kernel of a run."""
-        shapes = kernel_shapes(run.model, self.study.layers).values()
+        shapes = kernel_shapes(language_model(run), self.study.layers).values()
         return [
             format
             for format in self.study.formats
@@ -221,7 +225,7 @@ class Measures:
         orders = ORDERS if run.sparsity is not None else ORDERS[:1]
         program, state = self._restore(run, directory)
         batches = run.data.prepare(run.seed)
-        losses = {}
+        losses: dict[Any, Any] = {}
         for format in self.formats(run):
             losses[format] = {}
             for order in orders:
@@ -241,7 +245,7 @@ class Measures:
         with jax.set_mesh(program.mesh):
             read = dense_tree(weights(state, program.updater))
         read = jax.tree.map(np.asarray, read)
-        text = calibrate.calibration_batches(run.data.prepare(run.seed), 1)
+        text = calibrate.calibration_batches(calibrate.text_of(run.data.prepare(run.seed)), 1)
         found = []
         roles = param_roles(run.model)
         for name, layer, inputs in self._inputs(program, read, text):
@@ -261,7 +265,7 @@ class Measures:
             raise UserError(f"{directory}/checkpoints: has none of step {run.steps}")
         return program, restored[1]
 
-    def _read(self, program: Program, state, format: str, order: str):
+    def _read(self, program: Program, state, format: str, order: Order):
         """The weights in a format, sparse where the run is, as arrays."""
         quantization = Quantization(layers={self.study.layers: format}, order=order)
         run = dataclasses.replace(program.run, quantization=quantization)
@@ -289,7 +293,7 @@ class Measures:
 
     def _inputs(self, program: Program, read, text):
         """(name, layer, inputs [tokens, inputs]) of every kernel that is pruned and quantized."""
-        kernels = kernel_shapes(program.run.model, self.study.layers)
+        kernels = kernel_shapes(language_model(program.run), self.study.layers)
         model = nnx.merge(program.graph, read)
         hidden = calibrate.enter_all(model, text)
         blocks = calibrate.walk(model, read["blocks"], hidden, lambda x: x, jnp.append)

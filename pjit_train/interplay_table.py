@@ -43,7 +43,7 @@ class Perplexities:
     """
 
     def __init__(self, losses: Sequence[Loss]):
-        self.by_way = collections.defaultdict(dict)
+        self.by_way: dict[Any, dict[Any, Any]] = collections.defaultdict(dict)
         for x in losses:
             self.by_way[x.kind, x.pattern, x.format, x.order][x.seed] = math.exp(x.loss)
         self.dense = self.by_way[DENSE, None, None, None]

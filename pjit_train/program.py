@@ -53,7 +53,7 @@ class Program:
         run.task.check(run)
         run.check_mesh(mesh.shape)
         self.run, self.mesh = run, mesh
-        self._observe = None
+        self._observe: Callable | None = None
         self._evaluations: dict[Any, Callable] = {}  # by the structure and types of the weights
         with jax.set_mesh(mesh):
             check_layout(run.model, run.rules, mesh)
@@ -240,6 +240,9 @@ class Program:
             start, stop, _ = index[0].indices(size)
             return local(start, stop)
 
+        def shard(name, index):
+            return rows(index)[name][:, *index[1:]]
+
         # Every array is split over its rows alike.
         sharding = next(iter(self._batch_shardings.values()))
         by_rows = NamedSharding(self.mesh, PartitionSpec(sharding.spec[0]))
@@ -248,7 +251,7 @@ class Program:
             name: jax.make_array_from_callback(
                 (size, *array.shape[1:]),
                 self._batch_shardings[name],
-                lambda index, name=name: rows(index)[name][:, *index[1:]],
+                functools.partial(shard, name),
             )
             for name, array in rows(next(iter(indices.values()))).items()
         }

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 
+from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights
 from pjit_train.models.sampler import Sampler
 from pjit_train.program import Program
 from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
-from pjit_train.tasks.language_modelling import LanguageModelling
+from pjit_train.tasks.language_modelling import LanguageModelling, language_model
 
 
 def sample(
@@ -37,7 +39,7 @@ def sample(
         )
     program = Program(run, make_mesh(run.mesh))
     _, params = restore_weights(program, directory, step)
-    sampler = Sampler(run.model, run.rules, run.data.tokenizer)
+    sampler = Sampler(language_model(run), run.rules, cast(TextData, run.data).tokenizer)
     with jax.set_mesh(program.mesh):
         return sampler(
             params, prompts, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SAYS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+_SAYS: dict[int, str] = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "hung up",
+}
 _SAME = 0.5  # seconds in which a second SIGINT is the first one, passed on by another process too
 
 Take = Callable[[int], None]

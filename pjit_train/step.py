@@ -28,7 +28,7 @@ def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
 def check_layout(config, rules: Rules, mesh) -> None:
     """Raises a UserError where the mesh does not divide a parameter."""
     for path, param in nnx.to_flat_state(split_model(config, rules)[1]):
-        rules.check(mesh, param.get_metadata("axes"), param.shape, ".".join(path))
+        rules.check(mesh, param.get_metadata("axes"), param.shape, ".".join(map(str, path)))
 
 
 def new_params(config, rules: Rules, seed) -> Any:

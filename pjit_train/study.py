@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from pjit_train.models.transformer import TransformerConfig
 from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.step import new_params
+from pjit_train.tasks.language_modelling import language_model
 from sparsity.ranges import Count, check_fields
 from sparsity.recipes import Recipe
 from sparsity.recipes.patterns import Geometric, parse_pattern
@@ -158,6 +159,7 @@ def parameter_bytes(run: Run) -> float:
 
 def steps_of_equal_flops(run: Run) -> int:
     """Dense steps that cost what a run costs which is sparse from its first step to its last."""
+    assert isinstance(run.sparsity, Recipe)
     sparse = dataclasses.replace(run, sparsity=Recipe(layers=run.sparsity.layers))
     dense = dataclasses.replace(run, sparsity=None)
     return max(round(run.steps * training_flops(sparse) / training_flops(dense)), 1)
@@ -169,7 +171,7 @@ def model_of_equal_bytes(run: Run) -> TransformerConfig:
     As many layers and heads; d_model is the multiple of 2 num_heads that comes nearest with d_ff in
     proportion, then d_ff takes up the rest.
     """
-    budget, model = parameter_bytes(run), run.model
+    budget, model = parameter_bytes(run), language_model(run)
     dense = dataclasses.replace(run, sparsity=None)
 
     def shaped(d_model: int, d_ff: int) -> TransformerConfig:
@@ -189,13 +191,13 @@ def model_of_equal_bytes(run: Run) -> TransformerConfig:
 
 def largest_geometric(run: Run) -> int:
     """The largest k of SdGf-Geometric, of 16, 8, 4, 2 and 1, whose groups all kernels can hold."""
+    recipe = run.sparsity
+    assert isinstance(recipe, Recipe)
     for k in (16, 8, 4, 2):
         pattern = Geometric(k=k)
         try:
             build_updater(
-                dataclasses.replace(
-                    run, sparsity=dataclasses.replace(run.sparsity, pattern=pattern)
-                )
+                dataclasses.replace(run, sparsity=dataclasses.replace(recipe, pattern=pattern))
             )
         except UserError:
             continue
@@ -354,7 +356,9 @@ def draw(study: RecipeStudy, results: Sequence[Result], path: Path) -> None:
     lowest, high = min(losses), float(np.quantile(losses, 0.9))
     top = min(high + 0.3 * (high - lowest), max(losses) + 0.05 * (max(losses) - lowest)) + 1e-3
 
-    above = collections.Counter()  # losses of a pattern that are written already
+    above: collections.Counter[Any] = (
+        collections.Counter()
+    )  # losses of a pattern that are written already
 
     def line(key: str, name: str, shift: float, **style) -> None:
         found = [(x, by_recipe[key, p]) for x, p in enumerate(study.patterns) if by_recipe[key, p]]

@@ -93,7 +93,7 @@ def create_updater_from_config(sparsity_config: Any) -> BaseUpdater:
     ):
         config["sparsity"] = sparsity
     else:
-        options = {"sparsity": sparsity}
+        options: dict[str, Any] = {"sparsity": sparsity}
         for key in ("filter_fn", "custom_sparsity_map"):
             if (value := config.pop(key, None)) is not None:
                 options[key] = value

@@ -91,7 +91,8 @@ def topk_block_mask_calculator(
     if any(spec):  # shards may cut blocks, so each device makes the whole mask
         scores = jax.sharding.reshard(scores, jax.sharding.PartitionSpec())
     shape = scores.shape if scores.ndim > 1 else (1, scores.size)
-    rows, columns, depth = *shape[:2], math.prod(shape[2:])
+    rows, columns = shape[:2]
+    depth = math.prod(shape[2:])
     high, wide = -(-rows // block_height), -(-columns // block_width)
     padding = ((0, high * block_height - rows), (0, wide * block_width - columns), (0, 0))
 

@@ -129,10 +129,10 @@ class Pruning(Sparsity):
             **self.options,
         }
         updater = create_updater_from_config(config)
-        for name in sorted(chosen) if isinstance(updater.sparsity_type, NByM) else ():
-            n, m = updater.sparsity_type.n, updater.sparsity_type.m
-            axis = inputs(name.split("/"), leaves[name])[-1]
-            check_nm(n, m, leaves[name].shape[axis], name=name)
+        if isinstance(kind := updater.sparsity_type, NByM):
+            for name in sorted(chosen):
+                axis = inputs(name.split("/"), leaves[name])[-1]
+                check_nm(kind.n, kind.m, leaves[name].shape[axis], name=name)
         masked = {}
         if scored is not None and updater.masks_forward:
             for name in chosen:
@@ -249,7 +249,9 @@ class PruningUpdater(Updater):
         kind = self.updater.sparsity_type
         if isinstance(kind, NByM):
             return {
-                name: nm_validity(w, kind.n, kind.m, self.updater.axis_fn(name.split("/"), w))
+                name: nm_validity(
+                    w, kind.n, kind.m, self.updater.axis_fn(tuple(name.split("/")), w)
+                )
                 for name, w in named.items()
             }
         kernels = list(named.values())

@@ -89,7 +89,7 @@ def check_fields(instance: Any, error: type[ValueError] = ValueError) -> None:
     Raises:
       error: the first field that is not so; the message names the class and the field.
     """
-    for name, hint in ranged_fields(type(instance)).items():
+    for name, hint in ranged_fields(instance.__class__).items():
         check_number(f"{type(instance).__name__}.{name}", getattr(instance, name), hint, error)
 
 

@@ -205,7 +205,8 @@ def get_sparsities_erdos_renyi(
 def check_sparsity(sparsity: Any, what: str = "sparsity") -> None:
     """Raises a ValueError where what should be a number from 0 to below 1 is none."""
     is_number = (
-        isinstance(sparsity, numbers.Real | jax.Array | np.ndarray) and np.ndim(sparsity) == 0
+        isinstance(sparsity, numbers.Real | jax.Array | np.ndarray)
+        and getattr(sparsity, "ndim", 0) == 0
     )
     if not is_number or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(f"{what}={sparsity!r}; use a fraction of zeros in [0, 1)")

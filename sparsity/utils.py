@@ -37,6 +37,7 @@ def map_entries(f: Callable, params: Any, *trees: Any, what: str = "masks") -> A
     Raises:
       ValueError: a tree has another structure; the line names the first place.
     """
+    structure: Any
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     columns = [_entries(structure, tree, leaves, what) for tree in trees]
     rows = zip(*columns, strict=True) if columns else [()] * len(leaves)

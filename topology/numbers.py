@@ -37,7 +37,7 @@ def number(
     Raises:
       ValueError: it is not; names the argument.
     """
-    inside = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    inside = _is_real(value) and least <= value <= most
     inside = inside and (above is None or value > above)
     if not inside or not (abs(value) <= sys.float_info.max or (endless and value == math.inf)):
         low = f"{least:g} or more" if above is None else f"more than {above:g}"
@@ -52,3 +52,7 @@ def shown(value) -> str:
         return f"{value}"
     except ValueError:
         return "of thousands of digits"
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import re
 import tokenize
@@ -75,32 +76,34 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def whole(low: int = 0, high: int = 2**31 - 1) -> Callable[[str], int]:
+@dataclasses.dataclass(frozen=True)
+class whole:
     """The `type` of an option that takes a whole number from `low` to `high`, in decimal digits."""
 
-    def parse(text: str) -> int:
+    low: int = 0
+    high: int = 2**31 - 1
+
+    def __call__(self, text: str) -> int:
         # The length first: Python takes long over a number of a million digits, or refuses.
-        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
-            wanted = f"want a whole number from {low} to {high}"
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not self.low <= int(text) <= self.high:
+            wanted = f"want a whole number from {self.low} to {self.high}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r}: {wanted}")
         return int(text)
 
-    parse.low, parse.high = low, high
-    return parse
 
-
-def real(low: float, high: float) -> Callable[[str], float]:
+@dataclasses.dataclass(frozen=True)
+class real:
     """The `type` of an option that takes a number from `low` to `high`, in decimal digits."""
 
-    def parse(text: str) -> float:
+    low: float
+    high: float
+
+    def __call__(self, text: str) -> float:
         digits = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
-        if not digits or not low <= float(text) <= high:
-            wanted = f"want a number from {low:g} to {high:g}".replace("e+", "e")
+        if not digits or not self.low <= float(text) <= self.high:
+            wanted = f"want a number from {self.low:g} to {self.high:g}".replace("e+", "e")
             raise argparse.ArgumentTypeError(f"{text[:40]!r}: {wanted}")
         return float(text)
-
-    parse.low, parse.high = low, high
-    return parse
 
 
 PODS = ("v4", "v5p", "v5e", "v6e")

@@ -24,8 +24,8 @@ def run(args, began: float) -> int:
         for action in arguments(sub):
             if action.dest == "out":
                 folder = name in ("train", "compress", "study")
-                action.complete = shtab.DIRECTORY if folder else shtab.FILE
+                action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]
             elif action.dest in kinds:
-                action.complete = kinds[action.dest]
+                action.complete = kinds[action.dest]  # type: ignore[attr-defined]  # shtab reads it
     print(shtab.complete(args.parser, args.shell))
     return 0

@@ -236,7 +236,7 @@ def _without_schemes(
 
 
 def _by_regex(option: str, entries: list[str], wanted: str) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for entry in entries:
         expression, equals, value = entry.rpartition("=")
         if not equals:

@@ -40,7 +40,7 @@ class _Child:
                 text=True,
             )
         os.close(write)
-        self._events = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.warm, self.beat = False, time.monotonic()
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 
@@ -37,7 +38,8 @@ class Attempt:
     def __init__(self, owner, number: int, hosts: Hosts, address: str):
         self._owner, self._number, self._layout, self._slice = owner, number, hosts, hosts.slice
         self._plan, self._record, self._hosts = owner.plan, owner.record, owner.staff.hosts
-        self._step, self._said, self._kind = 0, {}, ""
+        self._step, self._kind = 0, ""
+        self._said: dict[int, dict[str, Any]] = {}
         self._progress = time.monotonic()
         where = f" at {address}{proxy_note()}"
         self._waits = Waits(len(self._hosts), self._plan.hang_seconds, where)

@@ -43,7 +43,7 @@ def write(fd: int, step: int, state: Any) -> int:
     os.ftruncate(fd, begin + offset)
     for (*_, place, size), shard in zip(header, shards, strict=True):
         if size:
-            os.pwrite(fd, shard.reshape(-1).view(np.uint8), begin + place)
+            os.pwrite(fd, shard.reshape(-1).view(np.uint8).data, begin + place)
     os.pwrite(fd, text, _LENGTH)
     os.pwrite(fd, len(text).to_bytes(_LENGTH, "little"), 0)
     return begin + offset

@@ -61,7 +61,7 @@ class Staff:
     ):
         self._standing, self._chips, self._say = standing, chips, say
         self._wanted = slice if "TPU" in chips else None
-        self._slice = None  # Ray's reservation of it
+        self._slice: Any = None  # Ray's reservation of it
         self._places: list[Host | None] = []  # of the processes, in their order
         self._spares: list[Host] = []
         self._coming: list[Any] = []  # agents that are being made
@@ -184,7 +184,7 @@ class Staff:
         Returns:
           Its handle, before it is known to be alive.
         """
-        where = "SPREAD"
+        where: Any = "SPREAD"
         if self._wanted is not None:
             if self._slice is None:
                 self._slice = tpu.slice_placement_group(

@@ -56,7 +56,7 @@ class Supervisor:
         # On this node: it is there as long as this process.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         manager = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Manager)
-        self.manager = manager.options(scheduling_strategy=node).remote(
+        self.manager: Any = manager.options(scheduling_strategy=node).remote(
             str(plan.directory / "pod" / "fabric.json"), plan.blocks, plan.slice.pod
         )
         self.done = {event["fault"] for event in record.of("fault")}

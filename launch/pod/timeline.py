@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pod.goodput import CAUSES, Account, account, expected_goodput
+from launch.pod.goodput import CAUSES, Account, Span, account, expected_goodput
 from pjit_train.files import write_whole
 from pjit_train.run import Run
 
@@ -92,7 +92,7 @@ def summary(events: Sequence[dict], run: Run) -> list[str]:
 
 def _joined(found: Account):
     """Joins consecutive spans of one cause and attempt: a page of single steps is of no use."""
-    joined = []
+    joined: list[Span] = []
     for span in found.spans:
         before = joined[-1] if joined else None
         if before and (before.cause, before.attempt) == (span.cause, span.attempt):

@@ -69,7 +69,7 @@ def report(
         if buffer is not None:
             machine = machine.replace(buffer=parse_size(buffer))
         work = sizes.attention(sequence, batch)
-        options = {"batch": batch, "softmax": softmax}
+        options: dict[str, Any] = {"batch": batch, "softmax": softmax}
         costs = {
             scope: {
                 x: dataclasses.asdict(curves.cost(machine, sizes, sequence, x, scope, **options))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -159,7 +159,7 @@ def show(pod: Pod, found: dict[str, Any], console) -> None:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bright_black")
         left = ("", "slice", "blocks", "all-to-all")
         for title in ("", "slice", "blocks", "chips", "cross-connects", "dark links", "all-to-all"):
-            justify = "left" if title in left else "right"
+            justify: Literal["left", "right"] = "left" if title in left else "right"
             table.add_column(title, justify=justify, overflow="fold")
         for row in found["slices"]:
             table.add_row(

@@ -187,7 +187,7 @@ def sensitivity(name: str, study: FlatStudy) -> list[dict[str, Any]]:
     short = dataclasses.replace(
         study, sequences=tuple(x for x in study.sequences if x <= 4096) or study.sequences[:1]
     )
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "as assumed": {},
         "the array keeps its shape": {"array": MatrixArray(rows=side, columns=side)},
         "FLEX goes sequence by sequence": {"granularity": "B"},
@@ -320,7 +320,7 @@ def make_table(results: dict[str, Any]) -> str:
         "The least buffer with 95 % of the utilisation that any buffer gives, BERT.\n\n"
         + _markdown(head, rows)
     )
-    rows = []
+    rows = list[list[str]]()
     for found in results["use"]:
         for i, (size, bars) in enumerate(PUBLISHED_USE[found["sequence"]].items()):
             ours = {name: values[i] for name, values in found["at_sizes"].items()}
@@ -333,7 +333,7 @@ def make_table(results: dict[str, Any]) -> str:
         "Utilisation of logit and attend, BERT, the softmax's bytes charged: ours (read off the "
         "paper's slide, which names no platform).\n\n" + _markdown(head, rows)
     )
-    rows = []
+    rows = list[list[str]]()
     for name in PLATFORMS:
         cases = dict.fromkeys(row["case"] for row in results["open"])
         for case in cases:

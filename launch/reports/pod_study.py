@@ -320,7 +320,7 @@ def rank_twists(max_blocks: int) -> list[dict[str, Any]]:
         if shape[0] < TPU_V4.block.side or shape[2] == TPU_V4.block.side:
             continue
         ranked = ranked_twists(shape, measure=lambda slice: all_to_all(slice).max_link_load)
-        loads = {str(slice): load for slice, load in ranked}
+        loads: dict[str, Any] = {str(slice): load for slice, load in ranked}
         regular, shipped = loads[times(shape)], f"{times(shape)}_twisted"
         chips, bandwidth = math.prod(shape), TPU_V4.chip.link_bandwidth
         best = [name for name, load in loads.items() if load < min(loads.values()) * (1 + 1e-5)]

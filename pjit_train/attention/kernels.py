@@ -5,6 +5,7 @@ pair of positions.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def cudnn_misfit(q, k, segments, mask: Mask) -> str | None:
         return "takes a window only of a causal mask"
     try:  # jax.nn knows which versions of cuDNN, and which devices, can
         like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, k)]
-        jax.eval_shape(lambda *qkv: attend_cudnn(*qkv, mask), *like)
+        jax.eval_shape(lambda q, k, v: attend_cudnn(q, k, v, mask), *like)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return f"is refused by jax.nn: {str(error).splitlines()[0].rstrip('.')}"
     return None
@@ -73,11 +74,10 @@ def attend_splash(q, k, v, segments, mask: Mask, *, interpret: bool = False):
         one = masks.FullMask((T, S))
     q_side = next(b for b in (512, 256, 128) if T % b == 0)
     kv_side = next(b for b in (512, 256, 128) if S % b == 0)
-    sizes = splash.BlockSizes(
-        **{f"block_q{suffix}": q_side for suffix in ("", "_dkv", "_dq")},
-        **{f"block_kv{suffix}": kv_side for suffix in ("", "_compute", "_dkv", "_dkv_compute")},
-        block_kv_dq=kv_side,
-    )
+    sides: dict[str, Any] = {f"block_q{suffix}": q_side for suffix in ("", "_dkv", "_dq")}
+    for suffix in ("", "_compute", "_dkv", "_dkv_compute", "_dq"):
+        sides[f"block_kv{suffix}"] = kv_side
+    sizes = splash.BlockSizes(**sides)
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([one] * (H // K)), block_sizes=sizes, interpret=interpret
     )

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def _measure(q_shape, k_shape, dtype, mask: Mask, default: Tiles) -> Tiles:
         return lambda: jax.block_until_ready(both(q, k, v, d_out))
 
     runs = {tiles: run(tiles) for tiles in candidates(default)}
-    times = {tiles: [] for tiles in runs}
+    times: dict[Any, list[float]] = {tiles: [] for tiles in runs}
     for _ in range(_RUNS):
         for tiles, function in runs.items():
             times[tiles].append(_seconds(function))

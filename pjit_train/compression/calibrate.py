@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pjit_train.data.data import Batches as AnyBatches
 from pjit_train.data.text import Batches
 from pjit_train.errors import UserError
 from pjit_train.models.projection import Dense
@@ -25,8 +26,21 @@ from pjit_train.tasks.language_modelling import LanguageModelling
 from pjit_train.tasks.task import Task
 from sparsity.post_training.hessian import add_grams, from_gram, gram
 
-Change = Callable[[str, np.ndarray, jax.Array], np.ndarray]
+Change = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 """(name, kernel [inputs, outputs], X^T X float64 [inputs, inputs]) -> the kernel to go on with."""
+
+
+def text_of(batches: AnyBatches) -> Batches:
+    """The batches of a run of text, as such.
+
+    Raises:
+      UserError: they are of other data.
+    """
+    if not isinstance(batches, Batches):
+        raise UserError(
+            "calibration: reads text, and the data of the run are other; use a run of text"
+        )
+    return batches
 
 
 def calibration_batches(batches: Batches, sequences: int) -> list[dict[str, np.ndarray]]:
@@ -118,7 +132,7 @@ Hidden = list[tuple[jax.Array, dict[str, Any]]]
 
 def walk(
     model, stacked: dict[str, Any], hidden: Hidden, measure: Callable, join: Callable
-) -> Iterator[tuple[dict[str, Any], dict[str, jax.Array]]]:
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Walks through the blocks in order, as views of the stacked arrays, and measures their inputs.
 
     The text goes on through the block as it is when the next one is asked for; at the end `hidden`
@@ -189,8 +203,9 @@ def replace_dense(block: nnx.Module, replacement: Callable[[str, Dense], Any]) -
     """Puts replacement("attention/query", dense) in place of every Dense of a block."""
     found = [(path, x) for path, x in nnx.iter_modules(block) if isinstance(x, Dense)]
     for path, dense in found:
-        parent = functools.reduce(getattr, path[:-1], block)
-        setattr(parent, path[-1], replacement("/".join(path), dense))
+        *parents, last = map(str, path)
+        parent: Any = functools.reduce(getattr, parents, block)
+        setattr(parent, last, replacement("/".join([*parents, last]), dense))
 
 
 class _Entrance(nnx.Module):

@@ -16,7 +16,12 @@ from safetensors.numpy import save_file
 
 from pjit_train import record, signals
 from pjit_train.checkpoint import Checkpoints
-from pjit_train.compression.calibrate import calibration_batches, change_kernels, input_maxima
+from pjit_train.compression.calibrate import (
+    calibration_batches,
+    change_kernels,
+    input_maxima,
+    text_of,
+)
 from pjit_train.compression.kernels import (
     METHODS,
     QUANTIZERS,
@@ -176,7 +181,7 @@ def compress(
     mesh = make_mesh(run.mesh)
     program, new = Program(run, mesh), Program(new_run, mesh)
     batches = prepare(run, directory)
-    text = calibration_batches(batches, compression.sequences)
+    text = calibration_batches(text_of(batches), compression.sequences)
     step, weights = restore_weights(program, directory, step)
     roles = param_roles(run.model)
     earlier = _earlier(directory, step, compression, roles)
@@ -275,12 +280,14 @@ class _Work:
         self.roles = param_roles(run.model)
         self.names = list({**compression.patterns, **compression.formats})
         self.reference: dict[str, Any] = {}
-        self.errors = {kind: defaultdict(list) for kind in ("sparsify", "quantize", "together")}
+        self.errors: dict[str, dict[str, list[Any]]] = {
+            kind: defaultdict(list) for kind in ("sparsify", "quantize", "together")
+        }
         self.scales: dict[str, list[Scales]] = defaultdict(list)
         self.between: dict[str, dict[str, float]] = {}
         self.reads = None
         if (quantization := new.run.quantization) is not None:
-            layers = {f"^{name}$": None for name in compression.formats}
+            layers: dict[str, Any] = {f"^{name}$": None for name in compression.formats}
             layers |= {p: given for p, given in quantization.layers.items() if p not in layers}
             quantization = dataclasses.replace(quantization, layers=layers)
             going_on = dataclasses.replace(new.run, quantization=quantization)
@@ -322,7 +329,7 @@ class _Work:
 
     def _pass(self, kind: str, params, *, first: bool, last: bool) -> dict[str, Any]:
         """Changes every kernel; in the first pass also notes what either change does alone."""
-        layers = Counter()
+        layers: Counter[str] = Counter()
         chosen = {"sparsify": self.compression.patterns, "quantize": self.compression.formats}
 
         def change(name, kernel_IO, products_II):

@@ -51,7 +51,7 @@ class CheckedArray:
     def _check(self, first: int, last: int) -> None:
         for block in range(first, last):
             begin = block * BLOCK_BYTES
-            if zlib.crc32(self._bytes[begin : begin + BLOCK_BYTES]) != self._sums[block]:
+            if zlib.crc32(self._bytes[begin : begin + BLOCK_BYTES].data) != self._sums[block]:
                 raise UserError(
                     f"token cache {self._path.parent}: {self._path.name} is damaged between bytes "
                     f"{begin:,} and {min(begin + BLOCK_BYTES, len(self._bytes)):,}; delete that "

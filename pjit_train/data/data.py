@@ -1,8 +1,9 @@
 """Data of a run, whatever is in them: batches by (seed, step)."""
 
 import abc
+import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -12,13 +13,19 @@ class Batches(Protocol):
 
     Attributes:
       batch_size: rows of a batch, over all hosts.
-      num_eval_batches: batches of the validation split, the last one padded.
-      digest: hexadecimal SHA-256 that is another one where the data are others.
     """
 
     batch_size: int
-    num_eval_batches: int
-    digest: str
+
+    @property
+    def num_eval_batches(self) -> int:
+        """Batches of the validation split, the last one padded."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 that is another one where the data are others."""
+        ...
 
     def train_batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Rows of the batch of a step, from step 0; reads no others."""
@@ -33,6 +40,7 @@ class Data(abc.ABC):
     """The configuration of data: a frozen dataclass with the size of a batch."""
 
     batch_size: int
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @abc.abstractmethod
     def prepare(self, seed: int, *, keep: bool = True) -> Batches:

@@ -55,7 +55,7 @@ class _Place:
         return UserError(f"{self.path}:{line or self.line}: {what}")
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> Any:
     return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -156,5 +156,5 @@ def _kind(value: Any) -> str:
     """Names the type of a JSON value, in JSON's own words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    names = {dict: "an object", list: "an array", str: "a string"}
+    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
     return names.get(type(value), "a number")

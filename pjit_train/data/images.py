@@ -3,6 +3,7 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,11 +108,11 @@ class ImageBatches:
         rows = list(self._pool.map(make, indices))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _train_row(self, index: int) -> dict[str, np.ndarray]:
+    def _train_row(self, index: int) -> dict[str, Any]:
         image, label = self._pixels(self._train[int(self._order[index])])
         return {"images": self._normalised(self._varied(image, index)), "labels": label}
 
-    def _eval_row(self, index: int) -> dict[str, np.ndarray]:
+    def _eval_row(self, index: int) -> dict[str, Any]:
         held = self._validation
         image, label = self._pixels(held[min(index, len(held) - 1)])
         weight = np.float32(index < len(held))

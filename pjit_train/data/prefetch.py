@@ -21,7 +21,7 @@ class Prefetcher:
 
     def __init__(self, make: Callable[[int], Any], start: int, *, depth: int = 2):
         self._make = make
-        self._made = queue.SimpleQueue()  # of (value, error)
+        self._made: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of (value, error)
         self._free = threading.Semaphore(depth)
         self._closed = False
         self._waited = 0.0

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class TextData(Data):
 
     def seen_from(self, folder: Path) -> "TextData":
         """Returns the data with relative paths taken from a folder, where something is there."""
-        seen = {"sources": [source.seen_from(folder) for source in self.sources]}
+        seen: dict[str, Any] = {"sources": [source.seen_from(folder) for source in self.sources]}
         if self.cache_dir and (cache := folder / Path(self.cache_dir).expanduser()).exists():
             seen["cache_dir"] = str(cache)
         return dataclasses.replace(self, **seen)

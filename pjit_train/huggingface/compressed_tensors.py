@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from pjit_train.compression.calibrate import calibration_batches, input_maxima
+from pjit_train.compression.calibrate import calibration_batches, input_maxima, text_of
 from pjit_train.compression.kernels import (
     as_matrices,
     load_scales,
@@ -79,7 +79,7 @@ class QuantizedWeights:
     format: Format
     scales: Sequence[Scales]
     activations: Format | None = None
-    input_scales: Sequence[float] = ()
+    input_scales: Sequence[float] | np.ndarray = ()
 
     @property
     def scheme(self) -> Scheme:
@@ -223,7 +223,7 @@ def _with_input_scales(
     }
     if not scaled:
         return dict(quantized)
-    batches = prepare(program.run, directory)
+    batches = text_of(prepare(program.run, directory))
     text = calibration_batches(batches, min(SEQUENCES, batches.num_train_sequences))
     maxima = input_maxima(program.graph, params, text)
     return {
@@ -350,7 +350,7 @@ def _kernels(tensor: Tensor) -> list[str]:
 
 
 def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).digest()  # bfloat16 too
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()  # bfloat16 too
 
 
 class _Reader:

@@ -81,7 +81,7 @@ def encode(values_OI: np.ndarray, scales: Scales, format: Format, name: str) -> 
       name: of the compressed-tensors format; see `scheme`.
     """
     outputs, inputs = values_OI.shape
-    tile = (format.output_block, format.block) if format.output_block > 1 else None
+    tile: Any = (format.output_block, format.block) if format.output_block > 1 else None
     if scales.scale is None:
         scale_OG = np.ones((outputs, 1), np.float32)
     elif tile is not None:
@@ -98,12 +98,12 @@ def encode(values_OI: np.ndarray, scales: Scales, format: Format, name: str) -> 
         case "pack-quantized":
             codes_OI, zero_OG = _integers(elements_OI, scales)
             stored = {
-                "weight_packed": pack_int32(codes_OI, format.bits),
+                "weight_packed": pack_int32(codes_OI, format.element_bits),
                 "weight_scale": scale_OG,
                 "weight_shape": np.array([outputs, inputs], np.int64),
             }
             if zero_OG is not None:  # bit after bit along the outputs
-                packed_GW = pack_int32(zero_OG.T, format.bits)
+                packed_GW = pack_int32(zero_OG.T, format.element_bits)
                 stored["weight_zero_point"] = np.ascontiguousarray(packed_GW.T)
             return stored
         case "int-quantized":

@@ -126,7 +126,7 @@ def _modern(path: Path, document: dict) -> dict:
     document = dict(document)
     match document["model_type"]:
         case "llama":
-            rope = {}
+            rope: dict[str, Any] = {}
             for name in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
                 if not isinstance(given := document.get(name) or {}, dict):
                     raise UserError(f"{path}: {name}={given!r} must be an object or null")
@@ -210,7 +210,7 @@ def _written(family: str, field: str, key: Key, value: Any) -> dict[str, Any]:
 
 
 def _nested(values: dict[str, Any]) -> dict:
-    document = {}
+    document: dict[str, Any] = {}
     for dotted, value in values.items():
         *parents, last = dotted.split(".")
         inner = document

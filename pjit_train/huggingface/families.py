@@ -286,7 +286,9 @@ FAMILIES = {
             Tensor("vit.embeddings.position_embeddings", "td -> 1,t,d", ("position_embedding",)),
             *_linear("patches", "vit.embeddings.patch_embeddings.projection", "hwcd -> d,c,h,w"),
             *_attention(
-                *(f"{_VIT}attention.attention.{x}" for x in ("query", "key", "value")),
+                _VIT + "attention.attention.query",
+                _VIT + "attention.attention.key",
+                _VIT + "attention.attention.value",
                 _VIT + "attention.output.dense",
             ),
             *_linear("blocks.feed_forward.up", _VIT + "intermediate.dense"),

@@ -33,6 +33,7 @@ from pjit_train.huggingface.config import (
 from pjit_train.huggingface.families import Family, Tensor
 from pjit_train.huggingface.tokenizer import write_tokenizer
 from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules, has_mesh
 from pjit_train.signals import unfinished
 from pjit_train.step import split_model
@@ -97,7 +98,7 @@ def load(
             )
         wanted = list(_tensors(family, params))
         _check_tensors(folder, file, wanted, params, tied=getattr(config, "tie_head", False))
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, tensor, layer in wanted:
             if layer in (None, 0):
                 arrays |= {p: np.empty(params[p].shape, params[p].dtype) for p in tensor.paths}
@@ -183,7 +184,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
             temporary.mkdir(parents=True)
             (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-            if tokenizer is not None:
+            if tokenizer is not None and isinstance(config, TransformerConfig):
                 write_tokenizer(temporary, tokenizer, config.max_len)
             tensors = list(_tensors(family, expected))
             _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
@@ -207,7 +208,7 @@ def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
     # Without a mesh, which would refuse shapes that it does not divide less clearly than the rules.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         state = split_model(config, rules)[1]
-    return {".".join(path): param for path, param in nnx.to_flat_state(state)}
+    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
 
 
 def _tensors(
@@ -358,10 +359,11 @@ def _write_tensors(
         arrays = [params[path] for path in tensor.paths]
         sizes[name] = sum(a.nbytes // (1 if layer is None else a.shape[0]) for a in arrays)
     shards = split_sizes(list(sizes.values()), max_bytes)
-    tensors, weight_map = iter(tensors), {}
+    tensors = iter(tensors)
+    weight_map: dict[str, str] = {}
     for number, count in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        held = {}
+        held: dict[str, Any] = {}
         for _ in range(count):
             name, tensor, layer = next(tensors)
             parts = (
@@ -382,7 +384,8 @@ def _write_tensors(
 
 def split_sizes(sizes: list[int], limit: int) -> list[int]:
     """Lengths of consecutive runs, each of a sum up to the limit or of a single size."""
-    counts, total = [], 0
+    counts: list[int] = []
+    total = 0
     for size in sizes:
         if not counts or total + size > limit:
             counts, total = [*counts, 0], 0

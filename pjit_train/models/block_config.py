@@ -99,6 +99,11 @@ class BlockConfig:
         return projections + feed_forward + 2 * query * columns  # logits and attend
 
     @property
+    def num_params(self) -> int:
+        """Elements of all parameters of the built model."""
+        raise NotImplementedError
+
+    @property
     def num_norm_params(self) -> int:
         """Number of parameters of one norm."""
         return self.d_model * (2 if self.norm == "layernorm" else 1)

@@ -8,6 +8,7 @@ Letters in names: B batch, T tokens, D model width, H heads, K key-value heads, 
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,9 @@ class Attention(nnx.Module):
         c = self.config = config
         D, H, K, d = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         q, kv = ((D, H, d), ("embed", "heads", None)), ((D, K, d), ("embed", "kv_heads", None))
-        reads = dict(std=c.init_std, config=c, init=init, norm="attention_norm", attends=True)
+        reads: dict[str, Any] = dict(
+            std=c.init_std, config=c, init=init, norm="attention_norm", attends=True
+        )
         self.query = Dense("btd,dhk->bthk", *q, **reads)
         self.key = Dense("btd,dhk->bthk", *kv, **reads)
         self.value = Dense("btd,dhk->bthk", *kv, **reads)
@@ -134,7 +137,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: BlockConfig, init: Initializer):
         c = self.config = config
         wide, narrow = (c.d_model, c.d_ff), (c.d_ff, c.d_model)
-        reads = dict(std=c.init_std, config=c, init=init, norm="feed_forward_norm")
+        reads: dict[str, Any] = dict(std=c.init_std, config=c, init=init, norm="feed_forward_norm")
         gated = c.activation == "swiglu"
         self.up = Dense("btd,df->btf", wide, ("embed", "mlp"), **reads)
         self.gate = Dense("btd,df->btf", wide, ("embed", "mlp"), **reads) if gated else None

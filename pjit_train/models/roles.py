@@ -65,7 +65,7 @@ class Role:
         sizes = [1, 1, 1]
         for axis, size in enumerate(shape):
             sizes[0 if axis < first else 1 if axis < last else 2] *= size
-        return tuple(sizes)
+        return sizes[0], sizes[1], sizes[2]
 
 
 Roles = Mapping[str, Role]

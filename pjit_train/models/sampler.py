@@ -32,7 +32,7 @@ class Sampler:
         self.rules = dataclasses.replace(rules, length=())
         build = functools.partial(config.build, jax.random.key(0), self.rules)
         self._graph = nnx.split(nnx.eval_shape(build))[0]
-        self._generate = jax.jit(self._generate, static_argnames=("tokens", "greedy", "top_k"))
+        self._compiled = jax.jit(self._generate, static_argnames=("tokens", "greedy", "top_k"))
 
     def __call__(
         self,
@@ -83,7 +83,7 @@ class Sampler:
         mesh = jax.sharding.get_abstract_mesh()
         rows = int(np.prod([mesh.shape[axis] for axis in self.rules.batch]))
         prompt = np.broadcast_to(ids.astype(np.int32), (rows, len(ids)))
-        new = self._generate(
+        new = self._compiled(
             params,
             prompt,
             key,

@@ -134,8 +134,7 @@ class Transformer(nnx.Module):
         self.position_embedding = init.normal(*positions, c.position_init_std) if learned else None
         self.blocks = Block(c, init.stacked(c.num_layers))
         self.norm = Norm(c, init)
-        axes = dict(input_axes=(None,), output_axes=(None,))
-        role = Role(kind="head", inputs=(-2,), matmul=True, **axes)
+        role = Role(kind="head", inputs=(-2,), matmul=True, input_axes=(None,), output_axes=(None,))
         head = (c.d_model, c.vocab_size), ("embed", "vocab"), role, c.init_std
         self.head = None if c.tie_head else init.normal(*head)
 

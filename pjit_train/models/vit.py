@@ -1,7 +1,7 @@
 """A vision transformer (Dosovitskiy et al., 2021) made of the language models' blocks."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ class ViT(nnx.Module):
         self.rules = rules = dataclasses.replace(rules, length=())
         init = Initializer(key, rules, c.param_dtype)
         D, p = c.d_model, c.patch_size
-        made = dict(std=c.init_std, config=c, init=init)
+        made: dict[str, Any] = dict(std=c.init_std, config=c, init=init)
         pixels = (p, p, c.channels, D), (None, None, None, "embed")
         self.patches = Dense("btpqc,pqcd->btd", *pixels, **made)
         self.class_token = init.normal((D,), (None,), Role(kind="token"), c.init_std)

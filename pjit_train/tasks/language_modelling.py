@@ -112,3 +112,17 @@ class LanguageModelling(Task):
                 say(f"sample {when}:\n{shown}\n")
 
         return show
+
+
+def language_model(run) -> TransformerConfig:
+    """The model of a run, which is to be one of language.
+
+    Raises:
+      UserError: it is another.
+    """
+    if not isinstance(run.model, TransformerConfig):
+        raise UserError(
+            f"run.Run.model: {type(run.model).__name__} is no language model; use "
+            "transformer.TransformerConfig"
+        )
+    return run.model

@@ -78,6 +78,7 @@ class GlobalPruningMixin(BaseUpdater):
           scores: a tree like the parameters.
           target_sparsity: one number; may be traced.
         """
+        structure: Any
         named, structure = jax.tree_util.tree_flatten_with_path(scores)
         custom = self.custom_sparsity_map or {}
         pooled, masks = [], []

@@ -43,6 +43,7 @@ def generate_random_scores(params: Any, rng_seed: Any) -> Any:
       rng_seed: an integer or a key; each leaf has the key `fold_in(key, index of the leaf)`.
     """
     key = as_key(rng_seed)
+    structure: Any
     leaves, structure = jax.tree.flatten(params)
     # float32 whatever the parameters are: bfloat16 has 256 numbers in [0.5, 1), mostly ties.
     return structure.unflatten(

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 
 from sparsity.algorithms.pruners import MagnitudePruning, RandomPruning
-from sparsity.base_updater import SparseState, straight_through
+from sparsity.base_updater import BaseUpdater, SparseState, straight_through
 from sparsity.utils import map_entries
 
 
-class SteMixin:
+class SteMixin(BaseUpdater):
     """Masks made anew at every forward pass; the parameters that are kept stay dense.
 
     The masked parameters are the dense ones to a gradient: the same comes of differentiating with

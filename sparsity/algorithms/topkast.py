@@ -1,7 +1,7 @@
 """Top-KAST: sparse forward and backward passes over dense parameters (Jayakumar et al., 2020)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -139,4 +139,4 @@ class TopKAST(MagnitudePruning):
             self.unpack(opt_state.masks, params),
             self.unpack(opt_state.backward_masks, params),
         )
-        return alpha * sum(jax.tree.leaves(terms))
+        return alpha * cast(jax.Array, sum(jax.tree.leaves(terms)))

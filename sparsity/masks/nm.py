@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import operator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -237,7 +237,8 @@ def _nm_mask(groups, n, at: int, ties: str):
         entries = _entries(groups, at)
         threshold = _largest(entries, n)
         wanted = n - _total(key > threshold for key in entries)
-        met, pruned = 0, 0  # ties met so far, bits of what is pruned
+        met: Any = 0  # ties met so far
+        pruned: Any = 0  # bits
         for j in order:
             tie = entries[j] == threshold
             met += tie.astype(jnp.int32)

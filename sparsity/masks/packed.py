@@ -4,6 +4,8 @@ Entries are selected by comparing indices (where groups are small: larger ones g
 stays within a shard that cuts no group, and keeps every bit of a value (-0, subnormals).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +36,8 @@ def nm_indices(mask: jax.Array, n: int, m: int, *, axis: int) -> jax.Array:
     groups, at = split_groups(jnp.asarray(mask), m, axis, n=n)
     # Entry r is as far in as there are entries with r or fewer kept ones up to and with them.
     r = _iota(n, at, groups.ndim)
-    kept, index = 0, 0
+    kept: Any = 0
+    index: Any = 0
     for j in range(m):
         kept += jax.lax.slice_in_dim(groups, j, j + 1, axis=at).astype(jnp.int32)
         index += (kept <= r).astype(jnp.int32)

@@ -44,6 +44,6 @@ def zeros(kernel: jax.Array) -> float:
     return int((kernel == 0).sum()) / max(kernel.size, 1)
 
 
-def by_name(tree: Any) -> dict[str, jax.Array]:
+def by_name(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by the names of `layers.names`."""
     return dict(zip(jax.tree.leaves(names(tree)), jax.tree.leaves(tree), strict=True))

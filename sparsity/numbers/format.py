@@ -50,6 +50,8 @@ class Format(abc.ABC):
       array_bits: of what is stored once for an array.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     block: Block | None
     output_block: int = 1
     rounded_scales: ClassVar[bool] = True

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sparsity.numbers.format import NO_NATIVE
 from sparsity.numbers.formats import Format, format_name
 from sparsity.numbers.quantization import noise_of_blocks, parts_of
-from sparsity.numbers.rounding import bits_of, divide, float_of
+from sparsity.numbers.rounding import Rounding, bits_of, divide, float_of
 from sparsity.numbers.scales import to_float
 
 Matmul = Literal["emulated", "native"]
@@ -91,7 +91,7 @@ def _has(device: jax.Device, integers: bool) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("format", "axes", "rounding"))
 def codes_of(
-    x: jax.Array, format: Format, axes: tuple[int, ...], rounding: str = "even", key=None
+    x: jax.Array, format: Format, axes: tuple[int, ...], rounding: Rounding = "even", key=None
 ) -> tuple[jax.Array, jax.Array]:
     """(codes, scales) of an array: `quantize` gives their products, rounded to float32.
 

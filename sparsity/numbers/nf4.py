@@ -14,7 +14,7 @@ from sparsity.numbers.rounding import MAGNITUDE, bits_of, float_of
 from sparsity.numbers.scales import Scale, ratio_scale
 from sparsity.ranges import check_fields
 
-VALUES = np.float32(
+VALUES = np.array(
     [
         -1.0,
         -0.6961928009986877,
@@ -32,7 +32,8 @@ VALUES = np.float32(
         0.5626170039176941,
         0.7229568362236023,
         1.0,
-    ]
+    ],
+    np.float32,
 )
 """The values by code (Dettmers et al., 2023, appendix E)."""
 
@@ -88,7 +89,7 @@ class NF4(Format):
         return jnp.abs(value), value < 0
 
 
-def _chosen(x: jax.Array, bounds: Sequence, of: Sequence = VALUES) -> jax.Array:
+def _chosen(x: jax.Array, bounds: Sequence, of: Sequence | np.ndarray = VALUES) -> jax.Array:
     """of[i], i the number of bounds, in ascending order, that x has reached."""
     found = jnp.full(x.shape, of[0])
     for bound, value in zip(bounds, of[1:], strict=True):

@@ -1,7 +1,7 @@
 """The float32 values that an array takes in a number format, and training through them."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def fake_quantize(
     Args:
       clip_gradient: where `clipped`, the derivative is zero. The others are those of `quantize`.
     """
-    given = dict(axis=axis, scale=scale, zero_point=zero_point)
+    given: dict[str, Any] = dict(axis=axis, scale=scale, zero_point=zero_point)
     fixed = jax.lax.stop_gradient(x)
     result = quantize(fixed, format, rounding=rounding, key=key, **given)
     passed = ~clipped(fixed, format, **given) if clip_gradient else None

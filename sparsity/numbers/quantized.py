@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -20,7 +20,7 @@ from sparsity.numbers.blocks import check_block
 from sparsity.numbers.formats import Format, check_blocks, find_scheme, format_name, get_format
 from sparsity.numbers.native import Matmul, check_formats, check_matmul
 from sparsity.numbers.quantization import clipped
-from sparsity.numbers.quantized_kernels import Order, QuantizedKernel, figures, losses
+from sparsity.numbers.quantized_kernels import Formats, Order, QuantizedKernel, figures, losses
 from sparsity.numbers.rounding import ROUNDINGS, Rounding
 from sparsity.recipes.kernel_plan import cuts, shards_of
 from sparsity.recipes.kernels import dense
@@ -85,7 +85,9 @@ class MatmulFormats:
         """Returns a copy with format objects in place of their names."""
         fields = ("weights", "activations", "gradients")
         given = {name: getattr(self, name) for name in fields}
-        found = {name: f if f is None else get_format(f) for name, f in given.items()}
+        found: dict[str, Any] = {
+            name: f if f is None else get_format(f) for name, f in given.items()
+        }
         return dataclasses.replace(self, **found)
 
     def __str__(self) -> str:
@@ -167,10 +169,12 @@ class Quantization:
           ValueError: a pattern matches no matmul; blocks do not divide an axis or its shards; a
             format of `attention`, and no kernel that gives its operands.
         """
+        treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         given = treedef.flatten_up_to(assign(params, self.layers))
         products = None if self.attention is None else get_format(self.attention)
-        plans, matmuls = [], []
+        plans: list[_Plan | None] = []
+        matmuls: list[str] = []
         for name, leaf, formats in zip(jax.tree.leaves(names(params)), leaves, given, strict=True):
             shape = tuple(leaf.shape)
             axes = -2 if contraction is None else contraction(name, shape)
@@ -216,6 +220,11 @@ class _Plan:
     products: Format | None
 
     @property
+    def objects(self) -> Formats:
+        """The formats, none of which is a name."""
+        return cast(Formats, self.formats)
+
+    @property
     def rank(self) -> int:
         """Number of axes of one layer's kernel: its inputs lead, save in a transposed table."""
         return max(-self.axes[0], 2)
@@ -256,7 +265,7 @@ class _Plan:
         if f.matmul == "native":
             size = math.prod(shape[a] for a in self.axes)
             try:
-                check_matmul(f.weights, f.activations, size, _device(leaf))
+                check_matmul(self.objects.weights, self.objects.activations, size, _device(leaf))
             except ValueError as error:
                 raise ValueError(f"quantization: {self.name}: {error}") from None
         if f.gradients is None:
@@ -357,7 +366,7 @@ class Quantizer:
         return QuantizedKernel(
             kernel=kernel,
             key=self._keys(plan, kernel.shape[: kernel.ndim - plan.rank], clock),
-            formats=plan.formats,
+            formats=plan.objects,
             axes=plan.axes,
             rank=plan.rank,
             order=self.quantization.order,

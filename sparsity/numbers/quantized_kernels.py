@@ -207,7 +207,7 @@ class QuantizedKernel(Kernel):
             return None
         return losses(x, self._read(x, purpose), _clipped(x, format, axes, rows))
 
-    def _rounding(self, purpose: int, key=None) -> tuple[str, jax.Array | None]:
+    def _rounding(self, purpose: int, key=None) -> tuple[Rounding, jax.Array | None]:
         """Returns (rounding, random key or None) for a purpose."""
         of_gradient = purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS)
         rounding = self.formats.gradient_rounding if of_gradient else self.formats.rounding

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from sparsity.numbers.formats import Format, get_format
 from sparsity.numbers.quantization import quantize
+from sparsity.numbers.rounding import Rounding
 
 MaskOf = Callable[[jax.Array], jax.Array]
 
@@ -128,10 +129,9 @@ def tensor_interplay(
     x = jnp.asarray(x, jnp.float32)
     format = get_format(format)
     arrays, mask = _arrays(x, mask_of, format, axis, rounding)
-    norms = [jnp.linalg.norm((y - x).ravel(), ord=order) for y in arrays]
-    return TensorInterplay(
-        *norms, bound=norms[0] + norms[1], lost=lost_maxima(x, mask, format, axis=axis).lost
-    )
+    one, other, *both = (jnp.linalg.norm((y - x).ravel(), ord=order) for y in arrays)
+    lost = lost_maxima(x, mask, format, axis=axis).lost
+    return TensorInterplay._make([one, other, *both, one + other, lost])
 
 
 def dot_interplay(
@@ -141,7 +141,7 @@ def dot_interplay(
     format: str | Format,
     *,
     x_format: str | Format | None = None,
-    rounding: str = "even",
+    rounding: Rounding = "even",
 ) -> DotInterplay:
     """The errors of x @ weights, each of its entries a dot product (Theorem 3.9).
 
@@ -163,13 +163,10 @@ def dot_interplay(
     bound = jnp.abs(sparsity) + jnp.abs(quantization)
     over = [jnp.maximum(jnp.abs(error) - bound, 0.0) for error in (first, second)]
     counts = [jnp.sum(e > 0) for e in over]
-    return DotInterplay(
-        *(_rms(e) for e in (sparsity, quantization, first, second, bound)),
-        violations=jnp.stack([n / bound.size for n in counts]),
-        mean_excess=jnp.stack(
-            [jnp.sum(e) / jnp.maximum(n, 1) for e, n in zip(over, counts, strict=True)]
-        ),
-    )
+    excess = [jnp.sum(e) / jnp.maximum(n, 1) for e, n in zip(over, counts, strict=True)]
+    errors = (_rms(e) for e in (sparsity, quantization, first, second, bound))
+    violations = jnp.stack([n / bound.size for n in counts])
+    return DotInterplay._make([*errors, violations, jnp.stack(excess)])
 
 
 def _arrays(x, mask_of: MaskOf, format: Format, axis: int, rounding) -> tuple[list, jax.Array]:

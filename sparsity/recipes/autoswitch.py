@@ -7,7 +7,7 @@ moments alone.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class StepAdamState(NamedTuple):
       switched_at: int32 [], the update after which nu was frozen; -1 before.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # in place of tuple's method
     mu: optax.Updates
     nu: optax.Updates
     z: jax.Array
@@ -135,7 +135,7 @@ def _mean_change(new, old, option: str) -> jax.Array:
         for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
     ]
     if option == "arithmetic":
-        return sum(map(jnp.sum, changes)) / sum(change.size for change in changes)
+        return cast(jax.Array, sum(map(jnp.sum, changes))) / sum(change.size for change in changes)
     changed = sum(jnp.sum(change > 0, dtype=jnp.float32) for change in changes)
     logs = sum(jnp.sum(jnp.where(c > 0, jnp.log(jnp.where(c > 0, c, 1)), 0)) for c in changes)
     return jnp.where(changed > 0, jnp.exp(logs / jnp.maximum(changed, 1)), 0)

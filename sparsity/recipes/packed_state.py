@@ -49,7 +49,7 @@ class PackedState(NamedTuple):
       inner_state: of the wrapped optimizer, for the values.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # in place of tuple's method
     codes: Any
     masked_from: jax.Array
     inner_state: optax.OptState

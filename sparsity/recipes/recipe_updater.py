@@ -60,7 +60,7 @@ class RecipeState(NamedTuple):
         elsewhere.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # in place of tuple's method
     masks: Any
     masked_from: jax.Array
     inner_state: optax.OptState

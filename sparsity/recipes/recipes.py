@@ -157,6 +157,7 @@ class Recipe(Sparsity):
         """
         if steps < 1:
             raise ValueError(f"recipe: steps={steps}; use 1 or more")
+        treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         targets = treedef.flatten_up_to(assign(params, self.layers))
         plans = [
@@ -374,7 +375,7 @@ def _layers(layers: Layers | None) -> Layers:
 
 
 def _gradient_flow(layers, dense_fraction, fine_tune_fraction, variant, **options) -> Recipe:
-    gradients = {"paper": "masked", "code": "straight_through"}
+    gradients: dict[str, Any] = {"paper": "masked", "code": "straight_through"}
     if variant not in gradients:
         raise ValueError(f"recipe: variant={variant!r} is unknown; use paper or code")
     return Recipe(

@@ -62,7 +62,7 @@ def split(length, tile):
 
 def tiled_cost(array: MatrixArray, stationarity: str, shape, lengths, tiles) -> ArrayCost:
     """The cost of a matmul of `lengths` (m, k, n), made tile by tile."""
-    total = ArrayCost(*[np.float64(0)] * 4)
+    total = ArrayCost(*(np.zeros(()) for _ in range(4)))
     for m, many_m in split(lengths[0], tiles[0]):
         for k, many_k in split(lengths[1], tiles[1]):
             for n, many_n in split(lengths[2], tiles[2]):

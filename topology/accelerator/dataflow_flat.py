@@ -20,6 +20,7 @@ vector lanes' cycles of the softmax; double buffering hides the others.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -128,7 +129,7 @@ def flat_cost(
             zip(mapping.stationarity, shapes, strict=True)
         )
     ]
-    kept = {name: np.bool_(name in mapping.kept) for name in TENSORS}
+    kept: dict[str, Any] = {name: np.bool_(name in mapping.kept) for name in TENSORS}
     heads = np.asarray(heads_of(mapping.granularity, work))
     found = _evaluate(
         accelerator, work, np.asarray(rows), heads, kept, mapping.stationarity, costs,
@@ -194,7 +195,9 @@ def search_flat(
             where = np.unravel_index(order[0], cycles.shape)
             key = tuple(float(key[where]) for key in keys)
             if np.isfinite(key[0]) and (best is None or key < best[0]):
-                shape = tuple(tuple(int(x) for x in shapes[i][:, where[0], 0]) for i in range(2))
+                shape: Any = tuple(
+                    tuple(int(x) for x in shapes[i][:, where[0], 0]) for i in range(2)
+                )
                 mapping = FlatMapping(
                     granularity=letters[where[0]],
                     rows=int(heights[where[0], 0]),

@@ -5,6 +5,7 @@ Slow and plain: it checks the formulas of `dataflow_flat` and `dataflow_unfused`
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,9 @@ def replay_matmul(lengths, tiles, order) -> Counter:
     tile of C that is left is written; one that has been left before is read again.
     """
     blocks = {x: _blocks(size, tile) for x, size, tile in zip("mkn", lengths, tiles, strict=True)}
-    held, left, moved = {}, set(), Counter()
+    held: dict[str, Any] = {}
+    left: set[Any] = set()
+    moved: Counter[str] = Counter()
 
     def leave():
         if "c" in held:
@@ -30,7 +33,7 @@ def replay_matmul(lengths, tiles, order) -> Counter:
 
     for at in itertools.product(*(range(len(blocks[x])) for x in order)):
         here = dict(zip(order, at, strict=True))
-        for name, (row, column) in {"a": "mk", "b": "kn", "c": "mn"}.items():
+        for name, row, column in (("a", "m", "k"), ("b", "k", "n"), ("c", "m", "n")):
             tile = here[row], here[column]
             if held.get(name) == tile:
                 continue
@@ -54,7 +57,8 @@ def replay_flat(
     What is kept comes from memory when it is first taken. `spilled` is the part of what is in the
     buffer that does not fit: so much of it comes and goes at each pass, on top.
     """
-    counted, cycles = Counter(), 0
+    counted: Counter[str] = Counter()
+    cycles = 0
     array = accelerator.array
     built = array.rows, array.columns
     shapes = mapping.shapes or (built, built)

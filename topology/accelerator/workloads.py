@@ -90,7 +90,7 @@ class Matmul(NamedTuple):
     """`count` products of [m, k] and [k, n]."""
 
     name: str
-    count: int
+    count: int  # type: ignore[assignment]  # in place of tuple's method
     m: int
     k: int
     n: int

@@ -21,6 +21,7 @@ Letters: G groups of n members, M moves, T rounds.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -99,7 +100,7 @@ class Network:
         Raises:
           ValueError: a time is no longer than the latency alone.
         """
-        fits = {}
+        fits: dict[Any, Any] = {}
         for strategy, cost, bytes, seconds in measured:
             latency = cost.hops * self.hop_latency
             if seconds <= latency:
@@ -191,7 +192,7 @@ def broadcast_rounds(groups: Groups) -> list[BroadcastRound]:
     unit = int(np.lcm.reduce(sharing))
     carries = (sets[:, None] >> np.arange(len(moves)) & 1) @ (unit // sharing)
     hops = np.abs(moves).sum(axis=1)
-    worst = {}
+    worst: dict[Any, Any] = {}
     for away, possible in arrivals(groups, groups.representatives):
         T = int(away.max())
         count = np.bincount(away * len(sets) + possible, minlength=(T + 1) * len(sets))

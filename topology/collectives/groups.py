@@ -115,7 +115,7 @@ class Groups:
     @cached_property
     def whole(self) -> np.ndarray:
         """bool [S]: steps that lead from every member to one; they are symmetries of the group."""
-        return (self.after[:, ::2] >= 0).all(axis=0)
+        return np.asarray((self.after[:, ::2] >= 0).all(axis=0))
 
     @cached_property
     def representatives(self) -> np.ndarray:

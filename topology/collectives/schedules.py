@@ -9,6 +9,7 @@ Letters: N chips, n members of a group, items of K equal pieces.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -121,9 +122,9 @@ def dimension_rings(kind: str, groups: Groups, sizes: Sequence[int]) -> Schedule
         hops = _hops(groups.slice, line, np.roll(line, -1, axis=-1))
         rings.append(hops[..., -1].max() <= hops[..., :-1].max())
     K = 2 * len(sizes)
-    rounds = {}
+    rounds: dict[Any, Any] = {}
     for part in range(len(sizes)):
-        gathered = []
+        gathered: list[Any] = []
         for phase in range(len(sizes)):
             j = (part + phase) % len(sizes)
             transfers = _ring_phase(place, weight, sizes, gathered, j, rings[j], 2 * part)
@@ -186,7 +187,7 @@ def _breadth_first(groups) -> tuple[int, list]:
     loads = [r.load for r in broadcast_rounds(groups)]
     fair = [[load / int(w) for w in groups.sharing] for load in loads]
     K = lcm(*(part.denominator for row in fair for part in row))
-    rounds = [[] for _ in loads]
+    rounds: list[list[Any]] = [[] for _ in loads]
     for q, (away, possible) in enumerate(arrivals(groups, range(groups.size))):
         back = groups.after[q][np.arange(len(groups.moves)) ^ 1]
         for t, row in enumerate(fair):

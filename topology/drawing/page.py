@@ -123,7 +123,7 @@ def fabric_sections(fabric: Fabric) -> tuple[list[str], str]:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Writes ascending numbers as ranges: (0, 1, 2, 9) -> "0-2, 9"."""
-    runs = []
+    runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
@@ -174,7 +174,8 @@ def write(path: str | Path, page: str, picture: bytes) -> tuple[Path, Path]:
         for unfinished in beside.values():
             with contextlib.suppress(OSError):  # not there, or not even its folder
                 unfinished.unlink()
-    return tuple(contents)
+    page, data = contents
+    return page, data
 
 
 def _ink(colour):

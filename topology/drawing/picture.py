@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from topology.drawing.scene import (
     stubs,
 )
 
-_STYLES = ("-", "-", (0, (3, 2)))  # of KINDS
+_STYLES: tuple[Any, ...] = ("-", "-", (0, (3, 2)))  # of KINDS
 _WIDTHS = (1.0, 0.7, 0.8)
 _LAYERS = 24
 _LEAST = 2.0  # chips that there is room for, however few are drawn
@@ -143,7 +144,8 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
         1.0 if grouped else 1.25,
     )
     cross = (1.3 * scene.radius * size) ** 2
-    axes.scatter(*at[lost].T, s=cross, c="white", marker="x", zorder=2 * _LAYERS + 2)
+    x, y = at[lost].T
+    axes.scatter(x, y, s=cross, c="white", marker="x", zorder=2 * _LAYERS + 2)
     if scene.nodes == "chip":
         corner, *tips = [place for _, place in scene.captions]
         lines_of_axes = [np.array([corner, tip]) @ flat for tip in tips]
@@ -181,13 +183,22 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
         for k in there
     ]
     if scene.link_failed.any():
-        style = {"linestyle": (0, (1, 1)), "linewidth": 2.2, "color": FAILED_COLOUR}
+        dotted: dict[str, Any] = {
+            "linestyle": (0, (1, 1)),
+            "linewidth": 2.2,
+            "color": FAILED_COLOUR,
+        }
         handles.append(
-            Line2D([], [], label="failed link" if not grouped else "dark fibres", **style)
+            Line2D(
+                [],
+                [],
+                label="failed link" if not grouped else "dark fibres",
+                **dotted,
+            )
         )
     if scene.node_failed.any():
-        style = {"marker": "s", "color": FAILED_COLOUR, "linestyle": ""}
-        handles.append(Line2D([], [], label=f"failed {scene.nodes}", **style))
+        marked: dict[str, Any] = {"marker": "s", "color": FAILED_COLOUR, "linestyle": ""}
+        handles.append(Line2D([], [], label=f"failed {scene.nodes}", **marked))
     if handles:
         figure.legend(
             handles=handles,

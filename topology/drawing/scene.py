@@ -173,7 +173,8 @@ def fabric_scene(fabric: Fabric) -> Scene:
     far = trace(fabric).reshape(-1, block.chips, 6)
     used = {block for placement in fabric.placements.values() for block in placement.blocks}
     rest = [block for block in range(fabric.pod.num_blocks) if block not in used]
-    boxes, order, lit, captions = [], [], [], []
+    order: list[int] = []
+    boxes, lit, captions = [], [], []
     for name, placement in fabric.placements.items():
         slice, blocks = placement.slice, np.array(placement.blocks)
         places = np.indices(slice.block_shape).reshape(3, -1).T

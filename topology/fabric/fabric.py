@@ -224,7 +224,7 @@ def place(
     """
     if name in fabric.placements:
         raise ValueError(f"slice {name!r}: the name is taken; release that slice or take another")
-    placement = Placement(slice, choose(fabric, slice, policy) if blocks is None else blocks)
+    placement = Placement(slice, tuple(choose(fabric, slice, policy) if blocks is None else blocks))
     free = fabric.free_blocks
     for block in placement.blocks:
         if block not in free:
@@ -325,7 +325,7 @@ def fail(fabric: Fabric, part: Part) -> Fabric:
     Raises:
       ValueError: the pod has no such part.
     """
-    return replace(fabric, failed=[*fabric.failed, part])
+    return replace(fabric, failed=fabric.failed | {part})
 
 
 def repair(fabric: Fabric, part: Part) -> Fabric:

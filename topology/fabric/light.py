@@ -8,6 +8,7 @@ claimed map from a slice's chips to the pod's is an isomorphism, and nothing els
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def port_conflicts(fabric: Fabric) -> list[str]:
     """A line for every port that more than one cross-connect uses."""
     lines = []
     for switch, held in fabric.connects.items():
-        users = {}
+        users: dict[Any, Any] = {}
         for pair in held.items():
             for port in pair:
                 users.setdefault(port, []).append(pair)

@@ -6,9 +6,10 @@ seconds.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def generate_jobs(
     *,
     load: float = 0.8,
     mean_work: float = DAY,
-    sizes: dict[float, Sequence[str]] = SIZES,
+    sizes: Mapping[float, Sequence[str]] = SIZES,
     urgent: float = 0.1,
     opt_in: float = 0.95,
     slowdown: tuple[float, float] = (0.005, 0.086),
@@ -179,7 +180,8 @@ def generate_jobs(
     if not sum(sizes) > 0:
         raise ValueError(f"jobs: sizes {sizes}: shares of slices, together more than 0")
     block_of(pod)
-    names, chances = [], []
+    names: list[str] = []
+    chances: Any = []
     for share, group in sizes.items():
         weights = np.array([1 / _slice(name, pod).num_blocks for name in group])
         names += group
@@ -238,7 +240,7 @@ def generate_outages(
         starts = np.sort(rng.uniform(0, horizon, count)).tolist()
         which = rng.integers(len(parts), size=count).tolist()
         lasts = rng.exponential(rates.repair(parts[0].kind), count).tolist()
-        up_from = {}
+        up_from: dict[Any, float] = {}
         for start, which_part, seconds in zip(starts, which, lasts, strict=True):
             if start >= up_from.get(which_part, 0.0):  # a part that is out cannot fail
                 up_from[which_part] = start + seconds

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array
@@ -159,7 +160,7 @@ def least_max_load(
     flows = np.zeros((S, L))
     for group, share, way in zip(mix.groups, mix.shares, mix.ways, strict=True):
         flows[group : group + 1 if apart else S] += share * way.toarray()
-    detours = {}
+    detours: dict[Any, Any] = {}
     for m in np.flatnonzero(mix.moves):
         detours.setdefault(int(detoured[m]), []).append(
             (tuple(paths[m].tolist()), float(mix.moves[m]))

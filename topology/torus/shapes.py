@@ -6,7 +6,8 @@ to its largest slice, and some boxes inside a block; another pod has the shapes 
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,9 +16,16 @@ from topology.hardware import PODS, TPU_V4, Pod
 
 DIMENSIONS = "xyz"
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 Twist = tuple[tuple[int, int, int], ...]
 NO_TWIST: Twist = ((0, 0, 0),) * 3
+
+
+def three(values: Iterable[T]) -> tuple[T, T, T]:
+    """The three values, of x, y and z."""
+    x, y, z = values
+    return x, y, z
 
 
 def shipped_twist(shape: Shape, pod: Pod = TPU_V4) -> Twist | None:
@@ -31,7 +39,7 @@ def shipped_twist(shape: Shape, pod: Pod = TPU_V4) -> Twist | None:
     n, twice = min(shape), max(shape)
     if pod.block is None or n % pod.block.side or twice != 2 * n or not set(shape) <= {n, twice}:
         return None
-    return tuple(tuple(n if k == n and to != n else 0 for to in shape) for k in shape)
+    return tuple(three(n if k == n and to != n else 0 for to in shape) for k in shape)
 
 
 def legal_shapes(max_blocks: int | None = None, pod: Pod = TPU_V4) -> list[Shape]:
@@ -88,7 +96,7 @@ def nearest_twistable(shape: Shape, pod: Pod = TPU_V4) -> Shape | None:
 def in_three(shape: Shape, pod: Pod = TPU_V4) -> tuple[int, int, int]:
     """The shape along x, y and z: 1 in those that the pod does not have."""
     _check_sizes(shape, pod)
-    return (*shape, *(1,) * (3 - len(shape)))
+    return three((*shape, *(1,) * (3 - len(shape))))
 
 
 def check_shape(shape: Shape, pod: Pod = TPU_V4) -> None:
@@ -125,7 +133,7 @@ def wraparound(shape: Shape, pod: Pod = TPU_V4) -> tuple[bool, bool, bool]:
     its ring do.
     """
     if pod.block is None:
-        return tuple(k == pod.ring for k in in_three(shape, pod))
+        return three(k == pod.ring for k in in_three(shape, pod))
     return (all(k % pod.block.side == 0 for k in shape),) * 3
 
 
@@ -179,7 +187,7 @@ def shift_order(twist: Twist) -> tuple[int, int, int] | None:
     """Dimensions in an order in which each shifts only later ones; None if there is none."""
     for order in itertools.permutations(range(3)):
         if not any(twist[d][e] for i, d in enumerate(order) for e in order[: i + 1]):
-            return order
+            return three(order)
     return None
 
 

@@ -13,6 +13,7 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from topology.torus.shapes import (
     nearest_twistable,
     shift_order,
     shipped_twist,
+    three,
     times,
     wraparound,
 )
@@ -131,13 +133,13 @@ class Slice:
                 f"dimensions; write for example {_EXAMPLES[pod.dimensions]}"
             )
         shape = shape[: pod.dimensions]
-        twist = tuple(tuple(int(s) for s in row) for row in rows) if rows else NO_TWIST
+        twist: Any = tuple(tuple(int(s) for s in row) for row in rows) if rows else NO_TWIST
         if match[2]:
             check_shape(shape, pod)
             twist = shipped_twist(shape, pod)
             if twist is None:
                 raise ValueError(f"slice {text!r}: {_no_twist(shape, pod)}")
-        wrap = None if match[4] is None else tuple(d in match[4] for d in DIMENSIONS)
+        wrap: Any = None if match[4] is None else tuple(d in match[4] for d in DIMENSIONS)
         return cls(shape=shape, twist=twist, wrap=wrap, pod=pod)
 
     def __str__(self) -> str:
@@ -193,7 +195,7 @@ class Slice:
     def block_shape(self) -> tuple[int, int, int]:
         """Blocks along x, y and z. ValueError as of `num_blocks`."""
         side = block_of(self.pod).side
-        return tuple(max(1, k // side) for k in self.shape)
+        return three(max(1, k // side) for k in self.shape)
 
     @cached_property
     def lattice(self) -> np.ndarray:
@@ -232,7 +234,7 @@ class Slice:
         The directed link from chip c in direction j has the id 6 * c + j.
         """
         to = self.reduce(self.coordinates[:, None, :] + DIRECTIONS)
-        inside = ((to >= 0) & (to < self.shape)).all(axis=-1)
+        inside = np.asarray(((to >= 0) & (to < self.shape)).all(axis=-1))
         return _frozen(np.where(inside, self.index(np.where(inside[..., None], to, 0)), -1))
 
     @property

@@ -7,6 +7,7 @@ widely, over topologies that are not twisted tori.
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def all_twists(shape: Shape, pod: Pod = TPU_V4) -> list[Slice]:
     )
     # Everything is a multiple of a block's side: count in blocks, whose numbers are smaller.
     lattices = (np.diag(shape) - np.array(twists)) // side
-    found = {}
+    found: dict[Any, Any] = {}
     for twist, key in zip(twists, _class_keys(lattices), strict=True):
         found.setdefault(key, twist)
     return [Slice(shape=shape, twist=twist, pod=pod) for twist in found.values()]
