@@ -193,7 +193,7 @@ class BaseUpdater:
         return sparse_state._replace(masks=self.pack(self.create_masks(scores, sparsities)))
 
     def scored(self, params: Any) -> Any:
-        """What masks are made of: `update_state` is given it, with the parameters' shapes.
+        """The tree that masks are made of, like the parameters; `update_state` is given it.
 
         An algorithm that makes masks elsewhere, as in `pre_forward_update`, asks for it there.
         """
@@ -201,7 +201,7 @@ class BaseUpdater:
 
     @property
     def masks_forward(self) -> bool:
-        """Whether all weights are kept, and masked where the forward pass reads them."""
+        """True where all weights are kept, and masked when the forward pass reads them."""
         return type(self).pre_forward_update is not BaseUpdater.pre_forward_update
 
     def gradient_masks(self, sparse_state: SparseState) -> Any:

@@ -1,4 +1,4 @@
-"""What a trainer asks of sparse training: a `Sparsity` is built into an `Updater` for a run.
+"""Interface of sparse training to a trainer: a `Sparsity` is built into an `Updater` for a run.
 
 The trainer wraps its optimizer with `Updater.wrap_optax`, whose state holds the inner optimizer's
 as `inner_state`; the forward pass reads `Updater.weights`. States are named tuples of arrays.
@@ -67,11 +67,11 @@ class Updater(Protocol):
         ...
 
     def validity(self, weights: Any) -> dict[str, Validity]:
-        """What is counted of the sparsity in `weights`, by the name of the kernel or "all"."""
+        """Counts the sparsity of `weights`, by the name of each kernel, or of "all"."""
         ...
 
     def describe(self) -> str:
-        """One line: which kernels are pruned, by what, and in which steps (from 1)."""
+        """Says in one line which kernels are pruned, by what, and in which steps (from 1)."""
         ...
 
     def global_norm(self, grads: Any, count: jax.Array) -> jax.Array:
@@ -93,7 +93,7 @@ class Updater(Protocol):
 
 
 class Sparsity(abc.ABC):
-    """How a run is made sparse, as data: a recipe, or the like; what `run.Run.sparsity` takes."""
+    """Base class of recipes and the like, which say as data how `run.Run.sparsity` prunes."""
 
     @abc.abstractmethod
     def build(

@@ -39,7 +39,7 @@ from sparsity.numbers.quantized_kernels import Losses, QuantizedKernel
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredKernel:
-    """What is stored for the kernel of a matmul, and what the matmul reads of it.
+    """Kernel of a matmul as it is stored, with what the matmul reads of it.
 
     Attributes:
       stored: one shard of an array, or a sparse or quantized kernel of `sparsity`.
@@ -54,17 +54,17 @@ class StoredKernel:
 
     @property
     def quantized(self) -> QuantizedKernel | None:
-        """How activations and gradients are quantized; None where nothing is."""
+        """The stored kernel, where it says how activations and gradients are quantized; or None."""
         return self.stored if isinstance(self.stored, QuantizedKernel) else None
 
     @property
     def quantizes_gradients(self) -> bool:
-        """Whether the products of the backward pass are quantized too."""
+        """True where the products of the backward pass are quantized too."""
         return self.quantized is not None and self.quantized.formats.gradients is not None
 
     @property
     def native(self) -> bool:
-        """Whether the forward pass multiplies `codes`."""
+        """True where the forward pass multiplies `codes`."""
         return is_native(self.stored)
 
     def value(self) -> jax.Array:
