@@ -59,7 +59,7 @@ class TiledFP8(FP8):
         along = max(1, -(-shape[axis] // self.block))
         if len(shape) == 1:
             return (along,)
-        across = max(1, -(-(math.prod(shape) // max(1, shape[axis])) // self.output_block))
+        across = -(-math.prod((*shape[:axis], *shape[axis + 1 :])) // self.output_block)
         return (across, along) if axis == len(shape) - 1 else (along, across)
 
     def multipliers(self, scale, axes):

@@ -24,13 +24,21 @@ def lines(rows, end=b"\n"):
     [
         ("a.TXT", TEXT.encode(), [TEXT]),
         ("a.txt", codecs.BOM_UTF8 + TEXT.encode(), [TEXT]),
-        ("a.txt.gz", gzip.compress(TEXT.encode()), [TEXT]),
-        ("a.Txt.GZ", gzip.compress(b"one, ") + gzip.compress(b"two"), ["one, two"]),
+        ("a.txt.gz", gzip.compress(TEXT.encode(), mtime=0), [TEXT]),
+        (
+            "a.Txt.GZ",
+            gzip.compress(b"one, ", mtime=0) + gzip.compress(b"two", mtime=0),
+            ["one, two"],
+        ),
         ("a.txt", b"", []),
-        ("a.txt.gz", gzip.compress(b""), []),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), []),
         ("a.JSONL", lines(ROWS), [row["text"] for row in ROWS]),
         ("a.jsonl", codecs.BOM_UTF8 + lines(ROWS, b"\r\n"), [row["text"] for row in ROWS]),
-        ("a.jsonl.gz", gzip.compress(b"\n \n" + lines(ROWS)), [row["text"] for row in ROWS]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"\n \n" + lines(ROWS), mtime=0),
+            [row["text"] for row in ROWS],
+        ),
         ("a.jsonl", b'{"text": "no end of line"}', ["no end of line"]),
         ("a.jsonl", b'{"text": "a", "meta": {"x": 1, "x": NaN}}', ["a"]),
     ],
@@ -73,12 +81,12 @@ GZIP = gzip.compress(FINE * 1000, mtime=0)
         ("a.txt", b"one\n" * 300_000 + b"a\0b", 300_001, "NUL byte"),
         ("a.txt", "text".encode("utf-16"), 1, "UTF-16"),
         ("a.txt", GZIP, 1, "ending .gz"),
-        ("a.txt.gz", gzip.compress(b"one\ntwo f\xfc\xdfe\n"), 2, "byte 0xfc"),
+        ("a.txt.gz", gzip.compress(b"one\ntwo f\xfc\xdfe\n", mtime=0), 2, "byte 0xfc"),
         ("a.txt.gz", b"plain text", 1, "gzip file is damaged"),
         ("a.jsonl.gz", GZIP[: len(GZIP) // 2], None, "gzip file is damaged or cut short"),
         ("a.jsonl.gz", GZIP[:-8] + b"\0" * 8, None, "gzip file is damaged or cut short"),
         ("a.jsonl.gz", GZIP[:12] + b"\xff" * 50 + GZIP[62:], None, "gzip file is damaged"),
-        ("a.jsonl.gz", gzip.compress(FINE + b'{"text": null}'), 3, "'text' is null"),
+        ("a.jsonl.gz", gzip.compress(FINE + b'{"text": null}', mtime=0), 3, "'text' is null"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_place(tmp_path, name, content, line, says):
@@ -96,7 +104,7 @@ def test_what_is_wrong_is_one_line_with_its_place(tmp_path, name, content, line,
 def test_a_line_that_unfolds_without_end_is_not_held(tmp_path, monkeypatch):
     monkeypatch.setattr(files_module, "LINE_BYTES", 1000)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(lines([{"text": "a" * 900}, {"text": "a" * 100_000}])))
+    path.write_bytes(gzip.compress(lines([{"text": "a" * 900}, {"text": "a" * 100_000}]), mtime=0))
     read = read_documents(str(path))
     assert len(next(read)) == 900
     with pytest.raises(UserError, match=r"a\.jsonl\.gz:2: the line is longer than 1,000 bytes"):
