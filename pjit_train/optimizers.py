@@ -123,6 +123,11 @@ class Optimizer:
             transformation = updater.wrap_optax(transformation, learning_rate=schedule)
         return optax.with_extra_args_support(transformation), schedule
 
+    @property
+    def adam_betas(self) -> tuple[float, float] | None:
+        """Decays of the moments where some parameters have Adam's; None where none have."""
+        return None
+
     def _transformation(self, schedule, roles: Roles) -> optax.GradientTransformation:
         raise NotImplementedError
 
@@ -143,8 +148,12 @@ class AdamW(Optimizer):
     b2: Decay = 0.95
     epsilon: Positive = 1e-8
 
+    @property
+    def adam_betas(self):
+        return self.b1, self.b2
+
     def _transformation(self, schedule, roles):
-        betas, decay = (self.b1, self.b2), self.weight_decay
+        betas, decay = self.adam_betas, self.weight_decay
         return optax.adamw(schedule, *betas, self.epsilon, weight_decay=decay, mask=decayed(roles))
 
     def _switching(self, schedule, roles, switch, steps):
@@ -228,6 +237,10 @@ class Muon(Optimizer):
     adam_learning_rate: Positive = 3e-4
     adam_b1: Decay = 0.9
     adam_b2: Decay = 0.95
+
+    @property
+    def adam_betas(self):
+        return self.adam_b1, self.adam_b2
 
     def _transformation(self, schedule, roles):
         scale = self.adam_learning_rate / self.learning_rate

@@ -19,7 +19,7 @@ def observe(updater: Updater, optimizer: Any, before: Any, state: State) -> dict
 
     Args:
       updater: of the run's recipe.
-      optimizer: configuration of the optimizer; with `b1` and `b2` it is Adam's.
+      optimizer: configuration of the optimizer, for its `adam_betas`.
       before: the entry "sparsity" of the state when it was observed last.
       state: after a step.
 
@@ -44,7 +44,7 @@ def observe(updater: Updater, optimizer: Any, before: Any, state: State) -> dict
         previous = _named(updater.masks(before, params))
         figures["mask_flips"] = _fraction([masks[n] != previous[n] for n in masks])
     adam = _adam(state["optimizer"])
-    noise = {} if adam is None else _noise(adam, optimizer.b1, optimizer.b2)
+    noise = {} if adam is None else _noise(adam, *optimizer.adam_betas)
     if noise.keys() >= masks.keys():
         figures["gradient_noise/kept"] = _mean([noise[n] for n in masks], masks.values())
         if all(noise[n].shape == mask.shape for n, mask in masks.items()):  # else packed

@@ -185,7 +185,7 @@ def test_a_ray_of_another_release_is_refused(version, known, monkeypatch):
 
 # All of them.
 
-PUBLIC = {"_exit", "_replace", "_asdict", "_fields"}  # of `os` and of named tuples
+PUBLIC = {"_exit", "_replace", "_asdict", "_fields", "_make"}  # of `os` and of named tuples
 
 
 def private_names(tree: ast.Module):

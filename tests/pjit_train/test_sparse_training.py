@@ -480,3 +480,15 @@ def test_zeros_are_kept_where_masks_are_of_quantized_weights():
     state, _ = step(state, make_batch(program, 0))
     after = np.asarray(state["params"]["blocks"]["feed_forward"]["up"]["kernel"])
     np.testing.assert_array_equal(after == 0, zero)
+
+
+def test_a_recipe_is_observed_under_muon_whose_adam_has_none_of_its_kernels():
+    program = make_program(
+        sparsity=recipes.sr_ste({KERNELS: "2:4"}), optimizer=Muon(learning_rate=1e-2)
+    )
+    state, batch = program.new_state(), make_batch(program, 0)
+    before = program.masks(state)
+    state, _ = program.compile_step(batch)(state, batch)
+    figures = program.observe(before, state, batch)
+    assert figures["sparsity/attention/query"] == 0.5
+    assert not any(name.startswith("gradient_noise") for name in figures)
