@@ -58,9 +58,12 @@ def make_program(mesh=None, **options) -> Program:
 def train(program: Program, batches, steps=STEPS):
     """The state after some steps, all on one batch, and their losses."""
     state, losses, compiled = program.new_state(), [], None
-    for _ in range(steps):
-        batch = program.global_batch(lambda rows: batches.train_batch(0, rows))
-        compiled = compiled or program.compile_step(batch)
+    batch = program.global_batch(lambda rows: batches.train_batch(0, rows))
+    for step in range(1, steps + 1):
+        if packing := program.packs_after(step - 1):
+            state = program.pack(state)
+        if packing or compiled is None:
+            compiled = program.compile_step(batch, step)
         state, metrics = compiled(state, batch)
         losses.append(float(metrics["loss"]))
     return state, losses
