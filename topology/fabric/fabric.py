@@ -325,7 +325,7 @@ def fail(fabric: Fabric, part: Part) -> Fabric:
     Raises:
       ValueError: the pod has no such part.
     """
-    return replace(fabric, failed=fabric.failed | {part})
+    return replace(fabric, failed=fabric.failed | {check_part(part, fabric.pod)})
 
 
 def repair(fabric: Fabric, part: Part) -> Fabric:
