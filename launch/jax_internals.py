@@ -28,7 +28,7 @@ def write_compilations_whole() -> None:
                     new.write_bytes(value)
 
         if hasattr(compilation_cache, "LRUCache"):
-            compilation_cache.LRUCache = Cache  # type: ignore[misc]
+            compilation_cache.LRUCache = Cache  # type: ignore[misc]  # a class in place of JAX's
 
 
 def every_process_caches() -> None:

@@ -24,6 +24,7 @@ def run(args, began: float) -> int:
         for action in arguments(sub):
             if action.dest == "out":
                 folder = name in ("train", "compress", "study")
+                # argparse declares no such attribute; shtab reads it.
                 action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]
             elif action.dest in kinds:
                 action.complete = kinds[action.dest]  # type: ignore[attr-defined]  # shtab reads it

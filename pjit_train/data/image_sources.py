@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pjit_train.data.sources import Tfds
+from pjit_train.data.sources import Tfds, falls_below
 from pjit_train.errors import UserError
 from sparsity.ranges import Fraction, check_fields
 
@@ -118,7 +118,7 @@ class ImageFolder:
             splits = {"train": _files(train), "validation": _files(validation)}
         else:
             files, fraction = _files(root), self.validation_fraction
-            held = {path: _falls_below(fraction, f"{c}/{path.name}") for c, path in files}
+            held = {path: falls_below(fraction, f"{c}/{path.name}") for c, path in files}
             splits = {
                 "train": [(c, path) for c, path in files if not held[path]],
                 "validation": [(c, path) for c, path in files if held[path]],
@@ -273,12 +273,6 @@ def _files(root: Path) -> list[tuple[str, Path]]:
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
-
-
-def _falls_below(fraction: float, text: str) -> bool:
-    """Tells whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def _sha256(content: bytes) -> str:

@@ -74,7 +74,7 @@ class TextFiles:
             if few:
                 cut = len(text) - max(1, int(len(text) * self.validation_fraction))
                 yield text[:cut] if split == "train" else text[cut:]
-            elif _falls_below(self.validation_fraction, text) == (split == "validation"):
+            elif falls_below(self.validation_fraction, text) == (split == "validation"):
                 yield text
 
     def _is_few(self) -> bool:
@@ -299,7 +299,7 @@ class PythonStdlib:
         return self
 
 
-def _falls_below(fraction: float, text: str) -> bool:
+def falls_below(fraction: float, text: str) -> bool:
     """Tells whether the hash of `text`, as a number in [0, 1), is less than `fraction`."""
     return int.from_bytes(_digest(text), "big") < fraction * 2**64
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -205,10 +205,8 @@ def check_new(folder: str | Path) -> Path:
 
 
 def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
-    # Without a mesh, which would refuse shapes that it does not divide less clearly than the rules.
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        state = split_model(config, rules)[1]
-    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
+    state = nnx.to_flat_state(split_model(config, rules)[1])
+    return {".".join(map(str, path)): param for path, param in state}
 
 
 def _tensors(

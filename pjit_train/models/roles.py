@@ -9,12 +9,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 from flax import nnx
-from jax.sharding import AbstractMesh
 
 from pjit_train.errors import UserError
 from pjit_train.sharding import Axes, Rules
+from pjit_train.step import split_model
 
 Kind = Literal["kernel", "head", "embedding", "positions", "token", "norm", "bias"]
 
@@ -82,11 +81,8 @@ def param_roles(config: Any) -> Roles:
     Raises:
       UserError: a parameter has no role.
     """
-    # Without a mesh, which would refuse shapes that it does not divide less clearly than the rules.
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        model = nnx.eval_shape(lambda: config.build(jax.random.key(0), Rules()))
     roles = {}
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, param in nnx.to_flat_state(split_model(config, Rules())[1]):
         name = "/".join(map(str, path))
         role = param.get_metadata().get("role")
         if not isinstance(role, Role):
