@@ -100,7 +100,7 @@ def _add_pod(studies) -> None:
         studies,
         _run_pod,
         "pod",
-        "put the published figures of the TPU v4 pod beside ours",
+        "put the published figures of the TPU v4 pod beside computed ones",
         "The gain of twisted slices, goodput, bisection, switches and their failures; then every "
         "twist that the wiring can make, Monte Carlo against closed forms, a year of a pod's "
         "events, and checkpoint intervals. A few minutes on two cores, and 2.4 GB of memory. "
@@ -124,7 +124,7 @@ def _add_flat(studies) -> None:
         studies,
         _run_flat,
         "flat",
-        "put the published figures of the FLAT dataflow beside ours",
+        "put the published figures of the FLAT dataflow beside computed ones",
         "Speed and energy of fused attention over the best unfused one, with the softmax charged "
         "and not, the buffers that either needs, and what changes them. A minute or two. table.md, "
         "results.json and figures are in --out.",

@@ -289,7 +289,7 @@ def make_table(results: dict[str, Any]) -> str:
     head = ["platform", "softmax", "times as fast", "energy saved", "memory moved"]
     head += [curves.size_text(n).split(" ")[0] if n < 1024 else f"{n // 1024}K"
              for n in results["sequences"]]  # fmt: skip
-    sections = ["# FLAT: published and ours"]
+    sections = ["# FLAT: published and computed"]
     for scope, what in (("layer", "a layer of the models"), ("attention", "attention alone")):
         rows = []
         for name in PLATFORMS:
@@ -330,7 +330,7 @@ def make_table(results: dict[str, Any]) -> str:
             rows.append([found["platform"], str(found["sequence"]), size, *cells])
     head = ["platform", "sequence", "buffer", "naive", "flex", "head by head", "flat"]
     sections.append(
-        "Utilisation of logit and attend, BERT, the softmax's bytes charged: ours (read off the "
+        "Utilisation of logit and attend, BERT, softmax's bytes charged: computed (read off the "
         "paper's slide, which names no platform).\n\n" + _markdown(head, rows)
     )
     rows = list[list[str]]()

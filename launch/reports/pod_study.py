@@ -93,7 +93,7 @@ def check_pod(pod: Pod) -> None:
     if pod.name != TPU_V4.name:
         raise UserError(
             f"study pod: of {pod.name} neither the gain of twists, nor goodput, nor failures of "
-            f"switches are published, which the study puts beside ours; take {TPU_V4.name}"
+            f"switches are published, which the study puts beside computed ones; take {TPU_V4.name}"
         )
 
 

@@ -45,8 +45,8 @@ def _published(rows):
         )
         for r in rows
     ]
-    yield "Published, and ours."
-    yield _markdown(("figure", "published", "ours", "difference", "source"), cells)
+    yield "Published and computed."
+    yield _markdown(("figure", "published", "computed", "difference", "source"), cells)
     yield "\n".join(f"({n}) {why}." for why, n in numbered.items())
 
 

@@ -138,7 +138,7 @@ def test_options_are_short_for_bindings_and_come_last(here, trained):
         (
             "study pod --pod v5p",
             "study pod: of TPU v5p neither the gain of twists, nor goodput, nor failures of "
-            "switches are published, which the study puts beside ours; take TPU v4",
+            "switches are published, which the study puts beside computed ones; take TPU v4",
         ),
         (
             "tokenizer corpus.txt --vocab-size 300 --out small.gin",
