@@ -19,6 +19,9 @@ class FloatElement:
       exponent_bits, mantissa_bits: widths of the fields; with the sign they make `bits`.
       largest: the greatest finite value.
       nan: the code of the positive NaN, or None where the element has none.
+
+    Raises:
+      ValueError: the fields have no such value as the greatest.
     """
 
     exponent_bits: Annotated[int, Range(1, 8)]
@@ -28,6 +31,12 @@ class FloatElement:
 
     def __post_init__(self):
         check_fields(self)
+        step = 2.0 ** (max(self.emax, self.emin) - self.mantissa_bits)
+        if self.largest % step or self.emax > 2**self.exponent_bits - 1 - self.bias:
+            raise ValueError(
+                f"FloatElement.largest={self.largest}: no value of {self.exponent_bits} exponent "
+                f"and {self.mantissa_bits} mantissa bits"
+            )
 
     @property
     def bits(self) -> int:

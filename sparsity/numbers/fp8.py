@@ -24,7 +24,7 @@ class FP8(ElementFormat):
     element and scale is rounded twice: to 24 bits, then to a multiple of 2^-149.
 
     Attributes:
-      element: E4M3 or E5M2 (any FloatElement will do).
+      element: E4M3 or E5M2; any FloatElement will do, with a scale one of values below 2^24.
       block: None for no scale; else as in `Int`.
     """
 
@@ -33,11 +33,17 @@ class FP8(ElementFormat):
 
     def __post_init__(self):
         check_fields(self)
+        if self.block is not None and self.element.largest >= 2**24:
+            raise ValueError(
+                f"{type(self).__name__}.element.largest={self.element.largest}: a scale is made "
+                "for elements below 2^24; use block=None or fewer exponent bits"
+            )
 
     def scale(self, blocks, axes, earlier=None) -> Scale | None:
         if self.block is None:
             return None
-        return ratio_scale(self.largest(blocks, axes), 1, int(self.element.largest))
+        denominator, numerator = self.element.largest.as_integer_ratio()
+        return ratio_scale(self.largest(blocks, axes), numerator, denominator)
 
     @property
     def has_nan(self) -> bool:

@@ -5,6 +5,7 @@ holds one of them or an array. What is read is made anew wherever it is read, an
 """
 
 import dataclasses
+import enum
 import functools
 from typing import Any, Literal, Protocol
 
@@ -23,10 +24,25 @@ Losses = jax.Array
 """float32 [4] of an array x that is read as q(x): |q(x) - x|^2, |x|^2, the number of entries above
 the greatest value of their block, and the number of all. A sum of some is that of all of them."""
 
-# Purposes of random bits, in a step; each draws bits of its own.
-_WEIGHTS, _TURNED, _INPUTS, _INPUTS_BY_TOKENS, _GRADIENTS, _GRADIENTS_BY_TOKENS, _PRODUCTS = range(
-    7
-)
+
+class _Purpose(enum.IntEnum):
+    """Purpose for which an array is read; in a step each draws random bits of its own."""
+
+    WEIGHTS = 0
+    TURNED = 1
+    INPUTS = 2
+    INPUTS_BY_TOKENS = 3
+    GRADIENTS = 4
+    GRADIENTS_BY_TOKENS = 5
+    PRODUCTS = 6
+
+    @property
+    def of_gradient(self) -> bool:
+        return self in (_Purpose.GRADIENTS, _Purpose.GRADIENTS_BY_TOKENS)
+
+    @property
+    def by_tokens(self) -> bool:
+        return self in (_Purpose.INPUTS_BY_TOKENS, _Purpose.GRADIENTS_BY_TOKENS)
 
 
 class Formats(Protocol):
@@ -79,11 +95,11 @@ class QuantizedKernel(Kernel):
 
     def dense(self) -> jax.Array:
         """The kernel that is read, [...] in its dtype: blocks along the inputs."""
-        return self._weights(self.axes, _WEIGHTS)
+        return self._weights(self.axes, _Purpose.WEIGHTS)
 
     def turned(self) -> jax.Array:
         """The kernel with blocks along its outputs, as the gradient of the inputs reads it."""
-        return self._weights(self._output_axes, _TURNED)
+        return self._weights(self._output_axes, _Purpose.TURNED)
 
     def inputs(self, x: jax.Array) -> jax.Array:
         """The activations that are read, blocks along their features: [batch, tokens, features...].
@@ -91,7 +107,7 @@ class QuantizedKernel(Kernel):
         A scale belongs to one token, also in a format with one scale for a whole array: it would
         tell a token of those after it.
         """
-        return self._read(x, _INPUTS)
+        return self._read(x, _Purpose.INPUTS)
 
     @property
     def native(self) -> bool:
@@ -105,7 +121,7 @@ class QuantizedKernel(Kernel):
         they are read as 0, where the mask is applied to the codes.
         """
         inner, axes = self.kernel, self.axes
-        rounding = self._rounding(_WEIGHTS)
+        rounding = self._rounding(_Purpose.WEIGHTS)
         if self.order == "sparsify_then_quantize" or not isinstance(inner, MaskedKernel):
             return [codes_of(dense(inner), self.formats.weights, axes, *rounding)]
         codes, scale = codes_of(inner.weight, self.formats.weights, axes, *rounding)
@@ -120,19 +136,19 @@ class QuantizedKernel(Kernel):
         format = self.formats.activations
         if format.block == "tensor":
             format = dataclasses.replace(format, block="channel")
-        return codes_of(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(_INPUTS))
+        return codes_of(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(_Purpose.INPUTS))
 
     def inputs_by_tokens(self, x: jax.Array) -> jax.Array:
         """The activations with blocks along the tokens of a sequence, for the kernel's gradient."""
-        return self._read(x, _INPUTS_BY_TOKENS)
+        return self._read(x, _Purpose.INPUTS_BY_TOKENS)
 
     def gradients(self, d_y: jax.Array) -> jax.Array:
         """The outputs' gradients with blocks along the outputs, for the gradient of the inputs."""
-        return self._read(d_y, _GRADIENTS)
+        return self._read(d_y, _Purpose.GRADIENTS)
 
     def gradients_by_tokens(self, d_y: jax.Array) -> jax.Array:
         """The outputs' gradients with blocks along tokens, for the kernel's gradient."""
-        return self._read(d_y, _GRADIENTS_BY_TOKENS)
+        return self._read(d_y, _Purpose.GRADIENTS_BY_TOKENS)
 
     def product_operand(self, y: jax.Array) -> jax.Array:
         """Quantizes an operand [batch, tokens, heads, head_dim] of an attention product.
@@ -140,19 +156,19 @@ class QuantizedKernel(Kernel):
         Blocks and scales are those of one token and head, along head_dim. The second product sums
         values over tokens: blocks along those would tell a token of those after it.
         """
-        return self._read(y, _PRODUCTS)
+        return self._read(y, _Purpose.PRODUCTS)
 
     def input_losses(self, x: jax.Array) -> Losses | None:
         """`Losses` of what `inputs` makes of x; None where it leaves x as it is."""
-        return self._losses(x, _INPUTS)
+        return self._losses(x, _Purpose.INPUTS)
 
     def gradient_losses(self, d_y: jax.Array) -> Losses | None:
         """Measures the `Losses` of d_y when `gradients` quantizes it."""
-        return self._losses(d_y, _GRADIENTS)
+        return self._losses(d_y, _Purpose.GRADIENTS)
 
     def product_losses(self, y: jax.Array) -> Losses | None:
         """Measures the `Losses` of y when `product_operand` quantizes it."""
-        return self._losses(y, _PRODUCTS)
+        return self._losses(y, _Purpose.PRODUCTS)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,7 +186,7 @@ class QuantizedKernel(Kernel):
     def _output_axes(self) -> Axes:
         return tuple(axis for axis in range(-self.rank, 0) if axis not in self.axes)
 
-    def _weights(self, axes: Axes, purpose: int) -> jax.Array:
+    def _weights(self, axes: Axes, purpose: _Purpose) -> jax.Array:
         format, inner = self.formats.weights, self.kernel
         if format is None:
             return dense(inner)
@@ -184,33 +200,33 @@ class QuantizedKernel(Kernel):
             return dataclasses.replace(inner, weight=read(inner.weight, self.key)).dense()
         return read(dense(inner), self.key)
 
-    def _blocks(self, purpose: int, ndim: int) -> tuple[Format | None, Axes, int]:
+    def _blocks(self, purpose: _Purpose, ndim: int) -> tuple[Format | None, Axes, int]:
         """Returns the format, the axes of a block and the `rows` of an array [batch, tokens,
         ...]."""
         f = self.formats
-        if purpose == _PRODUCTS:
+        if purpose == _Purpose.PRODUCTS:
             return self.products, (-1,), 3
-        format = f.gradients if purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS) else f.activations
-        if purpose in (_INPUTS_BY_TOKENS, _GRADIENTS_BY_TOKENS):
+        format = f.gradients if purpose.of_gradient else f.activations
+        if purpose.by_tokens:
             return format, (1 - ndim,), 1
         return format, tuple(range(2 - ndim, 0)), 2
 
-    def _read(self, x: jax.Array, purpose: int) -> jax.Array:
+    def _read(self, x: jax.Array, purpose: _Purpose) -> jax.Array:
         format, axes, rows = self._blocks(purpose, x.ndim)
         if format is None:
             return x
         return _quantized(x, format, axes, *self._rounding(purpose), rows=rows)
 
-    def _losses(self, x: jax.Array, purpose: int) -> Losses | None:
+    def _losses(self, x: jax.Array, purpose: _Purpose) -> Losses | None:
         format, axes, rows = self._blocks(purpose, x.ndim)
         if format is None:
             return None
         return losses(x, self._read(x, purpose), _clipped(x, format, axes, rows))
 
-    def _rounding(self, purpose: int, key=None) -> tuple[Rounding, jax.Array | None]:
+    def _rounding(self, purpose: _Purpose, key=None) -> tuple[Rounding, jax.Array | None]:
         """Returns (rounding, random key or None) for a purpose."""
-        of_gradient = purpose in (_GRADIENTS, _GRADIENTS_BY_TOKENS)
-        rounding = self.formats.gradient_rounding if of_gradient else self.formats.rounding
+        formats = self.formats
+        rounding = formats.gradient_rounding if purpose.of_gradient else formats.rounding
         if rounding != "stochastic":
             return rounding, None
         key = self.key if key is None else key

@@ -44,7 +44,7 @@ def ratio_scale(largest: jax.Array, numerator: int, denominator: int) -> Scale:
 
     Args:
       largest: int32, the bits of max |x| of every block.
-      numerator: 1 or 2.
+      numerator, denominator: a power of two, and a number below 2^24.
     """
     significand, exponent = divided(*split(largest), numerator, denominator)
     zero = largest == 0
@@ -138,15 +138,16 @@ def divided(
 ) -> tuple[jax.Array, jax.Array]:
     """significand * 2^exponent * numerator / denominator as IEEE float32, at least 2^-149.
 
-    The numerator is 1 or 2. Where the quotient is subnormal it is a count of 2^-149: an estimate
-    that is at most one off, set right by the remainder.
+    The numerator is a power of two, the denominator below 2^24. Where the quotient is subnormal it
+    is a count of 2^-149: an estimate that is at most one off, set right by the remainder, which is
+    small and so is right although its terms are computed modulo 2^32.
     """
     quotient = divide(significand * numerator, denominator)
     normal, above = split(bits_of(quotient))
     above = above + exponent
 
     scaled = (bits_of(significand) & 0x007FFFFF | 0x00800000).astype(jnp.uint32)
-    left = jnp.clip(exponent + 126, 0, 9).astype(jnp.uint32)
+    left = jnp.clip(exponent + 126, 0, 31).astype(jnp.uint32)
     right = jnp.clip(-126 - exponent, 0, 31).astype(jnp.uint32)
     units = ((scaled >> right) << left) * numerator  # of 2^-149
     count = jnp.floor(quotient * power(jnp.minimum(exponent + 149, 60)))

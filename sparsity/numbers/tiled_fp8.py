@@ -14,7 +14,7 @@ from sparsity.numbers.elements import E4M3, FloatElement
 from sparsity.numbers.format import Format
 from sparsity.numbers.fp8 import FP8
 from sparsity.numbers.scales import magnitude_bits
-from sparsity.ranges import Count, check_fields
+from sparsity.ranges import Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,6 @@ class TiledFP8(FP8):
     element: FloatElement = E4M3
     block: Count = 128
     output_block: Count = 128
-
-    def __post_init__(self):
-        check_fields(self)
 
     def split(self, x: jax.Array, axis: int) -> tuple[jax.Array, tuple[int, ...]]:
         """Splits x as [.., blocks, block, ..], also where there is but one block."""

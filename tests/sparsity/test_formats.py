@@ -185,6 +185,22 @@ def test_fixed_point_elements():
     assert HBFP(mantissa_bits=9).element.bits == 10
 
 
+def float_element(exponent_bits, mantissa_bits, largest):
+    return formats.FloatElement(
+        exponent_bits=exponent_bits, mantissa_bits=mantissa_bits, largest=largest
+    )
+
+
+WIDE = float_element(6, 1, 2.0**32)
+
+
+def test_a_scale_is_of_the_greatest_element_also_where_that_is_no_integer():
+    """15 / 7.5 = 2; in steps of 2 / 8 up to 2, and 0.15 is nearer to 0.25 than to 0."""
+    x = np.float32([[15.0, 4.0, -0.5, 0.15]])
+    format = FP8(element=formats.E2M3, block="channel")
+    np.testing.assert_array_equal(quantize(x, format), np.float32([[15.0, 4.0, -0.5, 0.25]]))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -196,6 +212,10 @@ def test_fixed_point_elements():
         ),
         (lambda: MX(block=0), "block=0; use a whole number"),
         (lambda: FP8(block=True), "block=True; use a whole number"),
+        (lambda: FP8(element=WIDE, block=8), "FP8.element.largest=4294967296.0: .* below 2.24"),
+        (lambda: TiledFP8(element=WIDE), "TiledFP8.element.largest=4294967296.0: .* below 2.24"),
+        (lambda: float_element(2, 3, 7.25), "FloatElement.largest=7.25: no value of 2 exp.* 3 man"),
+        (lambda: float_element(2, 3, 8.0), "FloatElement.largest=8.0: no value of 2 exp.* 3 man"),
         (lambda: NVFP4(block="tensor"), "block='tensor'; use a whole number from 1 to 2147483647$"),
         (lambda: HBFP(mantissa_bits=0), "mantissa_bits=0; use a whole number from 1 to 15"),
     ],

@@ -150,6 +150,8 @@ STATED = [
     Int(bits=8, symmetric=False, block=32),
     Int(bits=4, symmetric=False, block=48),
     FP8(element=formats.E4M3, block=24),
+    FP8(element=formats.E5M2, block=24),
+    FP8(element=formats.E2M3, block=24),
 ]
 
 
