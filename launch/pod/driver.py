@@ -78,7 +78,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
     try:
         slice = Slice.parse(options["slice"], pod)
     except ValueError as error:
-        raise UserError(f"--slice {options['slice']}: {error}") from error
+        raise UserError(f"--slice {str(error).removeprefix('slice ')}") from error
     each = options["hosts_per_process"] or default_hosts_per_process(slice)
     named = [faults.Fault.parse(one, pod) for one in options["fail"]]
     if options["chaos"]:

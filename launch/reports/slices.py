@@ -85,7 +85,7 @@ def report(
                 **(_UNKNOWN if chips.size else kept(slice, links)),
             }
     except ValueError as error:
-        raise UserError(f"slice: {error}") from error
+        raise UserError(str(error)) from error
     return found
 
 

@@ -282,7 +282,7 @@ def test_an_option_takes_no_number_without_a_meaning(words, action, capfd):
         ),
         ("slice 4x4xnan", "4x4xnan"),
         ("slice 4x4x-4", "4x4x-4"),
-        ("slice 4x4x" + "9" * 400, "slice: "),
+        ("slice 4x4x" + "9" * 400, "torsion: slice '4x4x9"),
         ("slice 4x4x4 --failed-ocs x,nan,0", "nan"),
         ("fabric --slices 4x4x4@nan", "4x4x4@nan"),
         ("fabric --failed block:nan", "nan"),
