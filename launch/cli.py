@@ -13,6 +13,7 @@ _COMMANDS = (
     "pod",
     "evaluate",
     "sample",
+    "import_",
     "export",
     "compress",
     "study",

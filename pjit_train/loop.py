@@ -19,6 +19,7 @@ from pjit_train.data.prefetch import Prefetcher
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.evaluate import validation_sums
 from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.sources import folder_of
 from pjit_train.lock import held
 from pjit_train.metrics import Display, Metrics, utilisation
 from pjit_train.models.roles import param_roles
@@ -73,7 +74,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         program = Program(run, make_mesh(run.mesh) if mesh is None else mesh)
         if run.initial_weights is not None and not (directory / "checkpoints").exists():
-            huggingface.check(run.initial_weights, run.model)
+            huggingface.check(folder_of(run.initial_weights), run.model)
         shower = run.task.shower(run)
         with told("the data of the run"):
             batches = run.data.prepare(run.seed)

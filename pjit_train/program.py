@@ -16,6 +16,7 @@ from pjit_train.activation_metrics import observe_activations
 from pjit_train.attention.dispatch import check_way
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.sources import folder_of
 from pjit_train.models.roles import param_roles
 from pjit_train.run import Run
 from pjit_train.sparse_metrics import observe, observe_quantization
@@ -93,11 +94,11 @@ class Program:
     def new_state(self) -> State:
         """The state before the first step, every array created sharded."""
         with jax.set_mesh(self.mesh):
-            folder = self.run.initial_weights
-            if folder is None:
+            source = self.run.initial_weights
+            if source is None:
                 make = lambda seed: self._new_state(self._new_params(seed))
                 return jax.jit(make, static_argnums=0)(self.run.seed)
-            params = huggingface.load(folder, self.run.model, rules=self.run.rules)[1]
+            params = huggingface.load(folder_of(source), self.run.model, rules=self.run.rules)[1]
             return jax.jit(self._new_state, donate_argnums=0)(params)
 
     def _new_params(self, seed: int):

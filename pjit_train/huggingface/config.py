@@ -25,7 +25,15 @@ def read_config(path: Path) -> tuple[Family, BlockConfig]:
     Raises:
       UserError: the file cannot be read, or says a model that we do not have.
     """
-    document = read_json(path)
+    return parse_config(path, read_json(path))
+
+
+def parse_config(path: Path | str, document: dict) -> tuple[Family, BlockConfig]:
+    """The family and the configuration of what a config.json says; see `read_config`.
+
+    Args:
+      path: it is named so in messages.
+    """
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{path}: model_type={model_type!r} is unknown; use {', '.join(FAMILIES)}")
@@ -121,7 +129,7 @@ def parse_json(text: str | bytes) -> dict:
     return document
 
 
-def _modern(path: Path, document: dict) -> dict:
+def _modern(path: Path | str, document: dict) -> dict:
     """The document with older and implicit spellings replaced by those of the table."""
     document = dict(document)
     match document["model_type"]:
@@ -168,7 +176,7 @@ def _get(document: dict, name: str) -> Any:
     return document
 
 
-def _value(path: Path, document: dict, key: Key) -> Any:
+def _value(path: Path | str, document: dict, key: Key) -> Any:
     value = _get(document, key.name)
     if value is None:
         if key.default is REQUIRED:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -178,22 +178,45 @@ def save(
                 f"configuration has {expected[path].dtype}{list(expected[path].shape)}"
             )
 
+    with new_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        if tokenizer is not None and isinstance(config, TransformerConfig):
+            write_tokenizer(temporary, tokenizer, config.max_len)
+        tensors = list(_tensors(family, expected))
+        _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
+        if packing is not None:
+            packing.check(temporary)
+        write_sums(temporary)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Gives a folder to write into, which gets the name `folder` when all is written.
+
+    After an error, and after a signal, nothing is left.
+
+    Raises:
+      UserError: the folder has something in it already, or cannot be written.
+    """
+    folder = check_new(folder)
     temporary = folder.parent / f".{folder.name}.saving"
     try:
         with unfinished(temporary):
             shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
             temporary.mkdir(parents=True)
-            (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-            if tokenizer is not None and isinstance(config, TransformerConfig):
-                write_tokenizer(temporary, tokenizer, config.max_len)
-            tensors = list(_tensors(family, expected))
-            _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
-            if packing is not None:
-                packing.check(temporary)
-            write_sums(temporary)
+            yield temporary
             temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); nothing is left") from error
+
+
+def tensor_shapes(family: Family, config: BlockConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of Hugging Face that a model has, by name, and the shape of each."""
+    params = _abstract_params(config, Rules())
+    return {
+        name: tensor.shape(_layer_shape(params[tensor.paths[0]].shape, layer))
+        for name, tensor, layer in _tensors(family, params)
+    }
 
 
 def check_new(folder: str | Path) -> Path:
