@@ -7,6 +7,9 @@ that is "derived" follows from others.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 GiB, MiB = 2**30, 2**20
 
@@ -112,7 +115,7 @@ class OpticalSwitch:
 
 @dataclass(frozen=True, kw_only=True)
 class Pod:
-    """Pod of an accelerator's generation, as data.
+    """Pod of an accelerator's generation, as data; one made of blocks is a `BlockPod`.
 
     Attributes:
       host: None where sources disagree.
@@ -152,25 +155,65 @@ class Pod:
         return self.name.removeprefix("TPU ")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockPod(Pod):
+    """Pod made of blocks, which slices of whole blocks are made of."""
+
+    block: Block
+    num_blocks: int
+    block_grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchedPod(BlockPod):
+    """Pod whose blocks are joined by optical switches, of published wiring."""
+
+    switch: OpticalSwitch
+    num_switches: int
+
+
+def of_blocks(pod: Pod) -> BlockPod:
+    """Returns a pod that is made of blocks. ValueError where it is not."""
+    if not isinstance(pod, BlockPod):
+        raise ValueError(f"pod {pod.name}: is not made of blocks; take {_those_of(BlockPod)}")
+    return pod
+
+
+def switched(pod: Pod) -> SwitchedPod:
+    """Returns a pod that has optical switches. ValueError where it has none, or none whose wiring
+    is public."""
+    if not isinstance(pod, SwitchedPod):
+        why = "it has no optical switches, its wiring is fixed"
+        if isinstance(pod, BlockPod):
+            why = "how its optical switches are wired is not published"
+        raise ValueError(f"pod {pod.name}: {why}; take {_those_of(SwitchedPod)}")
+    return pod
+
+
 def block_of(pod: Pod) -> Block:
     """The block that a pod is made of. ValueError where it is made of none."""
-    if pod.block is None:
-        raise ValueError(f"pod {pod.name}: is not made of blocks; take {_those_with('block')}")
-    return pod.block
+    return of_blocks(pod).block
 
 
 def switch_of(pod: Pod) -> OpticalSwitch:
     """The optical switch of a pod. ValueError where it has none, or none whose wiring is public."""
-    if pod.switch is None:
-        why = "it has no optical switches, its wiring is fixed"
-        if pod.block is not None:
-            why = "how its optical switches are wired is not published"
-        raise ValueError(f"pod {pod.name}: {why}; take {_those_with('switch')}")
-    return pod.switch
+    return switched(pod).switch
 
 
-def _those_with(part: str) -> str:
-    return " or ".join(pod.name for pod in PODS.values() if getattr(pod, part) is not None)
+def host_of(pod: Pod) -> Host:
+    """The host of a pod. ValueError where sources disagree about it."""
+    return published(f"pod {pod.name}: the host", pod.host)
+
+
+def published(name: str, figure: T | None) -> T:
+    """A figure that some source gives. ValueError, which begins with its name, where it is None."""
+    if figure is None:
+        raise ValueError(f"{name} is not published")
+    return figure
+
+
+def _those_of(kind: type[Pod]) -> str:
+    return " or ".join(pod.name for pod in PODS.values() if isinstance(pod, kind))
 
 
 def _sources(names_of: dict[str, str]) -> dict[str, str]:
@@ -419,7 +462,7 @@ OPTICAL_SWITCH = OpticalSwitch(
 _INSIDE_A_BLOCK = ((1, 2, 2), (1, 2, 4), (1, 4, 4), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _OF_ONE_RING = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
-TPU_V4 = Pod(
+TPU_V4 = SwitchedPod(
     name="TPU v4",
     chip=TPU_V4_CHIP,
     host=HOST,
@@ -444,7 +487,7 @@ TPU_V4 = Pod(
     ),
 )
 
-TPU_V5P = Pod(
+TPU_V5P = BlockPod(
     name="TPU v5p",
     chip=TPU_V5P_CHIP,
     host=HOST,
@@ -543,4 +586,4 @@ TPU_V3 = Pod(
     ),
 )
 
-PODS = {pod.name: pod for pod in (TPU_V4, TPU_V5P, TPU_V5E, TPU_V6E, TPU_V3)}
+PODS: dict[str, Pod] = {pod.name: pod for pod in (TPU_V4, TPU_V5P, TPU_V5E, TPU_V6E, TPU_V3)}

@@ -3,9 +3,10 @@
 import math
 import sys
 from numbers import Integral, Real
+from typing import Any
 
 
-def whole(name: str, value, *, least: int = 0, most: int | None = None) -> int:
+def whole(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
     """Checks that a value is a whole number in a range, and returns it as an int.
 
     Raises:
@@ -20,7 +21,7 @@ def whole(name: str, value, *, least: int = 0, most: int | None = None) -> int:
 
 def number(
     name: str,
-    value,
+    value: float,
     *,
     least: float = 0.0,
     above: float | None = None,
@@ -46,7 +47,7 @@ def number(
     return value
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """The value in a message; Python writes no int of thousands of digits."""
     try:
         return f"{value}"
@@ -54,5 +55,5 @@ def shown(value) -> str:
         return "of thousands of digits"
 
 
-def _is_real(value) -> bool:
+def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)

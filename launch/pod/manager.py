@@ -12,7 +12,7 @@ from pjit_train.files import write_whole
 from topology import TPU_V4, Fabric, Part, Placement, Slice, fabric, legal_shapes
 from topology.drawing import scene
 from topology.fabric import light
-from topology.hardware import Pod
+from topology.hardware import Pod, of_blocks
 from topology.routing import throughput
 
 _NAME = "run"  # of the one slice that the pod holds
@@ -29,7 +29,7 @@ class Manager:
 
     def __init__(self, file: str, blocks: int, pod: Pod = TPU_V4):
         self._file = Path(file)
-        self._fabric = Fabric(pod=pod)
+        self._fabric = Fabric(pod=of_blocks(pod))
         spare = range(blocks, self._fabric.pod.num_blocks)
         self._outside = frozenset(Part("block", (b,)) for b in spare)
         if self._file.exists():

@@ -173,7 +173,7 @@ def check_picture(path: str) -> Path:
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draws the curves of a report; the file is written whole or not at all."""
     title = f"{found['model']}, sequence {found['sequence']}, {found['platform']}"
-    panel = {
+    panel: curves.CurvesPanel = {
         "title": f"{title}, softmax {found['softmax']}",
         "buffers": found["buffers"],
         "curves": found["curves"],

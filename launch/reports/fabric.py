@@ -18,7 +18,7 @@ from topology.drawing import scene
 from topology.drawing.page import ranges
 from topology.fabric import light
 from topology.fabric.parts import switches
-from topology.hardware import switch_of
+from topology.hardware import switched
 from topology.torus.shapes import times
 
 WIDTH = 120  # characters that the tables need
@@ -61,8 +61,7 @@ def place(slices: Sequence[str], failed: Sequence[str] = (), machine: hardware.P
         if not text.strip(" ,"):
             raise UserError(f"--slices {text!r}: no slice; write for example 4x4x8_twisted,8x8x8")
     try:
-        switch_of(machine)
-        dark = Fabric(pod=machine)
+        dark = Fabric(pod=switched(machine))
         parts = frozenset(Part.parse(text, machine) for text in failed)
         asked = [_parse(text, machine) for text in wanted]
         _put(replace(dark, failed=parts), asked)  # or says that they do not fit

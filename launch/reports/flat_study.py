@@ -383,7 +383,7 @@ def draw_use(results: dict[str, Any], path: Path) -> None:
 
 def draw_gains(results: dict[str, Any], path: Path) -> None:
     """Times as fast as FLEX, a layer, by sequence and by what the softmax is charged."""
-    panels = [
+    panels: list[curves.GainsPanel] = [
         {
             "title": name,
             "lines": {

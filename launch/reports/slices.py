@@ -12,6 +12,7 @@ from pjit_train.errors import UserError
 from pjit_train.signals import deferred
 from topology import TPU_V4, Part, Slice
 from topology.drawing import scene
+from topology.fabric import losses
 from topology.hardware import Pod
 from topology.routing import throughput
 
@@ -75,7 +76,7 @@ def report(
             },
         }
         if parts:
-            chips, links = scene.lost(slice, parts)
+            chips, links = losses.lost(slice, parts)
             if failed_ocs is not None:
                 found["failed_ocs"] = failed_ocs
             found |= {
@@ -225,7 +226,7 @@ def draw(
 
     try:
         slice, parts = _parse(shape, failed_ocs, failed, pod)
-        chips, links = scene.lost(slice, parts)
+        chips, links = losses.lost(slice, parts)
         around = None
         if links.size and not chips.size and not found["cut_in_two"]:
             around = optimum(slice, tuple(links.tolist()))

@@ -229,7 +229,8 @@ def test_no_candidate_costs_less_than_is_known_at_once():
     for b, box in enumerate(search.boxes):
         for factors in layout._factorisations(box.sizes, tuple(mesh.values())):
             for order in search.first_orders(factors):
-                seconds, least = (f(b, factors, order) for f in (search.seconds, search.least))
+                candidate = layout._Candidate(b, factors, order)
+                seconds, least = search.seconds(candidate), search.least(candidate)
                 assert least <= seconds * (1 + 1e-4)
                 tight += least > 0.9 * seconds
                 found.append(seconds)

@@ -9,8 +9,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from topology.hardware import TPU_V4_CHIP, MiB
+from topology.hardware import TPU_V4_CHIP, MiB, published
 
 KiB = 2**10
 
@@ -84,7 +85,7 @@ class Accelerator:
     tile_seconds: float = 0.0
     sources: Mapping[str, str] = field(repr=False, compare=False)
 
-    def replace(self, **changes) -> "Accelerator":
+    def replace(self, **changes: Any) -> "Accelerator":
         """Returns a copy with the given fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
@@ -164,10 +165,10 @@ TPU_V4_CORE = Accelerator(
         load_cycles=TPU_V4_CHIP.matrix_size,
     ),
     vector_lanes=8 * 128,
-    buffer=TPU_V4_CHIP.vmem_per_core,
+    buffer=published("VMEM of TPU v4", TPU_V4_CHIP.vmem_per_core),
     on_chip_bandwidth=22 * TPU_V4_CHIP.hbm_bandwidth / _CORES,
     off_chip_bandwidth=TPU_V4_CHIP.hbm_bandwidth / _CORES,
-    frequency=TPU_V4_CHIP.clock,
+    frequency=published("clock of TPU v4", TPU_V4_CHIP.clock),
     energy=Energy(
         mac=0.59e-12, vector_operation=0.38e-12, on_chip_byte=1.75e-12, off_chip_byte=44e-12
     ),

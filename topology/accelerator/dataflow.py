@@ -7,6 +7,7 @@ flat    fused over tiles of whole rows, the best of them  (`dataflow_flat.search
 The other matmuls of a layer are the same in flex and flat. `best_tile` is what a kernel asks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,9 @@ def layer_cost(
     return add([attention, *others], attention.mapping)
 
 
-def least_full_buffer(cost_of, *, low: int = 2**10, high: int = 2**50, steps: int = 4) -> int:
+def least_full_buffer(
+    cost_of: Callable[[int], Cost], *, low: int = 2**10, high: int = 2**50, steps: int = 4
+) -> int:
     """The least buffer, in bytes, with `FULL` of the utilisation that `high` bytes give.
 
     Args:
@@ -96,7 +99,7 @@ def least_full_buffer(cost_of, *, low: int = 2**10, high: int = 2**50, steps: in
       steps: sizes tried between a power of two and the next.
     """
 
-    def utilisation(i):
+    def utilisation(i: float) -> float:
         try:
             return cost_of(int(low * 2 ** (i / steps))).utilisation
         except ValueError:

@@ -13,11 +13,16 @@ in the independent rows (see docs/flat.md) the first pass reads, too.
 All functions take numpy arrays or numbers that broadcast.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from topology.accelerator.accelerator import MatrixArray
+from topology.arrays import Floats, Integers, Numbers
+
+Shape = tuple[int, int]  # rows and columns of an array
 
 STATIONARITIES = ("output", "weight", "input")
 
@@ -25,20 +30,22 @@ STATIONARITIES = ("output", "weight", "input")
 class ArrayCost(NamedTuple):
     """Cost of one matmul: cycles, and elements read of A, of B, and read and written of C."""
 
-    cycles: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    c: np.ndarray
+    cycles: npt.NDArray[Any]
+    a: npt.NDArray[Any]
+    b: npt.NDArray[Any]
+    c: npt.NDArray[Any]
 
-    def plus(self, other: "ArrayCost", times=1) -> "ArrayCost":
+    def plus(self, other: "ArrayCost", times: Numbers = 1) -> "ArrayCost":
         return ArrayCost(*(x + times * y for x, y in zip(self, other, strict=True)))
 
 
-def ceil_div(a, b):
+def ceil_div(a: Numbers, b: Numbers) -> Numbers:
     return -(-a // b)
 
 
-def array_cost(array: MatrixArray, stationarity: str, shape, m, k, n) -> ArrayCost:
+def array_cost(
+    array: MatrixArray, stationarity: str, shape: Shape, m: Numbers, k: Numbers, n: Numbers
+) -> ArrayCost:
     """The cost of a matmul with an array of `shape` = (rows, columns)."""
     rows, columns = shape
     if stationarity == "output":
@@ -51,16 +58,24 @@ def array_cost(array: MatrixArray, stationarity: str, shape, m, k, n) -> ArrayCo
         passes, streamed = ceil_div(k, rows) * ceil_div(m, columns), n
         a, b, c = m * k, k * n * ceil_div(m, columns), 2 * m * n * ceil_div(k, rows)
     cycles = passes * np.maximum(streamed, array.load_cycles) / array.count
-    a, b, c = (x + 0 * cycles for x in (a, b, c))  # of one shape
-    return ArrayCost(cycles, a, b, c)
+    same = 0 * cycles  # of one shape
+    return ArrayCost(cycles, a + same, b + same, c + same)
 
 
-def split(length, tile):
+def split(
+    length: Numbers, tile: Numbers
+) -> tuple[tuple[Numbers, Numbers], tuple[Numbers, Numbers]]:
     """((size, how many), (size, how many)): full tiles and the ragged last one."""
     return (tile, length // tile), (length % tile, np.minimum(length % tile, 1))
 
 
-def tiled_cost(array: MatrixArray, stationarity: str, shape, lengths, tiles) -> ArrayCost:
+def tiled_cost(
+    array: MatrixArray,
+    stationarity: str,
+    shape: Shape,
+    lengths: Sequence[Numbers],
+    tiles: Sequence[Numbers] | Integers,
+) -> ArrayCost:
     """The cost of a matmul of `lengths` (m, k, n), made tile by tile."""
     total = ArrayCost(*(np.zeros(()) for _ in range(4)))
     for m, many_m in split(lengths[0], tiles[0]):
@@ -73,18 +88,22 @@ def tiled_cost(array: MatrixArray, stationarity: str, shape, lengths, tiles) -> 
     return total
 
 
-def best_shape(array: MatrixArray, stationarity: str, lengths, tiles):
+def best_shape(
+    array: MatrixArray,
+    stationarity: str,
+    lengths: Sequence[Numbers],
+    tiles: Sequence[Numbers] | Integers,
+) -> tuple[ArrayCost, Floats]:
     """(cost, shape): of the array's shapes the one with the fewest cycles, then elements moved.
 
     Returns: cost as `tiled_cost` gives it, and float [2, ...], rows and columns of the shape.
     """
-    best, shapes = None, None
-    for shape in array.shapes:
+    built, *others = array.shapes
+    best = tiled_cost(array, stationarity, built, lengths, tiles)
+    shapes = np.empty((2, *np.shape(best.cycles)))
+    shapes[:] = np.reshape(built, (2,) + (1,) * np.ndim(best.cycles))
+    for shape in others:
         cost = tiled_cost(array, stationarity, shape, lengths, tiles)
-        if best is None:
-            best, shapes = cost, np.empty((2, *np.shape(cost.cycles)))
-            shapes[:] = np.reshape(shape, (2,) + (1,) * np.ndim(cost.cycles))
-            continue
         moved, before = sum(cost[1:]), sum(best[1:])
         better = (cost.cycles < best.cycles) | ((cost.cycles == best.cycles) & (moved < before))
         best = ArrayCost(*(np.where(better, x, y) for x, y in zip(cost, best, strict=True)))
@@ -93,6 +112,6 @@ def best_shape(array: MatrixArray, stationarity: str, lengths, tiles):
     return best, shapes
 
 
-def candidates(length: int) -> np.ndarray:
+def candidates(length: int) -> Integers:
     """Sizes that a search tries: powers of two, and the whole."""
     return np.array([*(2**i for i in range(length.bit_length()) if 2**i < length), length])

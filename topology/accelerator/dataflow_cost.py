@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from topology.accelerator.accelerator import Accelerator
 from topology.accelerator.workloads import Attention
+from topology.arrays import Floats
 
 SOFTMAX = ("free", "overlapped", "in-turn")
 _SUMS = ("off_chip_bytes", "on_chip_bytes", "array_cycles", "vector_cycles")
@@ -40,6 +42,9 @@ class Cost:
     mapping: str = ""
 
 
+Amount = TypeVar("Amount", float, Floats)
+
+
 def check_softmax(softmax: str) -> None:
     if softmax not in SOFTMAX:
         raise ValueError(f"no softmax cost {softmax!r}; there are {', '.join(SOFTMAX)}")
@@ -57,7 +62,9 @@ def softmax_bytes(work: Attention, softmax: str) -> float:
     return 0 if softmax == "free" else SOFTMAX_ACCESSES * work.logits * work.bytes_per_logit
 
 
-def energy_of(accelerator: Accelerator, macs, vector, on_chip, off_chip):
+def energy_of(
+    accelerator: Accelerator, macs: float, vector: float, on_chip: Amount, off_chip: Amount
+) -> Amount:
     """Joules of so many macs, cycles of all vector lanes, and bytes."""
     joules = accelerator.energy
     return (

@@ -2,12 +2,20 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from topology.accelerator.accelerator import Accelerator
-from topology.accelerator.dataflow import DATAFLOWS, attention_cost, layer_cost
+from topology.accelerator.dataflow import DATAFLOWS, Cost, attention_cost, layer_cost
 from topology.accelerator.workloads import BATCH, Model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curves = Mapping[str, Mapping[str, Sequence[float | None]]]
+"""{scope: {dataflow: [utilisation with each buffer, None where it is too small]}}."""
 
 SCOPES = ("attention", "layer")
 _COLORS = {"naive": "#7f7f7f", "flex": "#1f77b4", "flat": "#d62728"}
@@ -23,7 +31,7 @@ def cost(
     batch: int = BATCH,
     softmax: str = "free",
     granularity: str = "M",
-):
+) -> Cost:
     """The cost of a scope: "attention", both of its matmuls, or the whole "layer"."""
     options = {"softmax": softmax, "granularity": granularity}
     if scope == "attention":
@@ -39,10 +47,10 @@ def utilisation_curves(
     *,
     batch: int = BATCH,
     softmax: str = "free",
-) -> dict[str, dict[str, list[float | None]]]:
-    """{scope: {dataflow: [utilisation with each buffer, None where it is too small]}}."""
+) -> Curves:
+    """Computes the utilisation in each scope, with each dataflow and buffer."""
 
-    def utilisation(scope, dataflow, size):
+    def utilisation(scope: str, dataflow: str, size: int) -> float | None:
         machine = accelerator.replace(buffer=size)
         try:
             found = cost(machine, model, sequence, dataflow, scope, batch=batch, softmax=softmax)
@@ -56,12 +64,37 @@ def utilisation_curves(
     }
 
 
-def draw_curves(panels: Sequence[dict], path: Path) -> None:
+class CurvesPanel(TypedDict):
+    """Panel of utilisation against the size of the buffer.
+
+    Attributes:
+      buffers: sizes in bytes.
+      mark: bytes of a buffer to mark.
+    """
+
+    title: str
+    buffers: Sequence[int]
+    curves: Curves
+    mark: int
+
+
+class GainsPanel(TypedDict):
+    """Panel of times as fast by sequence.
+
+    Attributes:
+      lines: {label: value at each sequence}.
+      levels: {label: value}, published ones.
+    """
+
+    title: str
+    lines: Mapping[str, Sequence[float]]
+    levels: Mapping[str, float]
+
+
+def draw_curves(panels: Sequence[CurvesPanel], path: Path) -> None:
     """Draws curves of `utilisation_curves`, two panels a row.
 
     Args:
-      panels: each with "title", "buffers" (bytes), "curves", and "mark" (bytes of a buffer to
-        mark).
       path: of the picture, .png, .svg or .pdf.
     """
     columns = min(2, len(panels))
@@ -84,12 +117,10 @@ def draw_curves(panels: Sequence[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_gains(panels: Sequence[dict], sequences: Sequence[int], path: Path) -> None:
+def draw_gains(panels: Sequence[GainsPanel], sequences: Sequence[int], path: Path) -> None:
     """Draws how many times as fast FLAT is, by sequence.
 
     Args:
-      panels: each with "title", "lines" {label: [value at each sequence]} and "levels" {label:
-        value}, published ones.
       path: of the picture, .png, .svg or .pdf.
     """
     figure, all_axes = _figure(len(panels), len(panels))
@@ -107,7 +138,7 @@ def draw_gains(panels: Sequence[dict], sequences: Sequence[int], path: Path) -> 
     figure.savefig(path, dpi=100)
 
 
-def _figure(panels: int, columns: int):
+def _figure(panels: int, columns: int) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,7 +148,7 @@ def _figure(panels: int, columns: int):
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
 
-def _scale(axes, ticks, labels) -> None:
+def _scale(axes: "Axes", ticks: Sequence[float], labels: Sequence[str]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, labels, fontsize=8)
     axes.minorticks_off()

@@ -18,11 +18,13 @@ vector lanes' cycles of the softmax; double buffering hides the others.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from topology.accelerator.accelerator import Accelerator, MatrixArray
 from topology.accelerator.dataflow_array import (
@@ -41,6 +43,7 @@ from topology.accelerator.dataflow_cost import (
     vector_cycles,
 )
 from topology.accelerator.workloads import Attention
+from topology.arrays import Booleans, Floats, Integers, Numbers
 
 TENSORS = "QKVOL"
 GRANULARITIES = "RHBM"
@@ -67,7 +70,7 @@ class FlatMapping:
     stationarity: tuple[str, str] = ("output", "output")
     shapes: tuple[tuple[int, int], tuple[int, int]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES or len(self.granularity) != 1:
             raise ValueError(f"no granularity {self.granularity!r}; there are R, H, B and M")
         if self.rows < 1:
@@ -78,7 +81,7 @@ class FlatMapping:
             if name not in STATIONARITIES:
                 raise ValueError(f"no stationarity {name!r}; there are {', '.join(STATIONARITIES)}")
 
-    def __str__(self):
+    def __str__(self) -> str:
         one = "row" if self.rows == 1 else "rows"
         tile = {"H": "a head", "B": "a sequence", "M": "the batch"}
         tile = tile.get(self.granularity, f"{self.rows} {one}")
@@ -129,7 +132,7 @@ def flat_cost(
             zip(mapping.stationarity, shapes, strict=True)
         )
     ]
-    kept: dict[str, Any] = {name: np.bool_(name in mapping.kept) for name in TENSORS}
+    kept = {name: np.asarray(name in mapping.kept) for name in TENSORS}
     heads = np.asarray(heads_of(mapping.granularity, work))
     found = _evaluate(
         accelerator, work, np.asarray(rows), heads, kept, mapping.stationarity, costs,
@@ -175,7 +178,8 @@ def search_flat(
     kept |= {name: bits[:, i] == 1 for i, name in enumerate(names)}
     sizes = work.head_rows, work.columns, work.head_dim
     made = _best_shapes(accelerator.array, *sizes, tuple(heights[:, 0].tolist()))
-    best = least = None
+    best: tuple[tuple[float, ...], FlatMapping, Cost] | None = None
+    least = math.inf
     for first in STATIONARITIES:
         for second in STATIONARITIES:
             pair = [made[0][first], made[1][second]]
@@ -185,7 +189,7 @@ def search_flat(
                 [cost for cost, _ in pair], shapes, None, softmax,
             )  # fmt: skip
             live = found["live_buffer"]
-            least = live.min() if least is None else min(least, live.min())
+            least = min(least, float(live.min()))
             cycles = found["cycles"]
             if not spill:
                 cycles = np.where(live > accelerator.buffer, np.inf, cycles)
@@ -195,15 +199,13 @@ def search_flat(
             where = np.unravel_index(order[0], cycles.shape)
             key = tuple(float(key[where]) for key in keys)
             if np.isfinite(key[0]) and (best is None or key < best[0]):
-                shape: Any = tuple(
-                    tuple(int(x) for x in shapes[i][:, where[0], 0]) for i in range(2)
-                )
+                taken = shapes[:, :, where[0], 0].astype(int).tolist()
                 mapping = FlatMapping(
                     granularity=letters[where[0]],
                     rows=int(heights[where[0], 0]),
                     kept="".join(name for name in TENSORS if kept[name][where[1]]),
                     stationarity=(first, second),
-                    shapes=shape,
+                    shapes=((taken[0][0], taken[0][1]), (taken[1][0], taken[1][1])),
                 )
                 best = key, mapping, _cost(found, where, accelerator, work, str(mapping))
     if best is None:
@@ -222,17 +224,19 @@ def _check_row(accelerator: Accelerator, work: Attention) -> None:
         )
 
 
-def _rounded(x):
+def _rounded(x: npt.NDArray[Any]) -> Floats:
     return np.asarray(x, np.float32)
 
 
-def _lengths(n, c, d, rows):
+def _lengths(n: int, c: int, d: int, rows: Numbers) -> list[tuple[list[Numbers], list[Numbers]]]:
     """((m, k, n), tiles) of the logit and of the attend matmul of a head."""
-    return [((n, d, c), (rows, d, c)), ((n, c, d), (rows, c, d))]
+    return [([n, d, c], [rows, d, c]), ([n, c, d], [rows, c, d])]
 
 
 @functools.lru_cache(maxsize=256)
-def _best_shapes(array: MatrixArray, n, c, d, heights):
+def _best_shapes(
+    array: MatrixArray, n: int, c: int, d: int, heights: tuple[int, ...]
+) -> list[dict[str, tuple[ArrayCost, Floats]]]:
     """Finds costs and array shapes, [T, 1], by matmul and stationarity, for tile heights."""
     lengths = _lengths(n, c, d, np.array(heights)[:, None])
     return [{name: best_shape(array, name, *each) for name in STATIONARITIES} for each in lengths]
@@ -241,15 +245,15 @@ def _best_shapes(array: MatrixArray, n, c, d, heights):
 def _evaluate(
     accelerator: Accelerator,
     work: Attention,
-    rows: np.ndarray,
-    heads: np.ndarray,
-    kept: dict[str, np.ndarray],
+    rows: Integers,
+    heads: Integers,
+    kept: dict[str, Booleans],
     stationarity: tuple[str, str],
     costs: list[ArrayCost],
-    shapes: np.ndarray,
+    shapes: npt.NDArray[Any],
     spilled: float | None,
     softmax: str,
-) -> dict[str, np.ndarray]:
+) -> dict[str, npt.NDArray[Any]]:
     """Evaluates mappings that share their stationarities; arguments broadcast.
 
     costs: of both matmuls of a head; shapes: [2, 2, ...], rows and columns of the array in either.
@@ -303,7 +307,14 @@ def _evaluate(
     return {name: np.broadcast_to(x, shape) for name, x in found.items()}
 
 
-def _live(work, rows, heads, kept, stationarity, shapes):
+def _live(
+    work: Attention,
+    rows: Integers,
+    heads: Integers,
+    kept: dict[str, Booleans],
+    stationarity: tuple[str, str],
+    shapes: npt.NDArray[Any],
+) -> npt.NDArray[Any]:
     """Bytes: what is kept, of all heads of a tile, and a block of what streams."""
     c, d = work.columns, work.head_dim
     blocks = []  # (kept elements, staged elements) of Q, K, V, O
@@ -331,10 +342,16 @@ def _live(work, rows, heads, kept, stationarity, shapes):
         + np.where(kept["O"], heads * rows * d, blocks[1][2])
     )
     logits = np.where(kept["L"], heads * rows * c, 2 * (moving[0] + moving[1]))
-    return 2 * elements * work.bytes_per_element + logits * work.bytes_per_logit
+    return np.asarray(2 * elements * work.bytes_per_element + logits * work.bytes_per_logit)
 
 
-def _cost(found, where, accelerator: Accelerator, work: Attention, mapping: str) -> Cost:
+def _cost(
+    found: dict[str, npt.NDArray[Any]],
+    where: tuple[Any, ...],
+    accelerator: Accelerator,
+    work: Attention,
+    mapping: str,
+) -> Cost:
     values = {name: float(x[where]) for name, x in found.items()}
     utilisation = work.macs / accelerator.array.elements / values["cycles"]
     return Cost(macs=work.macs, utilisation=utilisation, mapping=mapping, **values)

@@ -5,27 +5,30 @@ Slow and plain: it checks the formulas of `dataflow_flat` and `dataflow_unfused`
 
 import itertools
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from topology.accelerator.accelerator import Accelerator, MatrixArray
-from topology.accelerator.dataflow_flat import FlatMapping, heads_of
+from topology.accelerator.dataflow_flat import TENSORS, FlatMapping, heads_of
 from topology.accelerator.workloads import Attention
+from topology.arrays import Booleans
 
 
-def replay_matmul(lengths, tiles, order) -> Counter:
+def replay_matmul(
+    lengths: Sequence[int], tiles: Sequence[int], order: Sequence[str]
+) -> Counter[str]:
     """Elements that a tiled matmul moves: "a", "b", "c_written" and "c_read".
 
     Arguments as of `dataflow_unfused.matmul_traffic`. The buffer holds one tile of each operand. A
     tile of C that is left is written; one that has been left before is read again.
     """
     blocks = {x: _blocks(size, tile) for x, size, tile in zip("mkn", lengths, tiles, strict=True)}
-    held: dict[str, Any] = {}
-    left: set[Any] = set()
+    held: dict[str, tuple[int, int]] = {}
+    left: set[tuple[int, int]] = set()
     moved: Counter[str] = Counter()
 
-    def leave():
+    def leave() -> None:
         if "c" in held:
             rows, columns = held["c"]
             moved["c_written"] += _size(blocks["m"][rows]) * _size(blocks["n"][columns])
@@ -57,8 +60,8 @@ def replay_flat(
     What is kept comes from memory when it is first taken. `spilled` is the part of what is in the
     buffer that does not fit: so much of it comes and goes at each pass, on top.
     """
-    counted: Counter[str] = Counter()
-    cycles = 0
+    counted = dict.fromkeys(TENSORS, 0.0)
+    cycles = 0.0
     array = accelerator.array
     built = array.rows, array.columns
     shapes = mapping.shapes or (built, built)
@@ -92,7 +95,15 @@ def replay_flat(
     return sum(sizes[name] * moved for name, moved in counted.items()), cycles
 
 
-def _take(counted, mapping, name, operand, where, there, made):
+def _take(
+    counted: dict[str, float],
+    mapping: FlatMapping,
+    name: str,
+    operand: str,
+    where: tuple[slice, slice],
+    there: Booleans,
+    made: Booleans,
+) -> None:
     """Counts what a pass moves to or from memory of one operand."""
     if operand == "c":
         if name == "O" or name not in mapping.kept:  # goes to memory once, when it is complete
@@ -106,7 +117,9 @@ def _take(counted, mapping, name, operand, where, there, made):
         there[where] = True
 
 
-def _passes(array: MatrixArray, stationarity, shape, size):
+def _passes(
+    array: MatrixArray, stationarity: str, shape: tuple[int, int], size: tuple[int, int, int]
+) -> Iterator[tuple[list[tuple[slice, slice]], float]]:
     """Yields ((where in A, B, C), cycles) of each pass of the array."""
     m, k, n = size
     rows, columns = shape
@@ -124,9 +137,10 @@ def _passes(array: MatrixArray, stationarity, shape, size):
         yield access, max(streamed, array.load_cycles) / array.count
 
 
-def _blocks(length, size):
+def _blocks(length: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _size(block: slice) -> int:
-    return block.stop - block.start
+    size: int = block.stop - block.start
+    return size

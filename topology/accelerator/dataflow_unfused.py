@@ -14,9 +14,12 @@ than the buffer holds: so much of every access of the array goes to memory, on t
 
 import functools
 import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from topology.accelerator.accelerator import Accelerator, MatrixArray
 from topology.accelerator.dataflow_array import (
@@ -28,6 +31,7 @@ from topology.accelerator.dataflow_array import (
 )
 from topology.accelerator.dataflow_cost import Cost, add, energy_of, softmax_bytes, vector_cycles
 from topology.accelerator.workloads import Attention, Matmul
+from topology.arrays import Floats, Integers, Numbers
 
 ORDERS = tuple(itertools.permutations("mkn"))  # of the loops, the outermost first
 _OPERANDS = {"a": "mk", "b": "kn", "c": "mn"}
@@ -38,17 +42,19 @@ _KEPT = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16, 31 / 32)  
 class MatmulTraffic:
     """Elements that an order of loops moves: A and B read, C written and its partial sums read."""
 
-    a: np.ndarray
-    b: np.ndarray
-    c_written: np.ndarray
-    c_read: np.ndarray
+    a: npt.NDArray[Any]
+    b: npt.NDArray[Any]
+    c_written: npt.NDArray[Any]
+    c_read: npt.NDArray[Any]
 
     @property
-    def c(self):
-        return self.c_written + self.c_read
+    def c(self) -> npt.NDArray[Any]:
+        return np.asarray(self.c_written + self.c_read)
 
 
-def matmul_traffic(lengths, tiles, order) -> MatmulTraffic:
+def matmul_traffic(
+    lengths: Sequence[Numbers], tiles: Sequence[Numbers] | Integers, order: Sequence[str]
+) -> MatmulTraffic:
     """Counts the elements that a tiled matmul moves between buffer and memory.
 
     Args:
@@ -60,7 +66,7 @@ def matmul_traffic(lengths, tiles, order) -> MatmulTraffic:
         zip("mkn", (ceil_div(x, y) for x, y in zip(lengths, tiles, strict=True)), strict=True)
     )
 
-    def repeats(own):
+    def repeats(own: str) -> npt.NDArray[Any]:
         other = next(x for x in "mkn" if x not in own)
         inside = [x for x in order[order.index(other) + 1 :] if x in own]
         moves_on = sum((trips[x] > 1) for x in inside) > 0
@@ -76,8 +82,9 @@ def matmul_traffic(lengths, tiles, order) -> MatmulTraffic:
     )
 
 
-def live_bytes(tiles, sizes):
-    """Bytes of a tile of each operand, twice; sizes: of an element of A, B and C."""
+def live_bytes(tiles: Iterable[Any], sizes: Sequence[int]) -> Any:
+    """Bytes of a tile of each operand, twice; tiles: numbers or arrays; sizes: of an element of A,
+    B and C."""
     m, k, n = tiles
     return 2 * (m * k * sizes[0] + k * n * sizes[1] + m * n * sizes[2])
 
@@ -86,10 +93,10 @@ def live_bytes(tiles, sizes):
 class _Space:
     """Tilings of a matmul: [T] tiles, [6] orders."""
 
-    tiles: np.ndarray  # [3, T]
-    cycles: np.ndarray  # [T], of the array
-    accesses: tuple[np.ndarray, ...]  # a, b, c: elements [T]
-    traffic: tuple[np.ndarray, ...]  # a, b, c: elements [6, T]
+    tiles: Integers  # [3, T]
+    cycles: Floats  # [T], of the array
+    accesses: tuple[Floats, ...]  # a, b, c: elements [T]
+    traffic: tuple[Floats, ...]  # a, b, c: elements [6, T]
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,7 +137,7 @@ def best_matmul(
     live = live_bytes(space.tiles.astype(float), sizes)
     room = accelerator.buffer - reserved
     if room < live.min():
-        _too_small(accelerator, matmul, live.min() + reserved)
+        raise _too_small(accelerator, matmul, live.min() + reserved)
     spilled = np.maximum(0, 1 - room / live)
     accesses = sum(size * moved for size, moved in zip(sizes, space.accesses, strict=True))
     off = spilled * accesses + sum(
@@ -176,7 +183,7 @@ def naive_matmul(
     lives = [live_bytes(cube, sizes) + reserved for cube in cubes]
     fitting = sum(live <= accelerator.buffer for live in lives)
     if not fitting:
-        _too_small(accelerator, matmul, lives[0])
+        raise _too_small(accelerator, matmul, lives[0])
     tile = cubes[fitting - 1]
     built = accelerator.array.rows, accelerator.array.columns
     work = tiled_cost(accelerator.array, "weight", built, lengths, tile)
@@ -185,26 +192,36 @@ def naive_matmul(
         (1 - part) * size * float(x)
         for part, size, x in zip(kept, sizes, (moved.a, moved.b, moved.c), strict=True)
     )
-    on = off + sum(size * x for size, x in zip(sizes, work[1:], strict=True))
+    on = off + sum(size * float(x) for size, x in zip(sizes, work[1:], strict=True))
     return _cost(
         accelerator,
         macs=matmul.macs,
         live=lives[fitting - 1],
         off=matmul.count * off,
         on=matmul.count * on,
-        array=matmul.count * work.cycles,
+        array=matmul.count * float(work.cycles),
         mapping=f"{matmul.name}: tiles {'x'.join(map(str, tile))}, weights stay",
     )
 
 
-def _too_small(accelerator, matmul, least):
-    raise ValueError(
+def _too_small(accelerator: Accelerator, matmul: Matmul, least: float) -> ValueError:
+    return ValueError(
         f"a buffer of {accelerator.buffer} bytes is too small for a tile of {matmul.name}: the "
         f"least that works is {int(least)}"
     )
 
 
-def _cost(accelerator, *, macs, live, off, on, array, mapping, vector=0) -> Cost:
+def _cost(
+    accelerator: Accelerator,
+    *,
+    macs: int,
+    live: float,
+    off: float,
+    on: float,
+    array: float,
+    mapping: str,
+    vector: float = 0,
+) -> Cost:
     seconds = max(
         (array + vector) / accelerator.frequency,
         off / accelerator.off_chip_bandwidth,
@@ -253,7 +270,7 @@ def search_flex(
     sizes = {part * accelerator.buffer for part in _KEPT if part * accelerator.buffer < total}
     if total < accelerator.buffer:
         sizes.add(total)
-    found, errors = [], []
+    found, errors = list[Cost](), list[ValueError]()
     for kept in sorted(sizes):
         try:
             found.append(_unfused(accelerator, work, best_matmul, kept, total, softmax))
@@ -275,7 +292,14 @@ def naive(accelerator: Accelerator, work: Attention, *, softmax: str = "free") -
     return _unfused(accelerator, work, naive_matmul, kept, total, softmax)
 
 
-def _unfused(accelerator, work: Attention, matmul, kept, total, softmax) -> Cost:
+def _unfused(
+    accelerator: Accelerator,
+    work: Attention,
+    matmul: Callable[..., Cost],
+    kept: float,
+    total: float,
+    softmax: str,
+) -> Cost:
     part = kept / total
     n, c, d, heads = work.head_rows, work.columns, work.head_dim, work.num_heads
     element, logit = work.bytes_per_element, work.bytes_per_logit

@@ -15,16 +15,16 @@ _MOST, _MOST_MACS = 2**40, 10**18  # of a size, and of an attention's work, that
 SEQUENCES = tuple(512 * 2**i for i in range(8))  # 512 .. 64K
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class Attention:
     """Logits = Q K^T, softmax over whole rows, output = softmax(logits) V.
 
     Attributes:
       batch: sequences; heads: of queries, each.
-      kv_heads: of keys and values; None: as many as heads.
-      rows: queries of a head; columns: keys, None: as many as rows.
+      kv_heads: of keys and values; as many as heads unless given.
+      rows: queries of a head; columns: keys, as many as rows unless given.
       bytes_per_element: of Q, K, V and the output.
-      bytes_per_logit: None: the same.
+      bytes_per_logit: the same unless given.
 
     Raises:
       ValueError: a size is not positive, or kv_heads does not divide heads.
@@ -34,21 +34,35 @@ class Attention:
     heads: int
     rows: int
     head_dim: int
-    columns: int | None = None
-    kv_heads: int | None = None
-    bytes_per_element: int = 2
-    bytes_per_logit: int | None = None
+    columns: int
+    kv_heads: int
+    bytes_per_element: int
+    bytes_per_logit: int
 
-    def __post_init__(self):
-        for name, default in (
-            ("columns", self.rows),
-            ("kv_heads", self.heads),
-            ("bytes_per_logit", self.bytes_per_element),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        for name in self.__dataclass_fields__:
-            object.__setattr__(self, name, whole(name, getattr(self, name), least=1, most=_MOST))
+    def __init__(
+        self,
+        *,
+        batch: int,
+        heads: int,
+        rows: int,
+        head_dim: int,
+        columns: int | None = None,
+        kv_heads: int | None = None,
+        bytes_per_element: int = 2,
+        bytes_per_logit: int | None = None,
+    ):
+        sizes = {
+            "batch": batch,
+            "heads": heads,
+            "rows": rows,
+            "head_dim": head_dim,
+            "columns": rows if columns is None else columns,
+            "kv_heads": heads if kv_heads is None else kv_heads,
+            "bytes_per_element": bytes_per_element,
+            "bytes_per_logit": bytes_per_element if bytes_per_logit is None else bytes_per_logit,
+        }
+        for name, size in sizes.items():
+            object.__setattr__(self, name, whole(name, size, least=1, most=_MOST))
         if self.macs > _MOST_MACS:
             raise ValueError(
                 f"batch {self.batch}, heads {self.heads}, rows {self.rows}, columns "

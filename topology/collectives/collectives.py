@@ -18,20 +18,20 @@ in a permute.
 Letters: G groups of n members, M moves, T rounds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, shortest_path
 
+from topology.arrays import Integers
 from topology.collectives.groups import Groups, path_links, vectors_between, ways_between
 from topology.hardware import TPU_V4, Pod
 from topology.numbers import number
 from topology.routing.loads import lower_bounds as traffic_lower_bounds
-from topology.torus.slices import Slice
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 
@@ -79,7 +79,7 @@ class Network:
     hop_latency: float = 1e-6
     efficiencies: Mapping[str, float] = field(default_factory=lambda: EFFICIENCIES)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rates = {"bandwidth": self.bandwidth, **self.efficiencies}
         for name, value in rates.items():
             number(f"network: {name}", value, above=0)
@@ -100,7 +100,7 @@ class Network:
         Raises:
           ValueError: a time is no longer than the latency alone.
         """
-        fits: dict[Any, Any] = {}
+        fits: dict[str, list[tuple[float, float]]] = {}
         for strategy, cost, bytes, seconds in measured:
             latency = cost.hops * self.hop_latency
             if seconds <= latency:
@@ -153,7 +153,7 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"collective {kind!r}: one of {', '.join(KINDS)}")
 
 
-def collective_cost(kind: str, groups: Groups, *, to=None) -> Cost:
+def collective_cost(kind: str, groups: Groups, *, to: npt.ArrayLike | None = None) -> Cost:
     """The cost of a collective in all groups at once.
 
     Args:
@@ -192,7 +192,7 @@ def broadcast_rounds(groups: Groups) -> list[BroadcastRound]:
     unit = int(np.lcm.reduce(sharing))
     carries = (sets[:, None] >> np.arange(len(moves)) & 1) @ (unit // sharing)
     hops = np.abs(moves).sum(axis=1)
-    worst: dict[Any, Any] = {}
+    worst: dict[int, tuple[int, Fraction]] = {}
     for away, possible in arrivals(groups, groups.representatives):
         T = int(away.max())
         count = np.bincount(away * len(sets) + possible, minlength=(T + 1) * len(sets))
@@ -211,17 +211,17 @@ def broadcast_rounds(groups: Groups) -> list[BroadcastRound]:
     return [BroadcastRound(*worst[t]) for t in sorted(worst)]
 
 
-def arrivals(groups: Groups, receivers):
+def arrivals(groups: Groups, receivers: npt.ArrayLike) -> Iterator[tuple[Integers, Integers]]:
     """Yields for each receiving member: (int [n] steps away from every member, int [n] the set of
     moves by which that member's shard can arrive when it is broadcast breadth-first; bit m is move
     m)."""
-    n, after = groups.size, groups.after
+    n, after, receivers = groups.size, groups.after, np.asarray(receivers)
     here, move = np.nonzero(after >= 0)
     graph = csr_array((np.ones(len(here), np.int8), (here, after[here, move])), (n, n))
     reverse = np.arange(after.shape[1]) ^ 1
     batch = max(1, _DISTANCES // (n * (1 + len(reverse))))
     for start in range(0, len(receivers), batch):
-        some = np.asarray(receivers[start : start + batch])
+        some = receivers[start : start + batch]
         back = after[some][:, reverse]  # where each move comes from
         ends, place = np.unique(np.column_stack([some, back]), return_inverse=True)
         away = shortest_path(graph, unweighted=True, indices=np.maximum(ends, 0)).astype(np.int32)
@@ -230,7 +230,7 @@ def arrivals(groups: Groups, receivers):
             yield away[here], (nearer << np.arange(len(there))[:, None]).sum(axis=0)
 
 
-def permute_pairs(groups: Groups, to=None) -> tuple[np.ndarray, np.ndarray]:
+def permute_pairs(groups: Groups, to: npt.ArrayLike | None = None) -> tuple[Integers, Integers]:
     """The members that send in a permute, and to which; who sends to itself is left out."""
     here = np.arange(groups.size)
     to = np.roll(here, -1) if to is None else np.asarray(to)
@@ -240,7 +240,12 @@ def permute_pairs(groups: Groups, to=None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lower_bounds(
-    kind: str, groups: Groups, bytes: float, network: Network, *, to=None
+    kind: str,
+    groups: Groups,
+    bytes: float,
+    network: Network,
+    *,
+    to: npt.ArrayLike | None = None,
 ) -> dict[str, float]:
     """Seconds below which no schedule whatsoever can be, by several proofs; the largest counts.
 
@@ -288,14 +293,14 @@ def lower_bounds(
     }
 
 
-def _chip_load(kind, groups):
+def _chip_load(kind: str, groups: Groups) -> float:
     degree = max(1, (groups.slice.neighbours >= 0).sum(axis=1).min())
     # In an all-reduce of n members each chip sends all its data, as parts or as sums.
     part = (groups.size - 1) / groups.size if kind != "all_reduce" else float(groups.size > 1)
-    return part / degree
+    return float(part / degree)
 
 
-def _cut_load(kind, groups):
+def _cut_load(kind: str, groups: Groups) -> float:
     slice, n = groups.slice, groups.size
     tail, direction = np.nonzero(slice.neighbours >= 0)
     head, best = slice.neighbours[tail, direction], 0.0
@@ -314,7 +319,7 @@ def _cut_load(kind, groups):
     return best
 
 
-def _projection_load(kind, groups):
+def _projection_load(kind: str, groups: Groups) -> float:
     slice, best = groups.slice, 0.0
     N, neighbours = slice.num_chips, slice.neighbours
     for kept in range(1, 8):
@@ -329,7 +334,9 @@ def _projection_load(kind, groups):
     return best * (2 if kind == "all_reduce" else 1)
 
 
-def _paths_cost(groups, sources, destinations, *, spread=False):
+def _paths_cost(
+    groups: Groups, sources: Integers, destinations: Integers, *, spread: bool = False
+) -> Cost:
     """The cost of a byte from each source (member) to its destination, in all groups at once.
 
     Args:
@@ -343,7 +350,9 @@ def _paths_cost(groups, sources, destinations, *, spread=False):
     if not len(sources):
         return Cost(0, 0.0)
     pair, vectors, part = ways_between(slice, sources, destinations, np.ones(len(sources)))
-    labels, firsts = _orbits(groups) if spread else (np.arange(slice.num_chips),) * 2
+    labels = firsts = np.arange(slice.num_chips)
+    if spread:
+        labels, firsts = _orbits(groups)
     loads = np.zeros(6 * len(firsts))
     for start in range(0, len(pair), _PATHS):
         some = np.s_[start : start + _PATHS]
@@ -363,10 +372,9 @@ def _paths_cost(groups, sources, destinations, *, spread=False):
     return Cost(hops, float(total.max()))
 
 
-def _orbits(groups):
+def _orbits(groups: Groups) -> tuple[Integers, Integers]:
     """Labels [N] of chips that whole steps of the groups connect, and the first chip of each."""
-    slice: Slice = groups.slice
-    N = slice.num_chips
+    slice, N = groups.slice, groups.slice.num_chips
     ends = [slice.translation(step) for step in groups.steps[groups.whole]]
     here = np.tile(np.arange(N), len(ends))
     there = np.concatenate(ends) if ends else here
@@ -375,7 +383,7 @@ def _orbits(groups):
     return labels, np.unique(labels, return_index=True)[1]
 
 
-def _longest_of_set(hops, sets):
+def _longest_of_set(hops: Integers, sets: Integers) -> Integers:
     longest = np.zeros(len(sets), int)
     for m, h in enumerate(hops):
         longest = np.where(sets >> m & 1, np.maximum(longest, h), longest)

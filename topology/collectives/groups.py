@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from topology.arrays import Booleans, Floats, Integers
 from topology.collectives.prices import best_mix
 from topology.numbers import whole
 from topology.routing.routing import short_vectors
@@ -35,9 +37,9 @@ class Groups:
     """
 
     slice: Slice
-    members: np.ndarray
+    members: Integers
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         chips = np.arange(self.slice.num_chips)
         try:
             members = np.array(self.members)
@@ -62,17 +64,17 @@ class Groups:
 
     @property
     def size(self) -> int:
-        return self.members.shape[1]
+        return len(self.members[0])
 
     @cached_property
-    def place(self) -> np.ndarray:
+    def place(self) -> Integers:
         """int [N]: a chip's place in group 0, -1 for chips of other groups."""
         place = np.full(self.slice.num_chips, -1)
         place[self.members[0]] = np.arange(self.size)
         return place
 
     @cached_property
-    def steps(self) -> np.ndarray:
+    def steps(self) -> Integers:
         """int [S, 3]: hops along x, y and z of the steps from member to member.
 
         All single hops that stay within the group; where these do not connect it, the shortest
@@ -91,34 +93,34 @@ class Groups:
         return np.array(steps, int).reshape(-1, 3)
 
     @cached_property
-    def moves(self) -> np.ndarray:
+    def moves(self) -> Integers:
         """int [M, 3]: every step and, next to it, its reverse."""
         return np.stack([self.steps, -self.steps], axis=1).reshape(-1, 3)
 
     @cached_property
-    def after(self) -> np.ndarray:
+    def after(self) -> Integers:
         """int [n, M]: the place in group 0 to which each move leads from each; -1 for none."""
         if not len(self.moves):
             return np.zeros((self.size, 0), int)
         return np.stack([self._after(move) for move in self.moves], axis=1)
 
     @cached_property
-    def sharing(self) -> np.ndarray:
+    def sharing(self) -> Integers:
         """int [M]: load on the links of a move when every chip of the slice makes it.
 
         A step of h hops along a direction passes h links, so each link carries h such steps. Where
         several moves use a direction, each gets an equal part of it.
         """
         hops = np.maximum(np.stack([self.moves, -self.moves], axis=2), 0).reshape(-1, 6)
-        return (hops * (hops > 0).sum(axis=0)).max(axis=1, initial=0)
+        return np.asarray((hops * (hops > 0).sum(axis=0)).max(axis=1, initial=0))
 
     @cached_property
-    def whole(self) -> np.ndarray:
+    def whole(self) -> Booleans:
         """bool [S]: steps that lead from every member to one; they are symmetries of the group."""
         return np.asarray((self.after[:, ::2] >= 0).all(axis=0))
 
     @cached_property
-    def representatives(self) -> np.ndarray:
+    def representatives(self) -> Integers:
         """int [R]: places of group 0, one of each kind up to its symmetries; 1 in a ring."""
         n = self.size
         ends = self.after[:, ::2][:, self.whole]
@@ -126,21 +128,22 @@ class Groups:
         graph = coo_array((np.ones(len(here), np.int8), (here, ends.ravel())), (n, n))
         return np.unique(connected_components(graph, directed=False)[1], return_index=True)[1]
 
-    def _after(self, vector):
+    def _after(self, vector: Integers) -> Integers:
         to = self.slice.reduce(self.slice.coordinates[self.members[0]] + vector)
-        inside = ((to >= 0) & (to < self.slice.shape)).all(axis=-1)
+        inside = np.asarray(((to >= 0) & (to < self.slice.shape)).all(axis=-1))
         chips = self.slice.index(np.where(inside[:, None], to, 0))
         return np.where(inside, self.place[chips], -1)
 
-    def _labels(self, steps):
+    def _labels(self, steps: list[Integers]) -> Integers:
         n = self.size
         ends = np.array([self._after(step) for step in steps]).reshape(-1)
         here = np.tile(np.arange(n), len(steps))[ends >= 0]
         graph = coo_array((np.ones(len(here), np.int8), (here, ends[ends >= 0])), (n, n))
-        return connected_components(graph, directed=False)[1]
+        labels: Integers = connected_components(graph, directed=False)[1]
+        return labels
 
 
-def groups_of_axes(slice: Slice, devices: np.ndarray, axes: Sequence[int]) -> Groups:
+def groups_of_axes(slice: Slice, devices: npt.ArrayLike, axes: Sequence[int]) -> Groups:
     """The groups of a collective over some axes of a mesh.
 
     Args:
@@ -159,17 +162,19 @@ def groups_of_axes(slice: Slice, devices: np.ndarray, axes: Sequence[int]) -> Gr
     return Groups(slice, last.reshape(-1, n))
 
 
-def vectors_between(slice: Slice, sources, destinations) -> np.ndarray:
+def vectors_between(slice: Slice, sources: Integers, destinations: Integers) -> Integers:
     """int [..., 3]: the hops of a shortest path; of several the same one for one displacement."""
     ahead = slice.coordinates[destinations] - slice.coordinates[sources]
     if slice.is_twisted:
-        return _shortest(slice)[slice.index(slice.reduce(ahead))]
+        return np.asarray(_shortest(slice)[slice.index(slice.reduce(ahead))])
     k = np.array(slice.shape)
     around = (ahead + (k - 1) // 2) % k - (k - 1) // 2
-    return np.where(slice.wrap, around, ahead)
+    return np.where(np.array(slice.wrap), around, ahead)
 
 
-def ways_between(slice: Slice, sources, destinations, weights):
+def ways_between(
+    slice: Slice, sources: Integers, destinations: Integers, weights: Floats
+) -> tuple[Integers, Integers, Floats]:
     """The shortest paths from sources [P] to destinations [P], and the share of data on each.
 
     Without a twist the two paths between antipodes share the data evenly, which loads links
@@ -193,7 +198,9 @@ def ways_between(slice: Slice, sources, destinations, weights):
     return pair[order], vectors[order], part[order]
 
 
-def path_links(slice: Slice, chips, vectors) -> tuple[np.ndarray, np.ndarray]:
+def path_links(
+    slice: Slice, chips: npt.ArrayLike, vectors: npt.ArrayLike
+) -> tuple[Integers, Integers]:
     """The links of paths that make their hops along x, then y, then z.
 
     Returns:
@@ -214,18 +221,20 @@ def path_links(slice: Slice, chips, vectors) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=8)
-def _short_vectors(slice):
+def _short_vectors(slice: Slice) -> tuple[Integers, Integers]:
     return short_vectors(slice)
 
 
 @functools.lru_cache(maxsize=8)
-def _shortest(slice):
+def _shortest(slice: Slice) -> Integers:
     chips, vectors = _short_vectors(slice)
     order = np.lexsort((*-vectors.T, np.abs(vectors).sum(axis=1), chips))
-    return vectors[order][np.unique(chips[order], return_index=True)[1]]
+    return np.asarray(vectors[order][np.unique(chips[order], return_index=True)[1]])
 
 
-def _twisted_ways(slice, sources, destinations, weights):
+def _twisted_ways(
+    slice: Slice, sources: Integers, destinations: Integers, weights: Floats
+) -> tuple[Integers, Integers, Floats]:
     ahead = slice.coordinates[destinations] - slice.coordinates[sources]
     displacement = slice.index(slice.reduce(ahead))
     demand = np.bincount(displacement, weights, minlength=slice.num_chips)
@@ -235,14 +244,15 @@ def _twisted_ways(slice, sources, destinations, weights):
     starts = np.flatnonzero(np.diff(chips, prepend=-1))
     row = np.cumsum(np.diff(chips, prepend=-1) > 0) - 1
 
-    def cheapest(prices):
+    def cheapest(prices: Floats) -> tuple[float, Floats, list[Floats]]:
         costs = hops @ prices
         least = np.minimum.reduceat(costs, starts)
         ties = costs <= least[row] * (1 + 1e-12)
         parts = ties / np.add.reduceat(ties, starts)[row]
-        return demand[chips[starts]] @ least, ((demand[chips] * parts) @ hops)[None], [parts]
+        cost = float(demand[chips[starts]] @ least)
+        return cost, ((demand[chips] * parts) @ hops)[None], [parts]
 
-    part = np.ones(0)
+    part: Floats = np.ones(0)
     if len(chips):
         mix = best_mix(cheapest, np.ones(3), tolerance=1e-4, smoothing=0.0)
         part = sum(share * way for share, way in zip(mix.shares, mix.ways, strict=True))

@@ -12,17 +12,21 @@ last to the first each take whole dimensions, or factors of them where it may sp
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from topology.arrays import Floats, Integers
 from topology.collectives.collectives import Cost, Network, check_kind, collective_cost
 from topology.collectives.groups import Groups, groups_of_axes
 from topology.numbers import number, whole
 from topology.routing.routing import short_vectors
 from topology.torus.boxes import boxes
+from topology.torus.shapes import three
 from topology.torus.slices import Slice
 
 _IMPROVED = 8  # of the best factorisations, so many have the order of their factors improved
@@ -45,7 +49,7 @@ class Traffic:
     count: float = 1.0
     strategy: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kind(self.kind)
         name = f"traffic {self.kind} over {', '.join(self.axes)}"
         number(f"{name}: bytes", self.bytes)
@@ -54,12 +58,16 @@ class Traffic:
             raise ValueError(f"traffic permute over {self.axes}: it goes over one axis")
 
     def seconds(self, groups: Groups, network: Network) -> float:
-        return self._seconds(collective_cost(self.kind, groups), network)
+        return self.cost_seconds(collective_cost(self.kind, groups), network)
 
-    def _seconds(self, cost, network):
+    def cost_seconds(self, cost: Cost, network: Network) -> float:
+        """Seconds of a collective of this kind and size, where one of a byte has a cost."""
         paths = self.kind in ("all_to_all", "permute")
         strategy = self.strategy or ("shortest_paths" if paths else "breadth_first")
         return self.count * cost.seconds(self.bytes, network, strategy)
+
+
+_Digits = list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Layout:
 
     slice: Slice
     mesh: Mapping[str, int]
-    devices: np.ndarray
+    devices: Integers
     axes: Mapping[str, tuple[Digit, ...]]
     seconds: float
     traffic_seconds: tuple[float, ...]
@@ -111,30 +119,31 @@ def lay_mesh(
     network = network or Network.of(slice.pod)
     _check_mesh(slice, mesh, traffic)
     search = _Search(slice, mesh, traffic, network)
-    best, limit = {}, math.inf  # the limit is the seconds of the worst in `best`, once it is full
+    best: dict[_Candidate, float] = {}
+    limit = math.inf  # the seconds of the worst in `best`, once it is full
     candidates = [
-        (b, factors, order)
+        _Candidate(b, factors, order)
         for b, box in enumerate(search.boxes)
         for factors in _factorisations(box.sizes, tuple(mesh.values()))
         for order in search.first_orders(factors)
     ]
-    for candidate in sorted(candidates, key=lambda candidate: search.least(*candidate)):
-        seconds = search.seconds(*candidate, limit)
+    for candidate in sorted(candidates, key=search.least):
+        seconds = search.seconds(candidate, limit)
         if seconds < limit:
             best[candidate] = seconds
             if len(best) > _IMPROVED:
-                del best[max(best, key=best.get)]
+                del best[max(best, key=lambda candidate: best[candidate])]
             if len(best) == _IMPROVED:
                 limit = max(best.values())
-    improved = [search.improve(*candidate) for candidate in sorted(best, key=best.get)]
-    b, factors, order = min(improved, key=lambda candidate: search.seconds(*candidate))
-    digits = search.digits(b, factors, order)
+    improved = [search.improve(one) for one in sorted(best, key=lambda one: best[one])]
+    chosen = min(improved, key=search.seconds)
+    b, digits = chosen.box, search.digits(chosen)
     devices = _devices(
         slice, [search.members(b, d, a in search.ordered) for a, d in enumerate(digits)]
     )
     each = traffic_seconds(slice, mesh, devices, traffic, network)
     vectors = [
-        tuple(Digit(tuple(s * v for v in search.boxes[b].vectors[i]), f) for i, s, f in axis)
+        tuple(Digit(three(s * v for v in search.boxes[b].vectors[i]), f) for i, s, f in axis)
         for axis in digits
     ]
     return Layout(
@@ -150,7 +159,7 @@ def lay_mesh(
 def traffic_seconds(
     slice: Slice,
     mesh: Mapping[str, int],
-    devices,
+    devices: npt.ArrayLike,
     traffic: Sequence[Traffic],
     network: Network | None = None,
 ) -> tuple[float, ...]:
@@ -173,17 +182,34 @@ def traffic_seconds(
     )
 
 
-class _Search:
-    """The traffic's cost of a candidate: a box, factors [3][axes], and orders [3] of the axes."""
+class _Candidate(NamedTuple):
+    """A box by its index, the factors [3][axes] of its sizes, and orders [3] of the axes, the
+    innermost first."""
 
-    def __init__(self, slice, mesh, traffic, network):
+    box: int
+    factors: tuple[tuple[int, ...], ...]
+    order: tuple[tuple[int, ...], ...]
+
+
+class _Search:
+    """The traffic's cost of a candidate.
+
+    Digits of an axis are (dimension of the box, stride, size) each, the outermost first.
+    """
+
+    def __init__(
+        self, slice: Slice, mesh: Mapping[str, int], traffic: Sequence[Traffic], network: Network
+    ):
         self.slice, self.network = slice, network
         self.names = list(mesh)
         self.boxes = boxes(slice)
-        entries = [(one, [self.names.index(a) for a in one.axes]) for one in traffic]
-        sizes = [math.prod(mesh[a] for a in one.axes) for one in traffic]
         entries = [
-            (*entry, self._least(entry[0], n)) for entry, n in zip(entries, sizes, strict=True)
+            (
+                one,
+                [self.names.index(a) for a in one.axes],
+                self._least(one, math.prod(mesh[a] for a in one.axes)),
+            )
+            for one in traffic
         ]
         # What is quickly known comes first, and more bytes before fewer.
         self.entries = sorted(
@@ -191,21 +217,25 @@ class _Search:
         )
         self.ordered = {axes[0] for one, axes, _ in self.entries if one.kind == "permute"}
         self.images = np.array([slice.symmetry_action(P) for P in slice.point_symmetries])
-        self.costs = {}
+        self.costs: dict[Hashable, Cost] = {}
+        self.bounds: dict[Hashable, float] = {}
         weight = [sum(t.bytes * t.count for t in traffic if name in t.axes) for name in self.names]
         self.by_traffic = sorted(range(len(weight)), key=lambda a: -weight[a])
 
-    def first_orders(self, factors):
+    def first_orders(
+        self, factors: tuple[tuple[int, ...], ...]
+    ) -> Iterable[tuple[tuple[int, ...], ...]]:
         """Orders, the innermost axis first: the most traffic inside, outside, and as JAX has it."""
-        axes = range(len(self.names))
-        tried = (self.by_traffic, self.by_traffic[::-1], axes[::-1])
-        return {
-            tuple(tuple(a for a in order if row[a] > 1) for row in factors): None for order in tried
-        }
+        tried = (self.by_traffic, self.by_traffic[::-1], range(len(self.names))[::-1])
+        orders = (
+            tuple(tuple(a for a in order if row[a] > 1) for row in factors) for order in tried
+        )
+        return dict.fromkeys(orders)
 
-    def digits(self, b, factors, order):
-        """Lists (dimension of the box, stride, size) for every mesh axis, the outermost first."""
-        digits = [[] for _ in self.names]
+    def digits(self, candidate: _Candidate) -> list[_Digits]:
+        """Lists the digits of every mesh axis."""
+        b, factors, order = candidate
+        digits: list[_Digits] = [[] for _ in self.names]
         for i, axes in enumerate(order):
             stride = 1
             for a in axes:
@@ -217,67 +247,69 @@ class _Search:
             digits[a].sort(key=lambda d: (d[2] % 2, d[1] * d[2] < sizes[d[0]], d[1]))
         return digits
 
-    def seconds(self, b, factors, order, limit=math.inf):
+    def seconds(self, candidate: _Candidate, limit: float = math.inf) -> float:
         """Seconds of all the traffic; infinite once they are known to be no less than `limit`."""
-        parts = self._parts(b, factors, order)
+        parts = self._parts(candidate)
         total = sum(least for *_, least in parts)
         for one, mine, least in parts:
             if total >= limit:
                 return math.inf
-            total += one._seconds(self.cost(one.kind, b, mine), self.network) - least
+            cost = self.cost(one.kind, candidate.box, mine)
+            total += one.cost_seconds(cost, self.network) - least
         return total
 
-    def least(self, b, factors, order):
+    def least(self, candidate: _Candidate) -> float:
         """Seconds that all the traffic takes at least; known at once."""
-        return sum(least for *_, least in self._parts(b, factors, order))
+        return sum(least for *_, least in self._parts(candidate))
 
-    def _parts(self, b, factors, order):
+    def _parts(self, candidate: _Candidate) -> list[tuple[Traffic, _Digits, float]]:
         """(entry, its digits, the seconds that it takes at least) of all entries."""
-        digits, parts = self.digits(b, factors, order), []
+        digits, parts = self.digits(candidate), []
         for one, axes, least in self.entries:
             mine = [d for a in axes for d in digits[a]]
             if one.kind == "all_to_all" and self.slice.is_twisted:
-                bound = self._all_to_all_bound(b, self._alike(mine))
-                least = max(least, one._seconds(Cost(0, bound), self.network))
+                bound = self._all_to_all_bound(candidate.box, self._alike(mine))
+                least = max(least, one.cost_seconds(Cost(0, bound), self.network))
             parts.append((one, mine, least))
         return parts
 
-    def _all_to_all_bound(self, b, digits):
+    def _all_to_all_bound(self, b: int, digits: _Digits) -> float:
         """Load that an all-to-all of a byte has at least: its paths cost as much as the cheapest
         ones, at any prices of the links, and the most loaded link carries the mean at least."""
-        key = "bound", b, tuple(digits)
-        if key not in self.costs:
-            apart, pairs = np.zeros((1, 3), int), np.ones(1)
+        key = b, tuple(digits)
+        if key not in self.bounds:
+            apart: Integers = np.zeros((1, 3), int)
+            pairs: Floats = np.ones(1)
             for i, stride, size in digits:
                 ahead = np.arange(1 - size, size)
                 steps = ahead[:, None] * (stride * np.array(self.boxes[b].vectors[i]))
                 apart = (apart[:, None] + steps).reshape(-1, 3)
                 pairs = np.outer(pairs, (size - np.abs(ahead)) / size**2).ravel()
             costs = self.path_costs[:, self.slice.index(self.slice.reduce(apart))]
-            self.costs[key] = float((costs @ pairs).max())
-        return self.costs[key]
+            self.bounds[key] = float((costs @ pairs).max())
+        return self.bounds[key]
 
     @cached_property
-    def path_costs(self):
+    def path_costs(self) -> Floats:
         """float [7, N]: of the cheapest path to each chip of a torus, at some prices of x, y and z
         at which the links of a chip cost 1."""
         chips, vectors = short_vectors(self.slice)
         starts = np.searchsorted(chips, np.arange(self.slice.num_chips))
         prices = np.array(list(itertools.product((0, 1), repeat=3))[1:])
         costs = np.abs(vectors) @ (prices / (2 * prices.sum(axis=1, keepdims=True))).T
-        return np.minimum.reduceat(costs, starts).T
+        return np.asarray(np.minimum.reduceat(costs, starts).T)
 
-    def _least(self, one, n):
+    def _least(self, one: Traffic, n: int) -> float:
         """Seconds that one entry takes at least: what a chip receives, over all its links; in an
         all-to-all, as often as it has hops, at most 4 h^2 + 2 chips being h hops away."""
         received = {"all_reduce": 2 * (n - 1), "permute": 0}.get(one.kind, n - 1)
         if one.kind == "all_to_all":
             h = np.arange(1, 1 + math.ceil(n ** (1 / 3)))
-            received = np.repeat(h, 4 * h**2 + 2)[: n - 1].sum()
-        degree = max(1, (self.slice.neighbours >= 0).sum(axis=1).max())
-        return one._seconds(Cost(0, received / n / degree), self.network)
+            received = int(np.repeat(h, 4 * h**2 + 2)[: n - 1].sum())
+        degree = max(1, int((self.slice.neighbours >= 0).sum(axis=1).max()))
+        return one.cost_seconds(Cost(0, received / n / degree), self.network)
 
-    def cost(self, kind, b, digits):
+    def cost(self, kind: str, b: int, digits: _Digits) -> Cost:
         if kind == "reduce_scatter":  # an all-gather backwards, and an all-reduce is both
             return self.cost("all_gather", b, digits)
         if kind == "all_reduce":
@@ -297,7 +329,7 @@ class _Search:
             self.costs[key] = self.costs[known]
         return self.costs[key]
 
-    def _known(self, kind, offsets, members):
+    def _known(self, kind: str, offsets: Integers, members: Integers) -> Hashable:
         """Returns a key that groups of different boxes share if they are equal or mirror images."""
         if not self.slice.is_twisted:
             return kind, members.tobytes(), offsets.tobytes()
@@ -309,35 +341,36 @@ class _Search:
         others = np.sort(self.images[first, self.slice.index(self.slice.reduce(offsets))])
         return kind, images[first].tobytes(), others.tobytes()
 
-    def improve(self, b, factors, order):
+    def improve(self, candidate: _Candidate) -> _Candidate:
         """The candidate after trying all orders of each dimension, until none is better."""
-        best, better = self.seconds(b, factors, order), True
+        best, better = self.seconds(candidate), True
         while better:
             better = False
-            for i in range(len(order)):
-                for axes in itertools.permutations(order[i]):
-                    other = (*order[:i], axes, *order[i + 1 :])
-                    seconds = self.seconds(b, factors, other)
+            for i in range(len(candidate.order)):
+                for axes in itertools.permutations(candidate.order[i]):
+                    order = (*candidate.order[:i], axes, *candidate.order[i + 1 :])
+                    other = candidate._replace(order=order)
+                    seconds = self.seconds(other)
                     if seconds < best * (1 - 1e-12):
-                        best, order, better = seconds, other, True
-        return b, factors, order
+                        best, candidate, better = seconds, other, True
+        return candidate
 
-    def members(self, b, digits, ordered=False):
+    def members(self, b: int, digits: _Digits, ordered: bool = False) -> Integers:
         """int [n, 3]: the vectors of an axis, row-major; for permutes in reflected order, in which
         each differs from the next by one step of one digit."""
-        vectors = np.zeros((1, 3), int)
+        vectors: Integers = np.zeros((1, 3), int)
         for i, stride, size in reversed(digits):
             step = stride * np.array(self.boxes[b].vectors[i])
             rows = [vectors if a % 2 == 0 or not ordered else vectors[::-1] for a in range(size)]
             vectors = np.concatenate([row + a * step for a, row in enumerate(rows)])
         return vectors
 
-    def _alike(self, digits):
+    def _alike(self, digits: _Digits) -> _Digits:
         """Digits by which the same groups, or their mirror images, are known: neighbours in a
         dimension merged, and dimensions that are alike exchanged."""
         rows = []
         for i in range(3):
-            row = []
+            row: list[tuple[int, int]] = []
             for _, stride, size in sorted(d for d in digits if d[0] == i):
                 if row and row[-1][0] * row[-1][1] == stride:
                     row[-1] = (row[-1][0], row[-1][1] * size)
@@ -348,11 +381,11 @@ class _Search:
             kinds = list(zip(self.slice.shape, self.slice.wrap, strict=True))
             for kind in set(kinds):
                 same = [i for i in range(3) if kinds[i] == kind]
-                for i, row in zip(same, sorted(rows[i] for i in same), strict=True):
-                    rows[i] = row
+                for i, ordered in zip(same, sorted(rows[i] for i in same), strict=True):
+                    rows[i] = ordered
         return [(i, *digit) for i in range(3) for digit in rows[i]]
 
-    def _rest(self, b, digits):
+    def _rest(self, b: int, digits: _Digits) -> _Digits:
         """Lists the digits by which all other chips of a box are counted."""
         rest = []
         for i, n in enumerate(self.boxes[b].sizes):
@@ -364,18 +397,20 @@ class _Search:
         return rest
 
 
-def _devices(slice, axes):
+def _devices(slice: Slice, axes: Iterable[Integers]) -> Integers:
     """int [sizes of the axes]: chips, from the vectors [n, 3] of each axis."""
-    total = np.zeros(3, int)
+    total: Integers = np.zeros(3, int)
     for vectors in axes:
         total = total[..., None, :] + vectors
     return slice.index(slice.reduce(total))
 
 
-def _factorisations(sizes, wanted) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _factorisations(
+    sizes: Sequence[int], wanted: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Yields int [dimensions][axes] with the products `sizes` of rows and `wanted` of columns."""
 
-    def columns(size, left):
+    def columns(size: int, left: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         if not left:
             if size == 1:
                 yield ()
@@ -384,7 +419,9 @@ def _factorisations(sizes, wanted) -> Iterator[tuple[tuple[int, ...], ...]]:
             if math.gcd(size, left[0]) % f == 0:
                 yield from ((f, *rest) for rest in columns(size // f, left[1:]))
 
-    def matrices(axes, left):
+    def matrices(
+        axes: tuple[int, ...], left: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], ...]]:
         if not axes:
             yield ()
             return
@@ -396,7 +433,7 @@ def _factorisations(sizes, wanted) -> Iterator[tuple[tuple[int, ...], ...]]:
         yield tuple(zip(*matrix, strict=True))
 
 
-def _check_mesh(slice, mesh, traffic):
+def _check_mesh(slice: Slice, mesh: Mapping[str, int], traffic: Sequence[Traffic]) -> None:
     if not mesh:
         raise ValueError("mesh {}: name its axes, such as {'data': 4}")
     for axis, size in mesh.items():

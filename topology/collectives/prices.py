@@ -22,19 +22,29 @@ Letters: C classes of links, G groups of demands that are mixed apart, K assignm
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import linprog
 from scipy.sparse import csc_array, csr_array, hstack, vstack
 
+from topology.arrays import Floats, Integers
 from topology.numbers import number, whole
 
 _PATIENCE = 3  # rounds that an unused assignment stays in the master program
 _LEAST_PRICE = 1e-7  # of the mean price: between paths that cost alike, the shorter
 
 
+Way = TypeVar("Way")
+"""An assignment of paths, in whatever form the oracle of a problem gives it."""
+
+Cheapest = Callable[[Floats], tuple[float, Floats, list[Way]]]
+"""prices [C] -> (cost, loads [G, C], ways of length G); see `best_mix`."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Mix:
+class Mix(Generic[Way]):
     """The best mixture of assignments of paths.
 
     Attributes:
@@ -49,32 +59,31 @@ class Mix:
 
     max_link_load: float
     lower_bound: float
-    class_loads: np.ndarray
-    prices: np.ndarray
-    ways: list
-    groups: np.ndarray
-    shares: np.ndarray
-    moves: np.ndarray
+    class_loads: Floats
+    prices: Floats
+    ways: list[Way]
+    groups: Integers
+    shares: Floats
+    moves: Floats
 
 
 def best_mix(
-    cheapest: Callable,
-    class_sizes,
+    cheapest: Cheapest[Way],
+    class_sizes: npt.ArrayLike,
     *,
-    moves=None,
-    start=None,
+    moves: csc_array | None = None,
+    start: npt.ArrayLike | None = None,
     tolerance: float = 1e-6,
     max_rounds: int = 200,
     time_limit: float = np.inf,
     progress: Callable[[float, float], object] | None = None,
     smoothing: float = 0.8,
-) -> Mix:
+) -> Mix[Way]:
     """The mixture of assignments of paths with the least largest link load.
 
     Args:
-      cheapest: prices [C] -> (cost, loads [G, C], ways of length G): the cheapest assignment of
-        every group, with the load that it puts on each link of a class, and the cost of all
-        together.
+      cheapest: gives the cost at some prices of the cheapest assignments of all groups together,
+        the load that each puts on each link of a class, and the assignments.
       class_sizes: int [C], links of each class.
       moves: sparse [C, M], what each move adds to the load of each link of a class; of the links
         that it takes load from, the mixture has as much. None: there are none.
@@ -96,8 +105,9 @@ def best_mix(
     best_prices = master_prices = even if start is None else np.asarray(start, float)
     master = _Master(sizes, moves)
     lower, upper, stay = 0.0, np.inf, smoothing
-    columns, groups, ways = np.zeros((0, len(sizes))), np.zeros(0, int), []
-    unused, best = np.zeros(0, int), None
+    columns, groups = np.zeros((0, len(sizes))), np.zeros(0, int)
+    ways, unused = list[Way](), np.zeros(0, int)
+    best: tuple[Floats, list[Way], Integers, Floats, Floats]
     for _ in range(max_rounds):
         prices = stay * best_prices + (1 - stay) * master_prices + _LEAST_PRICE * even
         prices /= prices @ sizes
@@ -108,7 +118,7 @@ def best_mix(
         groups = np.concatenate([groups, np.arange(len(loads))])
         unused = np.concatenate([unused, np.zeros(len(loads), int)])
         ways += found
-        left = np.inf if best is None else time_limit - (time.monotonic() - began)
+        left = np.inf if np.isinf(upper) else time_limit - (time.monotonic() - began)
         solved = master.solve(columns, groups, scale=max(lower, 1e-300), seconds=left)
         if solved is None:
             break
@@ -149,11 +159,13 @@ class _Master:
     links together cost 1. Moves are let in when one costs less than nothing, and stay.
     """
 
-    def __init__(self, sizes, moves):
+    def __init__(self, sizes: Floats, moves: csc_array):
         self.sizes, self.moves = sizes, moves
         self.open = np.zeros(moves.shape[1], bool)
 
-    def solve(self, columns, groups, *, scale, seconds):
+    def solve(
+        self, columns: Floats, groups: Integers, *, scale: float, seconds: float
+    ) -> tuple[Floats, Floats, Floats] | None:
         """(shares [K], moves [M], prices [C]); None if the seconds do not suffice."""
         end = time.monotonic() + seconds
         K, C, G = len(columns), len(self.sizes), int(groups.max()) + 1
@@ -191,7 +203,7 @@ class _Master:
         return shares, _possible(shares @ columns, self.moves, made), prices / self.sizes
 
 
-def _possible(loads, moves, made):
+def _possible(loads: Floats, moves: csc_array, made: Floats) -> Floats:
     """Limits moves, so that none takes away load that is not there.
 
     A link without load costs nothing, so neither does a move away from it: without it the largest

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from topology.arrays import Floats, Integers
 from topology.collectives.collectives import Network
 from topology.collectives.schedules import Round, Schedule
 from topology.torus.slices import Slice
@@ -22,8 +23,8 @@ class Replay:
     """
 
     seconds: float
-    round_seconds: np.ndarray
-    link_bytes: np.ndarray
+    round_seconds: Floats
+    link_bytes: Floats
     correct: bool
 
 
@@ -53,7 +54,7 @@ def replay(schedule: Schedule, bytes: float, network: Network | None = None) -> 
     return Replay(sum(seconds), np.array(seconds), total.reshape(-1, 6), correct)
 
 
-def _links(slice: Slice, round: Round):
+def _links(slice: Slice, round: Round) -> Integers:
     """int [P, H]: the ids of the links that each path passes; -1 after its end."""
     chip = round.source.copy()
     links = np.full(round.directions.shape, -1)
@@ -73,7 +74,7 @@ def _links(slice: Slice, round: Round):
     return links
 
 
-def _pieces(round):
+def _pieces(round: Round) -> tuple[Integers, Integers]:
     """The transfers of a round, piece by piece: (index of the transfer, piece)."""
     count = round.last - round.first
     transfer = np.repeat(np.arange(len(count)), count)
@@ -81,7 +82,7 @@ def _pieces(round):
     return transfer, piece + round.first[transfer]
 
 
-def _gathered(schedule):
+def _gathered(schedule: Schedule) -> bool:
     """Gathers and reductions with an integer in every piece of every shard of every chip."""
     members, K = schedule.groups.members, schedule.pieces
     n, N = members.shape[1], members.size
@@ -106,7 +107,7 @@ def _gathered(schedule):
     return bool((held[members] == sums[:, None]).all())
 
 
-def _delivered(schedule):
+def _delivered(schedule: Schedule) -> bool:
     """Follows every piece by a schedule; tells whether all are sent from where they are, and
     arrive."""
     members, K = schedule.groups.members, schedule.pieces

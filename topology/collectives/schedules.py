@@ -9,12 +9,14 @@ Letters: N chips, n members of a group, items of K equal pieces.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
+from topology.arrays import Integers
 from topology.collectives.collectives import arrivals, broadcast_rounds, check_kind, permute_pairs
 from topology.collectives.groups import Groups, path_links, vectors_between, ways_between
 from topology.torus.slices import Slice
@@ -32,12 +34,12 @@ class Round:
       adds: whether what arrives is added to what is there, or takes its place.
     """
 
-    source: np.ndarray
-    destination: np.ndarray
-    item: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    directions: np.ndarray
+    source: Integers
+    destination: Integers
+    item: Integers
+    first: Integers
+    last: Integers
+    directions: Integers
     adds: bool = False
 
     def reversed(self) -> "Round":
@@ -76,7 +78,9 @@ class Schedule:
     strategy: str
 
 
-def schedule(kind: str, groups: Groups, *, to=None, pieces: int = 60) -> Schedule:
+def schedule(
+    kind: str, groups: Groups, *, to: npt.ArrayLike | None = None, pieces: int = 60
+) -> Schedule:
     """Makes a schedule of a collective that reaches `collectives.collective_cost`.
 
     For groups of up to a few hundred chips: an all-gather of n members is n^2 transfers and more.
@@ -115,27 +119,27 @@ def dimension_rings(kind: str, groups: Groups, sizes: Sequence[int]) -> Schedule
         )
     place = np.indices(sizes).reshape(len(sizes), -1).T
     weight = np.array([prod(sizes[j + 1 :]) for j in range(len(sizes))], int)
-    rings = []
+    rings = list[bool]()
     chips = groups.members[0].reshape(sizes)
     for j in range(len(sizes)):
         line = np.moveaxis(chips, j, -1)
         hops = _hops(groups.slice, line, np.roll(line, -1, axis=-1))
-        rings.append(hops[..., -1].max() <= hops[..., :-1].max())
+        rings.append(bool(hops[..., -1].max() <= hops[..., :-1].max()))
     K = 2 * len(sizes)
-    rounds: dict[Any, Any] = {}
+    rounds: dict[tuple[int, int], list[Integers]] = {}
     for part in range(len(sizes)):
-        gathered: list[Any] = []
+        gathered: list[int] = []
         for phase in range(len(sizes)):
             j = (part + phase) % len(sizes)
             transfers = _ring_phase(place, weight, sizes, gathered, j, rings[j], 2 * part)
             for r, transfer in transfers:
                 rounds.setdefault((phase, r), []).append(transfer)
             gathered.append(j)
-    gather = [np.concatenate(rounds[key], axis=1) for key in sorted(rounds)]
+    gather = [_Transfers(*np.concatenate(rounds[key], axis=1)) for key in sorted(rounds)]
     return _of_gather(kind, groups, K, gather, "dimension_rings")
 
 
-def hamiltonian_ring(slice: Slice) -> np.ndarray:
+def hamiltonian_ring(slice: Slice) -> Integers:
     """int [N]: chips in an order in which each is one hop from the next, and the last from the
     first; through the box of the slice, so with or without wraparound.
 
@@ -151,12 +155,23 @@ def hamiltonian_ring(slice: Slice) -> np.ndarray:
     return slice.index(coordinates)
 
 
-# A gather is a list of rounds int [5, P]: places of the source and of the destination, item, first
-# and last piece. Each copies one ring's or tree's step in group 0.
+class _Transfers(NamedTuple):
+    """Round in group 0: int [P] each, the places of source and destination, the item, its first
+    and last piece; and int [P, 3] the hops of the path, or None for a shortest one."""
+
+    source: Integers
+    destination: Integers
+    item: Integers
+    first: Integers
+    last: Integers
+    vectors: Integers | None = None
 
 
-def _of_gather(kind, groups, K, gather, strategy):
-    rounds = [_round_of(groups, *transfers) for transfers in gather]
+def _of_gather(
+    kind: str, groups: Groups, K: int, gather: list[_Transfers], strategy: str
+) -> Schedule:
+    """Schedule of a collective, from an all-gather's rounds that copy."""
+    rounds = [_round_of(groups, transfers) for transfers in gather]
     backwards = [r.reversed() for r in rounds[::-1]]
     chosen = {
         "all_gather": rounds,
@@ -166,10 +181,10 @@ def _of_gather(kind, groups, K, gather, strategy):
     return Schedule(kind, groups, K, tuple(chosen), strategy)
 
 
-def _round_of(groups, source, destination, item, first, last, vectors=None):
+def _round_of(groups: Groups, transfers: _Transfers) -> Round:
     """The round in all groups, from that in group 0."""
-    chips = groups.members
-    here, there = chips[:, source], chips[:, destination]
+    chips, vectors = groups.members, transfers.vectors
+    here, there = chips[:, transfers.source], chips[:, transfers.destination]
     if vectors is None:
         vectors = vectors_between(groups.slice, here[0], there[0])
     _, directions = path_links(groups.slice, here[0], vectors)
@@ -177,17 +192,19 @@ def _round_of(groups, source, destination, item, first, last, vectors=None):
     return Round(
         here.ravel(),
         there.ravel(),
-        *(np.tile(x, G) for x in (item, first, last)),
+        np.tile(transfers.item, G),
+        np.tile(transfers.first, G),
+        np.tile(transfers.last, G),
         np.tile(directions, (G, 1)),
     )
 
 
-def _breadth_first(groups) -> tuple[int, list]:
-    """(pieces, the rounds of breadth-first broadcast, as a gather with the vectors appended)."""
+def _breadth_first(groups: Groups) -> tuple[int, list[_Transfers]]:
+    """(pieces, the rounds of breadth-first broadcast)."""
     loads = [r.load for r in broadcast_rounds(groups)]
     fair = [[load / int(w) for w in groups.sharing] for load in loads]
     K = lcm(*(part.denominator for row in fair for part in row))
-    rounds: list[list[Any]] = [[] for _ in loads]
+    rounds: list[list[tuple[int, ...]]] = [[] for _ in loads]
     for q, (away, possible) in enumerate(arrivals(groups, range(groups.size))):
         back = groups.after[q][np.arange(len(groups.moves)) ^ 1]
         for t, row in enumerate(fair):
@@ -195,12 +212,20 @@ def _breadth_first(groups) -> tuple[int, list]:
             arriving = np.flatnonzero(away == t + 1)
             for p, move, first, last in _share_out(arriving, possible[arriving], limits, K):
                 rounds[t].append((back[move], q, p, first, last, move))
-    gather = [np.array(r).T for r in rounds]
-    return K, [(*transfers[:5], groups.moves[transfers[5]]) for transfers in gather]
+    gather = []
+    for transfers in rounds:
+        source, destination, item, first, last, move = np.array(transfers).T
+        gather.append(_Transfers(source, destination, item, first, last, groups.moves[move]))
+    return K, gather
 
 
-def _share_out(items, possible, limits, K) -> Iterator[tuple[int, int, int, int]]:
-    """Assigns the pieces of items to moves by a maximum flow, within the limit of each move."""
+def _share_out(
+    items: Integers, possible: Integers, limits: list[int], K: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Assigns the pieces of items to moves by a maximum flow, within the limit of each move.
+
+    Yields (item, move, first piece, last piece).
+    """
     sets, of = np.unique(possible, return_inverse=True)
     S, M = len(sets), len(limits)
     capacity = np.zeros((S + M + 2,) * 2, np.int32)
@@ -218,8 +243,16 @@ def _share_out(items, possible, limits, K) -> Iterator[tuple[int, int, int, int]
             at = end
 
 
-def _ring_phase(place, weight, sizes, gathered, j, closed, piece):
-    """(round, transfers int [5, P]) of one part's gather along dimension j.
+def _ring_phase(
+    place: Integers,
+    weight: Integers,
+    sizes: list[int],
+    gathered: list[int],
+    j: int,
+    closed: bool,
+    piece: int,
+) -> Iterator[tuple[int, Integers]]:
+    """Yields (round, transfers int [5, P] as `_Transfers`) of one part's gather along dimension j.
 
     Every chip passes on what it has of the dimensions gathered before: one shard per place there.
     """
@@ -249,7 +282,7 @@ def _ring_phase(place, weight, sizes, gathered, j, closed, piece):
             yield r, np.array(columns)[:, inside]
 
 
-def _along_shortest_paths(kind, groups, to, K):
+def _along_shortest_paths(kind: str, groups: Groups, to: npt.ArrayLike | None, K: int) -> Schedule:
     n = groups.size
     if kind == "permute":
         source, destination = permute_pairs(groups, to)
@@ -271,12 +304,12 @@ def _along_shortest_paths(kind, groups, to, K):
     first = np.concatenate([[0], last[:-1]])
     first[starts] = 0
     some = last > first
-    transfers = (source[pair], destination[pair], item[pair], first, last)
-    columns = [x[some] for x in transfers]
-    return Schedule(
-        kind, groups, K, (_round_of(groups, *columns, vectors[some]),), "shortest_paths"
+    pair = pair[some]
+    transfers = _Transfers(
+        source[pair], destination[pair], item[pair], first[some], last[some], vectors[some]
     )
+    return Schedule(kind, groups, K, (_round_of(groups, transfers),), "shortest_paths")
 
 
-def _hops(slice, sources, destinations):
-    return np.abs(vectors_between(slice, sources, destinations)).sum(axis=-1)
+def _hops(slice: Slice, sources: Integers, destinations: Integers) -> Integers:
+    return np.asarray(np.abs(vectors_between(slice, sources, destinations)).sum(axis=-1))

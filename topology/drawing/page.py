@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from topology.drawing.scene import (
 )
 from topology.fabric.fabric import Fabric
 from topology.fabric.parts import switches
+from topology.hardware import switch_of
 
 # Stand in what is written here, so that no other files are replaced.
 _MARKS = {".html": b'name="generator" content="torsion"', ".png": b"Software\0torsion"}
@@ -94,7 +96,7 @@ def fabric_sections(fabric: Fabric) -> tuple[list[str], str]:
     }
     homes = {(s, port): home for (s, home), port in fabric.patches.items()}
     spares = 2 * fabric.pod.num_blocks
-    ports = range(fabric.pod.switch.ports)
+    ports = range(switch_of(fabric.pod).ports)
     lanes = switches(fabric.pod)
     data = {
         "names": [str(switch) for switch in lanes],
@@ -178,13 +180,13 @@ def write(path: str | Path, page: str, picture: bytes) -> tuple[Path, Path]:
     return page, data
 
 
-def _ink(colour):
+def _ink(colour: str) -> str:
     """The style of text that is read on a colour."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "color:#fff" if 0.3 * red + 0.59 * green + 0.11 * blue < 140 else "color:#10141b"
 
 
-def _data(scene):
+def _data(scene: Scene) -> dict[str, Any]:
     """Returns the scene as the JSON that `scene.js` reads."""
     bent = scene.kinds > 0
     values = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from topology.arrays import Floats, Integers
 from topology.drawing.scene import (
     FAILED_COLOUR,
     KIND_COLOURS,
@@ -81,9 +82,9 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
     depth = points.mean(axis=1) @ toward
     size = 72 * 10 / max(np.ptp(scene.positions @ right), np.ptp(scene.positions @ above) * 1.3, 6)
 
-    def paler(colour, depth):
+    def paler(colour: Floats, depth: Floats) -> Floats:
         part = 0.66 * (1 - np.clip((depth - far) / (near - far), 0, 1))
-        return colour + (1 - colour) * part[:, None]
+        return np.asarray(colour + (1 - colour) * part[:, None])
 
     # From the far to the near, in layers, so that near cubes hide far lines.
     edges = np.linspace(far, near, _LAYERS + 1)
@@ -99,7 +100,7 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
         for d, s in enumerate(signs)
     ]
 
-    def cubes(nodes, colours, zorder, size=1.0):
+    def cubes(nodes: Integers, colours: Floats, zorder: float, size: float = 1.0) -> None:
         for face, light in zip(faces, lights, strict=True):
             axes.add_collection(
                 PolyCollection(
@@ -154,8 +155,8 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
         )
     for text, place in scene.captions:
         axes.text(
-            right @ place,
-            above @ place,
+            float(right @ place),
+            float(above @ place),
             text,
             color="#55606f",
             size=8,
@@ -218,7 +219,7 @@ def picture(scene: Scene, *, heading: str, lines: Sequence[str]) -> bytes:
     return out.getvalue()
 
 
-def _view(scene):
+def _view(scene: Scene) -> tuple[Floats, Floats, Floats]:
     """The directions across, up and toward the reader, as the page shows a scene at first."""
     reach = np.ptp(scene.positions, axis=0)
     if scene.nodes == "block":

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from topology.arrays import Booleans, Floats, Integers
 from topology.fabric.fabric import Fabric
 from topology.fabric.light import trace
 from topology.fabric.losses import lost
 from topology.fabric.parts import Part, Switch, face_chip, switches
+from topology.hardware import switch_of
 from topology.routing.flows import Flow
 from topology.routing.loads import link_loads
 from topology.routing.routing import dimension_order, direction_loads
@@ -72,22 +75,22 @@ class Scene:
     nodes: str
     radius: float
     labels: tuple[str, ...]
-    positions: np.ndarray
-    groups: np.ndarray
+    positions: Floats
+    groups: Integers
     group_names: tuple[str, ...]
-    node_failed: np.ndarray
-    links: np.ndarray
-    dimensions: np.ndarray
-    kinds: np.ndarray
-    controls: np.ndarray
-    link_failed: np.ndarray
-    values: Mapping[str, np.ndarray]
-    captions: tuple[tuple[str, np.ndarray], ...]
+    node_failed: Booleans
+    links: Integers
+    dimensions: Integers
+    kinds: Integers
+    controls: Floats
+    link_failed: Booleans
+    values: Mapping[str, Floats]
+    captions: tuple[tuple[str, Floats], ...]
 
 
 def optimum(
     slice: Slice,
-    failed_links=(),
+    failed_links: npt.ArrayLike = (),
     *,
     time_limit: float = TIME_LIMIT,
     progress: Callable[[float, float], object] | None = None,
@@ -101,11 +104,11 @@ def optimum(
     Raises:
       ValueError: the failures cut the slice in two.
     """
-    failed_links = np.asarray(failed_links, int)
-    sources = len(np.unique(orbits(slice, failed_links)[0])) if failed_links.size else 1
+    failed = np.asarray(failed_links, int)
+    sources = len(np.unique(orbits(slice, failed)[0])) if failed.size else 1
     if sources * slice.num_chips > _WORK:
         return None
-    return all_to_all(slice, failed_links, time_limit=time_limit, progress=progress)
+    return all_to_all(slice, failed, time_limit=time_limit, progress=progress)
 
 
 def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = None) -> Scene:
@@ -133,9 +136,9 @@ def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = No
     places, block = slice.coordinates, slice.pod.block
     apart = 0 if block is None else _GAP * (places // block.side)
     box = _box(slice, slice.shape, slice.neighbours[:, ::2], places + apart)
-    (tails, heads), forward = box["links"].T, 2 * box["dimensions"]
+    (tails, heads), forward = box.links.T, 2 * box.dimensions
     ahead, back = 6 * tails + forward, 6 * heads + forward + 1
-    low, high = box["positions"].min(axis=0), box["positions"].max(axis=0)
+    low, high = box.positions.min(axis=0), box.positions.max(axis=0)
     corner = low - 0.8
     ends = [np.where(np.arange(3) == d, high + 0.6, corner) for d in range(3)]
     return Scene(
@@ -159,7 +162,7 @@ def slice_scene(slice: Slice, parts: Iterable[Part] = (), flow: Flow | None = No
                 if k > 1
             ),
         ),
-        **box,
+        **vars(box),
     )
 
 
@@ -174,7 +177,7 @@ def fabric_scene(fabric: Fabric) -> Scene:
     used = {block for placement in fabric.placements.values() for block in placement.blocks}
     rest = [block for block in range(fabric.pod.num_blocks) if block not in used]
     order: list[int] = []
-    boxes, lit, captions = [], [], []
+    boxes, lit, captions = list[_Box](), list[int](), list[str]()
     for name, placement in fabric.placements.items():
         slice, blocks = placement.slice, np.array(placement.blocks)
         places = np.indices(slice.block_shape).reshape(3, -1).T
@@ -186,29 +189,28 @@ def fabric_scene(fabric: Fabric) -> Scene:
                 inside = to[:, d] < slice.block_shape[d]
                 ahead[inside, d] = np.ravel_multi_index(tuple(to[inside].T), slice.block_shape)
         box = _box(slice, slice.block_shape, ahead, _SPACING * places)
-        for (tail, _), d in zip(box["links"], box["dimensions"], strict=True):
+        for (tail, _), d in zip(box.links, box.dimensions, strict=True):
             mine = [face_chip(block, s) for s in lanes if s.d == d]
-            lit.append(sum(far[blocks[tail], chip, 2 * d] >= 0 for chip in mine))
+            lit.append(int((far[blocks[tail], mine, 2 * d] >= 0).sum()))
         # The longest dimension lies across, the shortest in depth.
         turn = np.argsort(-np.array(slice.block_shape), kind="stable")
-        box["positions"], box["controls"] = box["positions"][:, turn], box["controls"][:, :, turn]
+        box.positions, box.controls = box.positions[:, turn], box.controls[:, :, turn]
         boxes.append(box)
         order.extend(placement.blocks)
         captions.append(f"{name}: {slice}")
     if rest:
         columns = int(np.ceil(np.sqrt(2.5 * len(rest))))
         sheet = np.array([(i % columns, -(i // columns), 0) for i in range(len(rest))]) * 0.8
-        nothing = np.full((len(rest), 3), -1)
-        boxes.append(_box(None, (columns, columns, 1), nothing, _SPACING * sheet))
+        boxes.append(_unlinked(_SPACING * sheet))
         order.extend(rest)
         captions.append(NO_SLICE)
-    groups = np.repeat(np.arange(len(boxes)), [len(box["positions"]) for box in boxes])
+    groups = np.repeat(np.arange(len(boxes)), [len(box.positions) for box in boxes])
     tops = _lay_out(boxes)
-    first = np.cumsum([0] + [len(box["positions"]) for box in boxes[:-1]])
+    first = np.cumsum([0] + [len(box.positions) for box in boxes[:-1]])
     for box, start in zip(boxes, first, strict=True):
-        box["links"] = box["links"] + start
-    whole = {key: np.concatenate([box[key] for box in boxes]) for key in boxes[0]}
-    lit = np.array(lit, float).reshape(-1)
+        box.links = box.links + start
+    whole = {key: np.concatenate([getattr(box, key) for box in boxes]) for key in vars(boxes[0])}
+    fibres = np.array(lit, float)
     return Scene(
         title="fabric",
         nodes="block",
@@ -217,8 +219,8 @@ def fabric_scene(fabric: Fabric) -> Scene:
         groups=groups,
         group_names=tuple(captions),
         node_failed=np.isin(order, sorted(fabric.unhealthy_blocks)),
-        link_failed=lit < block.side**2,
-        values={LIT: np.column_stack([lit, lit])},
+        link_failed=fibres < block.side**2,
+        values={LIT: np.column_stack([fibres, fibres])},
         captions=tuple(zip(captions, tops, strict=True)),
         **whole,
     )
@@ -238,12 +240,12 @@ def group_colours(scene: Scene) -> list[str]:
     ]
 
 
-def port_states(fabric: Fabric) -> np.ndarray:
+def port_states(fabric: Fabric) -> Integers:
     """int [48, ports], into PORT_STATES: what each port of each of `parts.switches` does.
 
     Used are those that a cross-connect joins; free ones have a fibre of a block, spare ones none.
     """
-    ports, spares = fabric.pod.switch.ports, 2 * fabric.pod.num_blocks
+    ports, spares = switch_of(fabric.pod).ports, 2 * fabric.pod.num_blocks
     rows = {switch: row for row, switch in enumerate(switches(fabric.pod))}
     states = np.zeros((len(rows), ports), int)
     states[:, spares:] = PORT_STATES.index("spare")
@@ -259,30 +261,30 @@ def port_states(fabric: Fabric) -> np.ndarray:
     return states
 
 
-def curves(scene: Scene, points: int = 2) -> np.ndarray:
+def curves(scene: Scene, points: int = 2) -> Floats:
     """float [L, points, 3]: points along every link, from its first node to its second."""
     t = np.linspace(0, 1, points)
     weights = np.column_stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
     ends = scene.positions[scene.links]
     corners = np.concatenate([ends[:, :1], scene.controls, ends[:, 1:]], axis=1)
-    return np.einsum("pc,lcd->lpd", weights, corners)
+    return np.asarray(np.einsum("pc,lcd->lpd", weights, corners))
 
 
-def stubs(scene: Scene) -> np.ndarray:
+def stubs(scene: Scene) -> Floats:
     """float [L, 3]: where a wrap or twist leaves the box, as a vector from its first node.
 
     It points ahead, and aside where the link is shifted; at the second node its negative.
     """
-    step = scene.positions[scene.links[:, 1]] - scene.positions[scene.links[:, 0]]
+    step: Floats = scene.positions[scene.links[:, 1]] - scene.positions[scene.links[:, 0]]
     rows = np.arange(len(step))
     step[rows, scene.dimensions] = 0
     length = np.linalg.norm(step, axis=1, keepdims=True)
     out = 0.6 * step / np.where(length > 0, length, 1)
     out[rows, scene.dimensions] = 0.9
-    return out
+    return np.asarray(out)
 
 
-def _chip_labels(slice):
+def _chip_labels(slice: Slice) -> tuple[str, ...]:
     places, block = slice.coordinates, slice.pod.block
     if block is None:
         return tuple(f"chip ({x}, {y})" for x, y, _ in places.tolist())
@@ -293,7 +295,7 @@ def _chip_labels(slice):
     )
 
 
-def _dimension_order_loads(slice):
+def _dimension_order_loads(slice: Slice) -> Floats:
     """float [N, 6]: when each chip sends one unit to every other."""
     routing = dimension_order(slice)
     if slice.is_torus:
@@ -301,8 +303,32 @@ def _dimension_order_loads(slice):
     return link_loads(slice, routing, np.ones((slice.num_chips,) * 2))
 
 
-def _box(slice: Slice | None, shape: Shape, ahead, positions) -> dict[str, np.ndarray]:
-    """A box of nodes, row-major, its middle at 0: positions, links, dimensions, kinds, controls.
+@dataclass
+class _Box:
+    """Nodes and their links, as in `Scene`."""
+
+    positions: Floats
+    links: Integers
+    dimensions: Integers
+    kinds: Integers
+    controls: Floats
+
+
+def _unlinked(positions: Floats) -> _Box:
+    """Nodes without links, their middle at 0."""
+    middle = (positions.min(axis=0) + positions.max(axis=0)) / 2
+    nothing = np.zeros(0, int)
+    return _Box(
+        positions=positions - middle,
+        links=np.zeros((0, 2), int),
+        dimensions=nothing,
+        kinds=nothing,
+        controls=np.zeros((0, 2, 3)),
+    )
+
+
+def _box(slice: Slice, shape: Shape, ahead: Integers, positions: Floats) -> _Box:
+    """A box of nodes, row-major, its middle at 0.
 
     Args:
       ahead: int [N, 3], the node one step along +x, +y and +z; -1 where there is none.
@@ -327,24 +353,19 @@ def _box(slice: Slice | None, shape: Shape, ahead, positions) -> dict[str, np.nd
         mine = np.flatnonzero(wraps & (dimensions == d))
         if mine.size:
             controls[mine] = _hoops(slice, positions, half, tails[mine], heads[mine], d)
-    links = np.column_stack([tails, heads])
-    return {
-        "positions": positions,
-        "links": links,
-        "dimensions": dimensions,
-        "kinds": kinds,
-        "controls": controls,
-    }
+    return _Box(positions, np.column_stack([tails, heads]), dimensions, kinds, controls)
 
 
-def _hoops(slice, positions, half, tails, heads, d):
+def _hoops(
+    slice: Slice, positions: Floats, half: Floats, tails: Integers, heads: Integers, d: int
+) -> Floats:
     """float [n, 2, 3]: controls of links that go around the outside of a box from +d to -d.
 
     They pass over the face that is nearest, and links of inner columns pass further out, so that
     hoops lie inside each other.
     """
     over = min(
-        ((d + 1) % 3, (d + 2) % 3), key=lambda e: (slice.twist[d][e] != 0, round(half[e], 6))
+        ((d + 1) % 3, (d + 2) % 3), key=lambda e: (slice.twist[d][e] != 0, round(float(half[e]), 6))
     )
     middle = (positions[tails, over] + positions[heads, over]) / 2
     side = np.where(middle == 0, np.sign(positions[tails, over] + 1e-9), np.sign(middle))
@@ -357,29 +378,28 @@ def _hoops(slice, positions, half, tails, heads, d):
     return controls
 
 
-def _lay_out(boxes) -> list[np.ndarray]:
+def _lay_out(boxes: list[_Box]) -> list[Floats]:
     """Moves boxes apart, in rows along x; gives the place of each one's caption."""
     # A curve comes to three quarters of the way to its control points.
     reach = [
         np.maximum(
-            np.abs(box["positions"]).max(axis=0) + 0.5,
-            0.75 * np.abs(box["controls"]).max(axis=(0, 1), initial=0),
+            np.abs(box.positions).max(axis=0) + 0.5,
+            0.75 * np.abs(box.controls).max(axis=(0, 1), initial=0),
         )
         for box in boxes
-    ]
-    reach = np.add(reach, (1.0, 1.2, 0))
+    ] + np.array((1.0, 1.2, 0))
     width = max(2 * reach[:, 0].max(), 1.3 * np.sqrt((4 * reach[:, 0] * reach[:, 1]).sum()))
-    places, x, y, row = [], 0.0, 0.0, 0.0
+    corners, x, y, row = [], 0.0, 0.0, 0.0
     for half in reach:
         if x and x + 2 * half[0] > width:
             x, y, row = 0.0, y - row, 0.0
-        places.append((x + half[0], y - half[1], 0))
+        corners.append((x + half[0], y - half[1], 0))
         x, row = x + 2 * half[0], max(row, 2 * half[1])
-    places = np.array(places)
+    places = np.array(corners)
     low, high = (places - reach).min(axis=0), (places + reach).max(axis=0)
     places -= (low + high) / 2
     for box, place in zip(boxes, places, strict=True):
-        box["positions"] = box["positions"] + place
-        box["controls"] = box["controls"] + place
+        box.positions = box.positions + place
+        box.controls = box.controls + place
     tops = reach * (0, 1, 0) - (0, 0.45, 0)
     return list(places + tops)

@@ -4,13 +4,14 @@ A `Fabric` is never changed: every function gives a new one. What a configuratio
 is found, and proved, by following the light: `topology.fabric.light`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from topology.arrays import Integers
 from topology.fabric.parts import Part, Switch, check_part, switches
-from topology.hardware import TPU_V4, OpticalSwitch, Pod, block_of, switch_of
+from topology.hardware import TPU_V4, BlockPod, OpticalSwitch, block_of, of_blocks, switch_of
 from topology.numbers import whole
 from topology.torus.shapes import legal_shapes, nearest_shape, times
 from topology.torus.slices import Slice, check_same_pod
@@ -32,7 +33,7 @@ class Placement:
     slice: Slice
     blocks: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         blocks = tuple(whole(f"blocks of {self.slice}: block", b, most=10**9) for b in self.blocks)
         if len(set(blocks)) != self.slice.num_blocks or len(blocks) != self.slice.num_blocks:
             raise ValueError(
@@ -42,12 +43,13 @@ class Placement:
         object.__setattr__(self, "blocks", blocks)
 
     @property
-    def chips(self) -> np.ndarray:
+    def chips(self) -> Integers:
         """int [N]: of every chip of the slice, 64 * block + its index in the block."""
         of = block_of(self.slice.pod)
         block, chip = np.divmod(self.slice.coordinates, of.side)
         block = np.ravel_multi_index(tuple(block.T), self.slice.block_shape)
-        return np.array(self.blocks)[block] * of.chips + chip @ (of.side**2, of.side, 1)
+        chips = np.array(self.blocks)[block] * of.chips + chip @ (of.side**2, of.side, 1)
+        return np.asarray(chips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +71,15 @@ class Fabric:
         block, switch, port or part.
     """
 
-    pod: Pod = TPU_V4
+    pod: BlockPod = TPU_V4
     placements: Mapping[str, Placement] = field(default_factory=dict)
     connects: Connects = field(default_factory=dict)
     patches: Mapping[tuple[Switch, int], int] = field(default_factory=dict)
     failed: frozenset[Part] = frozenset()
     drained: frozenset[Part] = frozenset()
 
-    def __post_init__(self):
-        block_of(self.pod)
+    def __post_init__(self) -> None:
+        of_blocks(self.pod)
         for name, placement in self.placements.items():
             check_same_pod(placement.slice, self.pod)
             for block in placement.blocks:
@@ -90,7 +92,7 @@ class Fabric:
             parts = frozenset(check_part(part, self.pod) for part in getattr(self, name))
             object.__setattr__(self, name, parts)
 
-    def _check_ports(self, switch, ports):
+    def _check_ports(self, switch: Switch, ports: Iterable[int]) -> None:
         check_part(Part("ocs", tuple(switch)), self.pod)
         there = range(switch_of(self.pod).ports)
         if wrong := [port for port in ports if port not in there]:
@@ -99,7 +101,8 @@ class Fabric:
     @property
     def unhealthy_blocks(self) -> set[int]:
         """Blocks that are drained, or have a failed chip, host or link; switches are not theirs."""
-        return {part.block for part in self.failed | self.drained} - {None}
+        blocks = {part.block for part in self.failed | self.drained}
+        return {block for block in blocks if block is not None}
 
     @property
     def free_blocks(self) -> list[int]:
@@ -188,10 +191,10 @@ def connects_of(fabric: Fabric, placement: Placement) -> dict[Switch, dict[int, 
     slice's lattice, alike in all 16 switches of d.
     """
     slice, blocks = placement.slice, np.array(placement.blocks)
+    connects: dict[Switch, dict[int, int]] = {}
     if not slice.is_whole_blocks or fabric.pod.switch is None:
-        return {}
-    places = np.indices(slice.block_shape).reshape(3, -1).T
-    connects, side = {}, fabric.pod.block.side
+        return connects
+    places, side = np.indices(slice.block_shape).reshape(3, -1).T, fabric.pod.block.side
     for d in range(3):
         to = slice.reduce((places + np.eye(3, dtype=int)[d]) * side) // side
         inside = to[:, d] < slice.block_shape[d]  # the last place of a dimension without wraparound
@@ -282,7 +285,7 @@ def replace_block(
 def reconfigure(old: Fabric, new: Fabric) -> Changes:
     """The fewest cross-connects to break and to make that turn one fabric into the other."""
 
-    def only(connects, others):
+    def only(connects: Connects, others: Connects) -> Connects:
         found = {
             switch: {a: b for a, b in held.items() if others.get(switch, {}).get(a) != b}
             for switch, held in connects.items()
@@ -334,7 +337,7 @@ def repair(fabric: Fabric, part: Part) -> Fabric:
     fabric = replace(fabric, failed=fabric.failed - {part}, drained=fabric.drained - {part})
     if part.kind != "ocs":
         return fabric
-    switch, missing = Switch(*part.where), {}
+    switch, missing = Switch(*part.where), dict[int, int]()
     for placement in fabric.placements.values():
         for out, into in connects_of(fabric, placement).get(switch, {}).items():
             if not _held(fabric, switch, out, into):
@@ -353,22 +356,24 @@ def patch(fabric: Fabric, part: Part) -> Fabric:
         raise ValueError(f"part {part}: give a port, such as port:x,0,0,17")
     *where, port = part.where
     switch, total = Switch(*where), 2 * fabric.pod.num_blocks
+    ports = switch_of(fabric.pod).ports
     lost = {p.where[3] for p in fabric.failed if p.kind == "port" and p.where[:3] == switch}
     used = {spare for (s, _), spare in fabric.patches.items() if s == switch}
     home = [h for h in range(total) if fabric.port(switch, h) == port]
     if not home:
         raise ValueError(f"{part}: no fibre is at this port; blocks have 0 .. {total - 1}")
-    spares = [p for p in range(total, fabric.pod.switch.ports) if p not in lost | used | {port}]
+    spares = [p for p in range(total, ports) if p not in lost | used | {port}]
     if not spares:
         raise ValueError(
             f"{part}: no spare port of ocs {switch} is left; repair one of {sorted(lost)}"
         )
 
-    def moved(connects):
-        return {a if a != port else spares[0]: b if b != port else spares[0] for a, b in connects}
+    def moved(end: int) -> int:
+        return spares[0] if end == port else end
 
-    held = fabric.connects.get(switch, {})
-    connects = dict(fabric.connects) | ({switch: moved(held.items())} if held else {})
+    connects = dict(fabric.connects)
+    if held := fabric.connects.get(switch):
+        connects[switch] = {moved(a): moved(b) for a, b in held.items()}
     patches = {**fabric.patches, (switch, home[0]): spares[0]}
     return replace(fabric, connects=connects, patches=patches)
 
@@ -391,7 +396,7 @@ def drain(fabric: Fabric, part: Part, policy: Policy = lowest_numbered) -> Drain
         rest = {s: held for s, held in fabric.connects.items() if s != switch}
         new = replace(fabric, connects=rest, drained=fabric.drained | {part})
         return Drained(new, {}, tuple(name for name, connects in mine.items() if connects))
-    block = part.block
+    block = part.where[0]
     fabric = replace(fabric, drained=fabric.drained | {Part("block", (block,))})
     for name, placement in fabric.placements.items():
         if block in placement.blocks:
@@ -401,7 +406,7 @@ def drain(fabric: Fabric, part: Part, policy: Policy = lowest_numbered) -> Drain
     return Drained(fabric, {}, ())
 
 
-def boxes(block_shape: Sequence[int], grid: Sequence[int]) -> np.ndarray:
+def boxes(block_shape: Sequence[int], grid: Sequence[int]) -> Integers:
     """int [B, n]: the blocks of every contiguous box of a shape, turned any way, in a fixed grid.
 
     Blocks of the grid are numbered row-major. This is what a pod without optical switches has to
@@ -415,7 +420,7 @@ def boxes(block_shape: Sequence[int], grid: Sequence[int]) -> np.ndarray:
     for name, sizes in (("block_shape", block_shape), ("grid", grid)):
         if len(sizes) != 3:
             raise ValueError(f"{name} {sizes}: blocks along x, y and z")
-    found = set()
+    found: set[tuple[int, ...]] = set()
     for shape in {tuple(block_shape[d] for d in order) for order in _ORDERS}:
         if any(s > g for s, g in zip(shape, grid, strict=True)):
             continue
@@ -435,11 +440,11 @@ def placement_of(fabric: Fabric, name: str) -> Placement:
     return fabric.placements[name]
 
 
-def _held(fabric, switch, out, into):
+def _held(fabric: Fabric, switch: Switch, out: int, into: int) -> bool:
     return fabric.connects.get(switch, {}).get(out) == into
 
 
-def _why_not(fabric, block):
+def _why_not(fabric: Fabric, block: int) -> str:
     for name, placement in fabric.placements.items():
         if block in placement.blocks:
             return f"is in slice {name!r}"
@@ -449,6 +454,6 @@ def _why_not(fabric, block):
     return f"is none of the blocks 0 .. {fabric.pod.num_blocks - 1}"
 
 
-def _listed(blocks):
+def _listed(blocks: Collection[int]) -> str:
     shown = ", ".join(map(str, list(blocks)[:8]))
     return (shown + (f" and {len(blocks) - 8} more" if len(blocks) > 8 else "")) or "none"

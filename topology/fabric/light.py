@@ -6,12 +6,13 @@ the other port; inside a block it follows the wires. `verify` then checks, link 
 claimed map from a slice's chips to the pod's is an isomorphism, and nothing else is joined.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
+from topology.arrays import Integers
 from topology.fabric.fabric import Fabric, fail, placement_of
 from topology.fabric.parts import (
     Part,
@@ -26,13 +27,13 @@ from topology.fabric.parts import (
 from topology.hardware import Block
 
 
-def trace(fabric: Fabric) -> np.ndarray:
+def trace(fabric: Fabric) -> Integers:
     """int [384 * blocks]: the link end that each link end reaches; -1 where no light comes.
 
     Link ends are numbered as in `parts.link_end`. Where ports are used twice (see
     `port_conflicts`), the later cross-connect counts.
     """
-    far = np.tile(_wires(fabric.pod.block), (fabric.pod.num_blocks, 1))
+    far: Integers = np.tile(_wires(fabric.pod.block), (fabric.pod.num_blocks, 1))
     first = ends_of(fabric.pod.block) * np.arange(len(far))[:, None]
     far = np.where(far >= 0, far + first, -1).ravel()
     ends = {switch: _fibres(fabric, switch) for switch in switches(fabric.pod)}
@@ -52,7 +53,7 @@ def port_conflicts(fabric: Fabric) -> list[str]:
     """A line for every port that more than one cross-connect uses."""
     lines = []
     for switch, held in fabric.connects.items():
-        users: dict[Any, Any] = {}
+        users: dict[int, list[tuple[int, int]]] = {}
         for pair in held.items():
             for port in pair:
                 users.setdefault(port, []).append(pair)
@@ -102,6 +103,9 @@ def check(fabric: Fabric) -> list[str]:
     return lines
 
 
+_Ends = Mapping[Switch, Mapping[int, int]]
+
+
 @dataclass(frozen=True)
 class Impact:
     """Loss of a slice: chips by their index, links by their directed ids 6 * chip + direction (both
@@ -127,7 +131,7 @@ def impact(fabric: Fabric, part: Part) -> dict[str, Impact]:
     return touched
 
 
-def _wrong_links(fabric, name, far):
+def _wrong_links(fabric: Fabric, name: str, far: Integers) -> list[str]:
     placement = placement_of(fabric, name)
     slice, chips, block = placement.slice, placement.chips, fabric.pod.block
     if len(np.unique(chips)) < len(chips):
@@ -145,14 +149,14 @@ def _wrong_links(fabric, name, far):
     ]
 
 
-def _fibres(fabric, switch):
+def _fibres(fabric: Fabric, switch: Switch) -> dict[int, int]:
     """{port: link end} of the fibres that are at the ports of a switch."""
     pod = fabric.pod
     fibres = range(2 * pod.num_blocks)
     return {fabric.port(switch, p): fibre_end(switch, p, pod) for p in fibres}
 
 
-def _dark_ends(fabric, part, ends):
+def _dark_ends(fabric: Fabric, part: Part, ends: _Ends) -> list[int]:
     """The link ends that get no light because a part failed."""
     pod = fabric.pod
     if part.kind == "ocs":
@@ -167,7 +171,7 @@ def _dark_ends(fabric, part, ends):
     return [link_end(pod, part.where[0], c, j) for c in chips_of(part, pod.block) for j in range(6)]
 
 
-def _link(of: Block, end):
+def _link(of: Block, end: int) -> str:
     if end < 0:
         return "nothing"
     block, rest = divmod(int(end), ends_of(of))
@@ -177,7 +181,7 @@ def _link(of: Block, end):
 
 
 @cache
-def _wires(block: Block) -> np.ndarray:
+def _wires(block: Block) -> Integers:
     """int [384]: the link ends of a block that its own wires join; -1 at the faces."""
     ends = np.full((*block.shape, 3, 2), -1)
     number = np.arange(ends_of(block)).reshape(ends.shape)

@@ -3,17 +3,19 @@
 `topology.fabric.light` finds the same of a slice that is placed, by following the light.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from topology.arrays import Integers
 from topology.fabric.fabric import Placement
 from topology.fabric.parts import Part, Switch, check_part, chips_of, face_chip
+from topology.hardware import BlockPod
 from topology.routing.throughput import both_ways, switch_links
 from topology.torus.slices import Slice
 
 
-def lost(slice: Slice, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
+def lost(slice: Slice, parts: Iterable[Part]) -> tuple[Integers, Integers]:
     """Chips (int) and directed link ids (int, 6 * chip + direction) that a slice loses with parts.
 
     Blocks are those of the slice: 0 .. num_blocks - 1, row-major over `slice.block_shape`; on a pod
@@ -22,7 +24,7 @@ def lost(slice: Slice, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: a part is none of the slice's; says which it has.
     """
-    chips, links = set(), set()
+    chips, links = set[int](), set[int]()
     for part in parts:
         lost_chips, lost_links = _lost(slice, check_part(part, slice.pod))
         if not lost_chips.size and not lost_links.size:
@@ -35,7 +37,7 @@ def lost(slice: Slice, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sorted(chips), int), np.array(sorted(links), int)
 
 
-def _lost(slice, part):
+def _lost(slice: Slice, part: Part) -> tuple[Integers, Integers]:
     """(chips, directed links) that a slice loses with one part, both maybe none."""
     nothing = np.zeros(0, int)
     if part.kind == "ocs":
@@ -50,28 +52,28 @@ def _lost(slice, part):
     return chips, np.unique([both_ways(slice, end) for end in gone]).astype(int)
 
 
-def _chips(slice, part):
+def _chips(slice: Slice, part: Part) -> Integers:
     """The chips of a slice that are in a block, on a host, or one chip."""
     block = slice.pod.block
     if block is None:
         return _at(slice, part.where[:2])
-    if part.block >= slice.num_blocks:
+    if part.where[0] >= slice.num_blocks:
         return np.zeros(0, int)
-    chips = [part.block * block.chips + c for c in chips_of(part, block)]
+    chips = [part.where[0] * block.chips + c for c in chips_of(part, block)]
     return np.flatnonzero(np.isin(_placed(slice), chips))
 
 
-def _at(slice, place):
+def _at(slice: Slice, where: Sequence[int]) -> Integers:
     """The chip of a slice at a place, int [1], or none."""
-    place = np.array([*place, *(0,) * (3 - len(place))])
+    place = np.array([*where, *(0,) * (3 - len(where))])
     return slice.index(place[None]) if (place < slice.shape).all() else np.zeros(0, int)
 
 
-def _ends(slice, part):
+def _ends(slice: Slice, part: Part) -> Integers:
     """The directed links of a slice that a link is, or that enter the switch at a port."""
     *where, last = part.where
     pod = slice.pod
-    if pod.block is None:
+    if not isinstance(pod, BlockPod):
         return 6 * _at(slice, where) + last
     if part.kind == "link":
         chips, direction = _chips(slice, Part("chip", tuple(where))), last
@@ -85,12 +87,12 @@ def _ends(slice, part):
     return 6 * chips + direction
 
 
-def _placed(slice):
+def _placed(slice: Slice) -> Integers:
     """int [N]: of every chip, 64 * block + its index there, on blocks 0, 1, ... of the slice."""
     return Placement(slice, tuple(range(slice.num_blocks))).chips
 
 
-def _has(slice):
+def _has(slice: Slice) -> str:
     if slice.pod.block is None:
         x, y = (k - 1 for k in slice.sizes)
         return f"chips are 0,0 .. {x},{y}"

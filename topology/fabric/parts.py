@@ -12,7 +12,7 @@ ports are spares.
 import re
 from typing import NamedTuple
 
-from topology.hardware import TPU_V4, Block, Pod, block_of, switch_of
+from topology.hardware import TPU_V4, Block, BlockPod, Pod, SwitchedPod, switched
 from topology.numbers import whole
 from topology.torus.shapes import DIMENSIONS
 
@@ -30,8 +30,7 @@ class Switch(NamedTuple):
 
 def switches(pod: Pod) -> list[Switch]:
     """Lists all optical switches of a pod; ValueError where their wiring is not published."""
-    switch_of(pod)
-    places = range(block_of(pod).side)
+    places = range(switched(pod).block.side)
     return [Switch(d, i, j) for d in range(3) for i in places for j in places]
 
 
@@ -98,9 +97,13 @@ class Part(NamedTuple):
 _DIRECTIONS = [sign + d for d in DIMENSIONS for sign in "+-"]
 
 
-def _examples(pod):
+_Range = tuple[str, int | tuple[str, ...]]
+"""What a number of a part is, and how many or which there are."""
+
+
+def _examples(pod: Pod) -> dict[str, str]:
     """{kind of part that the pod has: an example of it}."""
-    if pod.block is None:
+    if not isinstance(pod, BlockPod):
         return {"chip": "chip:0,1", "link": "link:0,1,+x"}
     examples = {
         "block": "block:12",
@@ -108,7 +111,7 @@ def _examples(pod):
         "chip": "chip:12,0,1,3",
         "link": "link:12,0,1,3,+x",
     }
-    if pod.switch is not None:
+    if isinstance(pod, SwitchedPod):
         examples |= {"ocs": "ocs:x,0,0", "port": "port:x,0,0,17"}
     return examples
 
@@ -119,34 +122,37 @@ def example_text(pod: Pod) -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _ranges(pod, kind, name):
-    """(what it is, how many or which there are) of each number of a part of a kind.
+def _ranges(pod: Pod, kind: str, name: str) -> list[_Range]:
+    """The range of each number of a part of a kind.
 
     Raises:
       ValueError: the pod has no parts of this kind; begins with the name.
     """
     directions = _DIRECTIONS[: 2 * pod.dimensions]
-    if pod.block is None:
-        places = [("coordinate of a chip", max(map(max, pod.shapes or ((1,),))))] * pod.dimensions
-        kinds = {"chip": places, "link": [*places, ("direction", tuple(directions))]}
+    direction: _Range = ("direction", tuple(directions))
+    kinds: dict[str, list[_Range]]
+    if not isinstance(pod, BlockPod):
+        longest = max(map(max, pod.shapes or ((1,),)))
+        chip: list[_Range] = [("coordinate of a chip", longest)] * pod.dimensions
+        kinds = {"chip": chip, "link": [*chip, direction]}
         if kind in ("block", "host", "ocs", "port"):
             raise ValueError(
                 f"{name}: {pod.name} has neither blocks nor optical switches; write for example "
                 f"{example_text(pod)}"
             )
     else:
-        block = ("block", pod.num_blocks)
+        block: _Range = ("block", pod.num_blocks)
         chip = [("coordinate of a chip", pod.block.side)] * 3
         kinds = {
             "block": [block],
             "host": [block, ("host of a block", pod.block.hosts)],
             "chip": [block, *chip],
-            "link": [block, *chip, ("direction", tuple(directions))],
+            "link": [block, *chip, direction],
         }
         if kind in ("ocs", "port"):
-            place = ("place in a face", pod.block.side)
-            switch = [("dimension", tuple(DIMENSIONS)), place, place]
-            ports = switch_of(pod).ports
+            place: _Range = ("place in a face", pod.block.side)
+            switch: list[_Range] = [("dimension", tuple(DIMENSIONS)), place, place]
+            ports = switched(pod).switch.ports
             kinds |= {"ocs": switch, "port": [*switch, ("port", ports)]}
     if kind not in kinds:
         raise ValueError(f"{name}: no such kind; write for example {example_text(pod)}")
@@ -191,17 +197,15 @@ def ends_of(block: Block) -> int:
     return 6 * block.chips
 
 
-def link_end(pod: Pod, block: int, chip: int, direction: int) -> int:
+def link_end(pod: BlockPod, block: int, chip: int, direction: int) -> int:
     """The number of the end of a link at a chip: 6 * (64 * block + chip in block) + direction."""
-    return block * ends_of(block_of(pod)) + 6 * chip + direction
+    return block * ends_of(pod.block) + 6 * chip + direction
 
 
-def fibre_end(switch: Switch, port: int, pod: Pod) -> int | None:
-    """The link end whose fibre is laid to a port of a switch; None of a spare port."""
-    if port >= 2 * pod.num_blocks:
-        return None
+def fibre_end(switch: Switch, port: int, pod: BlockPod) -> int:
+    """The link end whose fibre is laid to a port of a switch that is no spare one."""
     minus, block = divmod(port, pod.num_blocks)
-    return link_end(pod, block, face_chip(block_of(pod), switch, minus), 2 * switch.d + minus)
+    return link_end(pod, block, face_chip(pod.block, switch, minus), 2 * switch.d + minus)
 
 
 def face_chip(block: Block, switch: Switch, minus: int = 0) -> int:

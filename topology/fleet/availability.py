@@ -19,10 +19,11 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
+from topology.arrays import Integers
 from topology.fabric.fabric import boxes
-from topology.hardware import TPU_V4, Pod, block_of
+from topology.hardware import TPU_V4, Pod, block_of, of_blocks
 from topology.numbers import number, whole
-from topology.torus.shapes import times
+from topology.torus.shapes import Shape, times
 
 WORD = 64  # bits of a trial: the blocks of the largest pod that is sampled
 _PRECISION = 32  # bits to which a sampled probability is rounded
@@ -45,7 +46,7 @@ def ocs_goodput(host_availability: float, slice_blocks: int, pod: Pod = TPU_V4) 
     Raises:
       ValueError: the availability is not in 0 .. 1, or the pod does not have n blocks.
     """
-    p, total = block_availability(host_availability, pod), pod.num_blocks
+    p, total = block_availability(host_availability, pod), of_blocks(pod).num_blocks
     n = _fitting(slice_blocks, total)
     chances = stats.binom.pmf(np.arange(total + 1), total, p)
     return float(chances @ (np.arange(total + 1) // n)) * n / total
@@ -70,11 +71,11 @@ def static_goodput(
       ValueError: as `ocs_goodput`; or the sum has too many terms, as for slices of 4 or 8 blocks:
         `sample_goodput` answers.
     """
-    p, total = block_availability(host_availability, pod), pod.num_blocks
-    block_shape = _shape(block_shape)
-    n = _fitting(math.prod(block_shape), total)
+    p, pod = block_availability(host_availability, pod), of_blocks(pod)
+    shape, total = _shape(block_shape), pod.num_blocks
+    n = _fitting(math.prod(shape), total)
     expected = 0.0
-    for coefficients in _polynomials(tuple(sorted(block_shape)), pod.block_grid, wraparound):
+    for coefficients in _polynomials(shape, pod.block_grid, wraparound):
         expected += math.fsum(c * p**power for power, c in coefficients.items())
     return expected * n / total
 
@@ -112,13 +113,13 @@ def sample_goodput(
     Raises:
       ValueError: as `ocs_goodput`, or the pod has more than 64 blocks.
     """
-    p, total = block_availability(host_availability, pod), pod.num_blocks
-    block_shape = _shape(block_shape)
-    n = _fitting(math.prod(block_shape), total)
+    p, pod = block_availability(host_availability, pod), of_blocks(pod)
+    shape, total = _shape(block_shape), pod.num_blocks
+    n = _fitting(math.prod(shape), total)
     if total > WORD:
         raise ValueError(f"pod {pod.name}: {total} blocks, at most {WORD} can be sampled")
     trials, seed = whole("trials", trials, least=2, most=10**10), whole("seed", seed)
-    shape, exact = tuple(sorted(block_shape)), True
+    exact = True
     if static:
         places = grid_boxes(shape, pod.block_grid, wraparound)
         packings = _packings(shape, pod.block_grid, wraparound)
@@ -126,6 +127,7 @@ def sample_goodput(
     rng, sums = np.random.Generator(np.random.SFC64([seed, 0])), np.zeros(2)
     for start in range(0, trials, _CHUNK):
         up = sample_blocks(p, min(_CHUNK, trials - start), rng, total)
+        count: Integers
         if not static:
             count = np.bitwise_count(up) // np.uint8(n)
         elif packings is not None:
@@ -140,7 +142,7 @@ def sample_goodput(
     return Estimate(mean * n / total, math.sqrt(variance / trials) * n / total, exact)
 
 
-def sample_blocks(p: float, trials: int, rng: np.random.Generator, blocks: int = WORD):
+def sample_blocks(p: float, trials: int, rng: np.random.Generator, blocks: int = WORD) -> Integers:
     """uint64 [trials]: bit b is set, with chance p, where block b is up; the other bits are 0.
 
     p is rounded to 32 bits. All 64 bits compare a random binary fraction with p at once, digit by
@@ -173,7 +175,7 @@ def grid_boxes(block_shape: Sequence[int], grid: Sequence[int], wraparound: bool
     return sorted({sum(1 << block for block in set(row)) for row in inside.tolist()})
 
 
-def most_boxes(up: np.ndarray, packings: Sequence[Sequence[int]]) -> np.ndarray:
+def most_boxes(up: Integers, packings: Sequence[Sequence[int]]) -> Integers:
     """uint8 [trials]: the most disjoint boxes with all blocks up.
 
     Args:
@@ -196,7 +198,7 @@ def most_boxes(up: np.ndarray, packings: Sequence[Sequence[int]]) -> np.ndarray:
     return count
 
 
-def first_fit_boxes(up: np.ndarray, places: Sequence[int]) -> np.ndarray:
+def first_fit_boxes(up: Integers, places: Sequence[int]) -> Integers:
     """uint8 [trials]: disjoint boxes with all blocks up, each taken at the first place in order."""
     free, count = up.copy(), np.zeros(len(up), np.uint8)
     for place in places:
@@ -208,7 +210,7 @@ def first_fit_boxes(up: np.ndarray, places: Sequence[int]) -> np.ndarray:
 
 
 @lru_cache
-def _packings(shape, grid, wraparound):
+def _packings(shape: Shape, grid: Shape, wraparound: bool) -> list[list[int]] | None:
     """Lists, by number of boxes, the unions of disjoint placements of `shape` in `grid`, for
     `most_boxes`; None if there are too many."""
     places = grid_boxes(shape, grid, wraparound)
@@ -222,7 +224,7 @@ def _packings(shape, grid, wraparound):
 
 
 @lru_cache
-def _polynomials(shape, grid, wraparound):
+def _polynomials(shape: Shape, grid: Shape, wraparound: bool) -> list[dict[int, int]]:
     """{power: coefficient} of p in the chance that k disjoint boxes are up, for k = 1, 2, ..."""
     packings = _packings(shape, grid, wraparound)
     found = []
@@ -235,7 +237,7 @@ def _polynomials(shape, grid, wraparound):
             if len(signs) > _MOST_TERMS:
                 packings = None
                 break
-        coefficients = {}
+        coefficients: dict[int, int] = {}
         for blocks, sign in signs.items():
             coefficients[blocks.bit_count()] = coefficients.get(blocks.bit_count(), 0) + sign
         coefficients[0] += 1
@@ -248,15 +250,16 @@ def _polynomials(shape, grid, wraparound):
     return found
 
 
-def _probability(a):
+def _probability(a: float) -> float:
     return number("host_availability", a, most=1, unit="a part of the time, like 0.999")
 
 
-def _fitting(n, total):
+def _fitting(n: int, total: int) -> int:
     return whole("slice_blocks", n, least=1, most=total)
 
 
-def _shape(block_shape):
+def _shape(block_shape: Sequence[int]) -> Shape:
+    """The sides of a slice in blocks, ascending."""
     if len(block_shape) != 3:
         raise ValueError(f"block_shape {tuple(block_shape)}: blocks along x, y and z")
-    return tuple(whole("block_shape", k, least=1) for k in block_shape)
+    return tuple(sorted(whole("block_shape", k, least=1) for k in block_shape))

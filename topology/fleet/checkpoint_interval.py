@@ -51,7 +51,8 @@ def best_interval(save: float, mtbf: float) -> float:
             return young_interval(save, mtbf)
         series = sum(c * p**k for k, c in enumerate(_BRANCH, start=1))
         return mtbf * series
-    return mtbf * (1 + special.lambertw(-math.exp(-1 - save / mtbf)).real)
+    w: float = special.lambertw(-math.exp(-1 - save / mtbf)).real
+    return mtbf * (1 + w)
 
 
 def efficiency(work: float, save: float, restore: float, mtbf: float) -> float:
@@ -74,6 +75,6 @@ def efficiency(work: float, save: float, restore: float, mtbf: float) -> float:
 _BRANCH = (1, -1 / 3, 11 / 72, -43 / 540, 769 / 17280, -221 / 8505, 680863 / 43545600)
 
 
-def _check(**seconds):
+def _check(**seconds: float) -> None:
     for name, value in seconds.items():
         number(name, value, above=0, unit="seconds")

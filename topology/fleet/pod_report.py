@@ -34,7 +34,7 @@ class JobRecord:
     progress: Progress
     started: float | None = None
     finished: float | None = None
-    interruptions: Counter = field(default_factory=Counter)
+    interruptions: Counter[str] = field(default_factory=Counter)
 
     @property
     def wait(self) -> float | None:
@@ -82,9 +82,9 @@ class Report:
         return sum(self.waits) / max(1, len(self.waits))
 
     @property
-    def interruptions(self) -> Counter:
+    def interruptions(self) -> Counter[str]:
         """{swap, reroute, stall, requeue, preempt, migrate: how often}."""
-        return sum((record.interruptions for record in self.jobs), Counter())
+        return sum((record.interruptions for record in self.jobs), Counter[str]())
 
     @property
     def interrupted_jobs(self) -> int:

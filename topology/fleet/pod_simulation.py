@@ -15,16 +15,18 @@ and a block with anything out is out.
 
 import heapq
 import itertools
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+from topology.fabric.parts import Part
 from topology.fleet.checkpoint_interval import daly_interval
 from topology.fleet.pod_report import Event, JobRecord, Report
-from topology.fleet.policies import DEFAULT_POLICY, Policy
+from topology.fleet.policies import DEFAULT_POLICY, Blocks, Policy
 from topology.fleet.progress import ASSUMED_COSTS, Costs, Progress
 from topology.fleet.workload import PUBLISHED_RATES, FailureRates, Job, Outage
-from topology.hardware import TPU_V4, Pod, block_of
+from topology.hardware import TPU_V4, BlockPod, Pod, of_blocks
 from topology.numbers import number
 from topology.torus.slices import check_same_pod
 
@@ -49,10 +51,10 @@ def simulate(
       ValueError: a job can never be placed, two jobs have one name, a part is not of the pod, or
         the pod is not made of blocks.
     """
-    block_of(pod)
+    pod = of_blocks(pod)
     number("horizon", horizon, above=0, unit="seconds")
     simulation = _Simulation(policy, costs, rates, pod)
-    seen = set()
+    seen = set[str]()
     for job in jobs:
         check_same_pod(job.slice, pod)
         if policy.placement.choose(job.slice, range(pod.num_blocks - policy.spares)) is None:
@@ -63,12 +65,12 @@ def simulate(
         if job.name in seen:
             raise ValueError(f"job {job.name!r}: there are two of this name; give each its own")
         seen.add(job.name)
-        simulation.post(job.arrival, simulation.submit, job)
+        simulation.post(job.arrival, partial(simulation.submit, job))
     for outage in outages:
         if outage.part.block is not None and outage.part.block >= pod.num_blocks:
             raise ValueError(f"outage of {outage.part}: blocks are 0 .. {pod.num_blocks - 1}")
-        simulation.post(outage.start, simulation.out, outage)
-        simulation.post(outage.end, simulation.back, outage)
+        simulation.post(outage.start, partial(simulation.out, outage))
+        simulation.post(outage.end, partial(simulation.back, outage))
     return simulation.run(horizon)
 
 
@@ -78,7 +80,7 @@ class _Task:
 
     job: Job
     record: JobRecord
-    blocks: tuple[int, ...] = ()
+    blocks: Blocks = ()
     detour: Outage | None = None  # what it is rerouted around
     updated: float = 0.0  # the time up to which its progress is known
     turn: int = 0  # goes up when its finish is set anew
@@ -92,34 +94,47 @@ class _Task:
 _SPENT = ("kept", "lost", "slowed", "saving", "paused", "stalled")
 
 
+class _Due(NamedTuple):
+    """Something that happens at a time, if it then still stands; at one time in order."""
+
+    time: float
+    order: int
+    act: Callable[[], object]
+    stands: Callable[[], bool]
+
+
 class _Simulation:
-    def __init__(self, policy, costs, rates, pod):
+    def __init__(self, policy: Policy, costs: Costs, rates: FailureRates, pod: BlockPod):
         self.policy, self.costs, self.rates, self.pod = policy, costs, rates, pod
-        self.now, self.events, self.order = 0.0, [], itertools.count()
+        self.now, self.order = 0.0, itertools.count()
+        self.events: list[_Due] = []
         self.waiting: list[_Task] = []
         self.running: dict[str, _Task] = {}
         self.owner: list[_Task | None] = [None] * pod.num_blocks
         self.faults: list[set[Outage]] = [set() for _ in range(pod.num_blocks)]
         self.dark: set[Outage] = set()  # switches that are out
-        self.records, self.log = [], []
+        self.records: list[JobRecord] = []
+        self.log: list[Event] = []
         self.idle = self.out_ = 0.0
         self.block_rate = rates.block_failures(pod)
 
-    def post(self, time, action, subject, turn=0):
-        heapq.heappush(self.events, (time, next(self.order), action, subject, turn))
+    def post(
+        self, time: float, act: Callable[[], object], stands: Callable[[], bool] = lambda: True
+    ) -> None:
+        heapq.heappush(self.events, _Due(time, next(self.order), act, stands))
 
-    def run(self, horizon):
-        while self.events and self.events[0][0] < horizon:
-            time, _, action, subject, turn = heapq.heappop(self.events)
-            if action == self.finish and turn != subject.turn:
+    def run(self, horizon: float) -> Report:
+        while self.events and self.events[0].time < horizon:
+            due = heapq.heappop(self.events)
+            if not due.stands():
                 continue
-            self._pass(time)
-            action(subject)
+            self._pass(due.time)
+            due.act()
             self._start_waiting()
         self._pass(horizon)
         for task in self.running.values():
             self._update(task)
-        spent = Counter(dict.fromkeys(_SPENT, 0.0), idle=self.idle, out=self.out_)
+        spent = dict.fromkeys(_SPENT, 0.0) | {"idle": self.idle, "out": self.out_}
         for record in self.records:
             p, n = record.progress, record.job.slice.num_blocks
             for name in _SPENT:
@@ -127,14 +142,14 @@ class _Simulation:
         return Report(
             horizon=horizon,
             blocks=self.pod.num_blocks,
-            block_seconds=dict(spent),
+            block_seconds=spent,
             jobs=self.records,
             log=self.log,
         )
 
     # What happens.
 
-    def submit(self, job):
+    def submit(self, job: Job) -> None:
         progress = Progress(work=job.work, interval=self._interval(job), save=self.costs.save)
         record = JobRecord(job, progress)
         self.records.append(record)
@@ -142,14 +157,14 @@ class _Simulation:
         self.waiting.sort(key=lambda task: (-task.job.priority, task.job.arrival))
         self._log("submit", job)
 
-    def finish(self, task):
+    def finish(self, task: _Task) -> None:
         self._update(task)
         task.record.finished = self.now
         self._log("finish", task.job)
         self._release(task)
 
-    def out(self, outage):
-        self._log("out", None, detail=outage.part)
+    def out(self, outage: Outage) -> None:
+        self._log("out", None, part=outage.part)
         block = outage.part.block
         if block is not None:
             self.faults[block].add(outage)
@@ -162,8 +177,8 @@ class _Simulation:
             if task.job.uses_switches and not task.progress.stalled:
                 self._recover(task, outage)
 
-    def back(self, outage):
-        self._log("back", None, detail=outage.part)
+    def back(self, outage: Outage) -> None:
+        self._log("back", None, part=outage.part)
         if outage.part.block is not None:
             self.faults[outage.part.block].discard(outage)
         self.dark.discard(outage)
@@ -178,45 +193,46 @@ class _Simulation:
 
     # A part under a job is out.
 
-    def _recover(self, task, outage):
+    def _recover(self, task: _Task, outage: Outage) -> None:
         self._update(task)
         progress, costs, kind = task.progress, self.costs, outage.part.kind
         restart = costs.save if outage.planned else progress.fresh
         restart += costs.reconfigure + costs.restore
         repair = outage.end - self.now if outage.planned else self.rates.repair(kind)
-        ways = {}
+        ways: dict[str, float] = {}
+        others: Blocks | None = None
         if kind in ("link", "ocs") and task.detour is None and not progress.stalled:
             ways |= self._reroute(task, repair)
         if kind == "ocs":
             ways["wait"] = restart + repair
         else:
             failed = {block for block in task.blocks if self.faults[block]}
-            blocks = self.policy.placement.replace(
+            others = self.policy.placement.replace(
                 task.job.slice, task.blocks, failed, self._free()
             )
-            ways["requeue" if blocks is None else "swap"] = restart + repair * (blocks is None)
+            ways["requeue" if others is None else "swap"] = restart + repair * (others is None)
         way = self.policy.recovery.choose(kind, ways)
         if way == "reroute":
             task.record.interruptions["reroute"] += 1
-            self._log("reroute", task.job, detail=outage.part)
+            self._log("reroute", task.job, part=outage.part)
             self._detour(task, outage)
             progress.pause += costs.reroute
             self._expect(task)
             return
         self._interrupt(task, planned=outage.planned)
-        if way == "swap":
-            self._move(task, blocks, "swap")
+        if others is not None and way == "swap":
+            self._move(task, others, "swap")
         elif way == "requeue":
             self._requeue(task, "requeue")
         else:
             task.record.interruptions["stall"] += 1
-            self._log("stall", task.job, detail=outage.part)
+            self._log("stall", task.job, part=outage.part)
             progress.stalled = True
             progress.pause = task.owed + costs.reconfigure + costs.restore
             task.owed = 0.0
             self._expect(task)
 
-    def _interrupt(self, task, *, planned):
+    def _interrupt(self, task: _Task, *, planned: bool) -> None:
         """Stops a job: what it did since its checkpoint is lost, or saved if there is time."""
         if planned:
             task.owed += self.costs.save if task.progress.fresh else 0.0
@@ -224,31 +240,31 @@ class _Simulation:
         else:
             task.progress.lose()
 
-    def _move(self, task, blocks, kind):
+    def _move(self, task: _Task, blocks: Blocks, kind: str) -> None:
         """Puts a stopped job on other blocks, some of which may be its own."""
         task.record.interruptions[kind] += 1
         for block in task.blocks:
             self.owner[block] = None
         self._put(task, blocks, kind, self.costs.reconfigure + self.costs.restore)
 
-    def _requeue(self, task, kind):
+    def _requeue(self, task: _Task, kind: str) -> None:
         task.record.interruptions[kind] += 1
         self._log(kind, task.job)
         self._release(task)
         self.waiting.append(task)
         self.waiting.sort(key=lambda task: (-task.job.priority, task.job.arrival))
 
-    def _put(self, task, blocks, kind, pause):
+    def _put(self, task: _Task, blocks: Blocks, kind: str, pause: float) -> None:
         for block in blocks:
             self.owner[block] = task
-        task.blocks = tuple(blocks)
+        task.blocks = blocks
         self._log(kind, task.job, task.blocks)
         task.progress.pause, task.owed = pause + task.owed, 0.0
         self._detour(task, None)
         self._face_switches(task)
         self._expect(task)
 
-    def _release(self, task):
+    def _release(self, task: _Task) -> None:
         for block in task.blocks:
             self.owner[block] = None
         task.blocks, task.turn = (), task.turn + 1
@@ -256,27 +272,29 @@ class _Simulation:
         task.progress.stalled, task.progress.pause = False, 0.0
         del self.running[task.job.name]
 
-    def _detour(self, task, outage):
+    def _detour(self, task: _Task, outage: Outage | None) -> None:
         task.detour = outage
-        task.progress.speed = 1.0 if outage is None else 1 / (1 + task.job.slowdown)
+        slowdown = task.job.slowdown or 0.0  # only a job with one is rerouted
+        task.progress.speed = 1.0 if outage is None else 1 / (1 + slowdown)
 
-    def _face_switches(self, task):
+    def _face_switches(self, task: _Task) -> None:
         """Reroutes a job, or stalls it, because of the switches that are out; or neither."""
-        dark = self.dark - {task.detour} if task.job.uses_switches else set()
+        dark = self.dark - {task.detour} if task.job.uses_switches else set[Outage]()
         if len(dark) == 1 and task.detour is None and self._prefers_detour(task):
-            self._detour(task, dark.pop())
-            self._log("reroute", task.job, detail=task.detour.part)
+            outage = dark.pop()
+            self._detour(task, outage)
+            self._log("reroute", task.job, part=outage.part)
         if task.progress.stalled != bool(dark):
             self._log("stall" if dark else "resume", task.job)
         task.progress.stalled = bool(dark)
 
-    def _prefers_detour(self, task):
+    def _prefers_detour(self, task: _Task) -> bool:
         """Tells whether a job would rather route around a broken switch than wait for repair."""
         repair = self.rates.repair("ocs")
         ways = {"wait": repair, **self._reroute(task, repair)}
         return self.policy.recovery.choose("ocs", ways) == "reroute"
 
-    def _reroute(self, task, repair):
+    def _reroute(self, task: _Task, repair: float) -> dict[str, float]:
         """{"reroute": its cost in seconds}; nothing where the job did not opt in."""
         if task.job.slowdown is None:
             return {}
@@ -285,11 +303,11 @@ class _Simulation:
 
     # Jobs that wait.
 
-    def _start_waiting(self):
+    def _start_waiting(self) -> None:
         while self._start_some():  # jobs that made room may fit elsewhere
             pass
 
-    def _start_some(self):
+    def _start_some(self) -> bool:
         """Starts jobs of the queue, in its order; whether others were sent back to it for that."""
         for task in list(self.waiting):
             job, queued = task.job, len(self.waiting)
@@ -309,12 +327,12 @@ class _Simulation:
                 break
         return False
 
-    def _can_run(self, task):
+    def _can_run(self, task: _Task) -> bool:
         if not task.job.uses_switches or not self.dark:
             return True
         return len(self.dark) == 1 and self._prefers_detour(task)
 
-    def _find(self, job):
+    def _find(self, job: Job) -> Blocks | None:
         """Blocks for a job, freed for it if the policy wants; None if there are none."""
         policy, free = self.policy, self._free()
         if job.slice.num_blocks + policy.spares <= len(free):
@@ -325,7 +343,7 @@ class _Simulation:
                 return blocks
         return self._preempt(job, free) if policy.preempt else None
 
-    def _defragment(self, job, free):
+    def _defragment(self, job: Job, free: list[int]) -> Blocks | None:
         held = {
             name: (task.job.slice, task.blocks)
             for name, task in self.running.items()
@@ -347,19 +365,19 @@ class _Simulation:
             self._move(task, moves[task.job.name], "migrate")
         return blocks
 
-    def _preempt(self, job, free):
+    def _preempt(self, job: Job, free: list[int]) -> Blocks | None:
         """Takes as few jobs of lower priority off their blocks as it can, the last come first."""
         lower = [task for task in self.running.values() if task.job.priority < job.priority]
         lower.sort(key=lambda task: (task.job.priority, -task.job.arrival))
 
-        def fits(victims):
+        def fits(victims: list[_Task]) -> Blocks | None:
             blocks = [b for task in victims for b in task.blocks if not self.faults[b]]
             space = [*free, *blocks]
             if job.slice.num_blocks + self.policy.spares > len(space):
                 return None
             return self.policy.placement.choose(job.slice, space)
 
-        victims = []
+        victims = list[_Task]()
         while lower and fits(victims) is None:
             victims.append(lower.pop(0))
         blocks = fits(victims)
@@ -377,27 +395,28 @@ class _Simulation:
 
     # Time and books.
 
-    def _free(self):
+    def _free(self) -> list[int]:
         return [b for b, task in enumerate(self.owner) if task is None and not self.faults[b]]
 
-    def _pass(self, time):
+    def _pass(self, time: float) -> None:
         seconds, free = time - self.now, len(self._free())
         self.idle += seconds * free
         self.out_ += seconds * (self.owner.count(None) - free)
         self.now = time
 
-    def _update(self, task):
+    def _update(self, task: _Task) -> None:
         task.progress.advance(self.now - task.updated)
         task.updated = self.now
 
-    def _expect(self, task):
+    def _expect(self, task: _Task) -> None:
         """Posts anew when the job of a task finishes."""
-        task.turn += 1
+        task.turn = turn = task.turn + 1
         seconds = task.progress.time_left()
         if seconds < float("inf"):
-            self.post(self.now + seconds, self.finish, task, task.turn)
+            end = self.now + seconds
+            self.post(end, partial(self.finish, task), lambda: task.turn == turn)
 
-    def _interval(self, job):
+    def _interval(self, job: Job) -> float:
         if self.policy.interval is not None:
             return self.policy.interval
         failures = self.block_rate * job.slice.num_blocks
@@ -407,6 +426,9 @@ class _Simulation:
             raise ValueError("costs: save 0 has no best interval; give policy.interval")
         return daly_interval(self.costs.save, 1 / failures)
 
-    def _log(self, kind, job, blocks=(), detail=""):
+    def _log(
+        self, kind: str, job: Job | None, blocks: Blocks = (), part: Part | None = None
+    ) -> None:
         name = None if job is None else job.name
-        self.log.append(Event(self.now, kind, name, blocks, str(detail)))
+        detail = "" if part is None else str(part)
+        self.log.append(Event(self.now, kind, name, blocks, detail))

@@ -4,28 +4,36 @@ Where a slice goes (`AnyBlocks`, `ContiguousBox`), who is next (`InOrder`, `Back
 do when a part under a job fails (`Cheapest`, `AsPublished`, `NeverReroute`).
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
 from topology.fleet.availability import grid_boxes
 from topology.fleet.workload import Job
+from topology.hardware import of_blocks
 from topology.numbers import number, whole
+from topology.torus.shapes import Shape
 from topology.torus.slices import Slice
+
+Blocks = tuple[int, ...]
+Held = Mapping[str, tuple[Slice, Blocks]]
+"""{name: (slice, blocks)} of jobs that may move, their blocks all healthy."""
+Room = tuple[Blocks, dict[str, Blocks]]
+"""Blocks for a slice, and {name: blocks} to which others move for it."""
 
 
 @dataclass(frozen=True)
 class AnyBlocks:
     """Optical switches: any free blocks make any slice; the lowest-numbered are taken."""
 
-    def choose(self, slice: Slice, free: Sequence[int]) -> tuple[int, ...] | None:
+    def choose(self, slice: Slice, free: Sequence[int]) -> Blocks | None:
         """Blocks for a slice out of the free and healthy ones; None if it does not fit."""
         n = slice.num_blocks
         return tuple(sorted(free)[:n]) if n <= len(free) else None
 
     def replace(
         self, slice: Slice, held: Sequence[int], failed: Set[int], free: Sequence[int]
-    ) -> tuple[int, ...] | None:
+    ) -> Blocks | None:
         """Blocks with which a slice goes on when some of its own failed; None if there are none.
 
         The others stay where they are.
@@ -35,7 +43,7 @@ class AnyBlocks:
         others = iter(sorted(free))
         return tuple(next(others) if block in failed else block for block in held)
 
-    def make_room(self, slice: Slice, free: Sequence[int], held: Mapping[str, tuple]) -> None:
+    def make_room(self, slice: Slice, free: Sequence[int], held: Held) -> Room | None:
         """Returns None: where any blocks will do, moving slices makes no room."""
         return None
 
@@ -52,25 +60,19 @@ class ContiguousBox:
     grid: tuple[int, int, int] | None = None
     wraparound: bool = False
 
-    def choose(self, slice: Slice, free: Sequence[int]) -> tuple[int, ...] | None:
+    def choose(self, slice: Slice, free: Sequence[int]) -> Blocks | None:
         """Chooses the first box, by block numbers, that is free and healthy."""
         open_ = _bits(free)
         return next((_blocks(box) for box in self._boxes(slice) if box & open_ == box), None)
 
     def replace(
         self, slice: Slice, held: Sequence[int], failed: Set[int], free: Sequence[int]
-    ) -> tuple[int, ...] | None:
+    ) -> Blocks | None:
         """Chooses another box for the slice, that may overlap its own; see `AnyBlocks.replace`."""
         return self.choose(slice, [*free, *(block for block in held if block not in failed)])
 
-    def make_room(
-        self, slice: Slice, free: Sequence[int], held: Mapping[str, tuple[Slice, Sequence[int]]]
-    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]] | None:
+    def make_room(self, slice: Slice, free: Sequence[int], held: Held) -> Room | None:
         """Defragmentation: a box for a slice, and the boxes to which the slices in it move.
-
-        Args:
-          held: {name: (slice, blocks)} of those that may move; their blocks all healthy.
-
         Of the boxes in which the fewest blocks are held, the first from which all slices can move,
         the largest first, each to the first box that is then free.
         """
@@ -80,7 +82,8 @@ class ContiguousBox:
         candidates = [box for box in self._boxes(slice) if box & movable == box]
         for box in sorted(candidates, key=lambda box: (box & ~open_).bit_count()):
             moving = sorted((n for n in bits if bits[n] & box), key=lambda n: -bits[n].bit_count())
-            space, moves = (open_ | sum(bits[name] for name in moving)) & ~box, {}
+            space = (open_ | sum(bits[name] for name in moving)) & ~box
+            moves: dict[str, Blocks] = {}
             for name in moving:
                 blocks = self.choose(held[name][0], _blocks(space))
                 if blocks is None:
@@ -91,8 +94,8 @@ class ContiguousBox:
                 return _blocks(box), moves
         return None
 
-    def _boxes(self, slice):
-        grid = self.grid or slice.pod.block_grid
+    def _boxes(self, slice: Slice) -> list[int]:
+        grid = self.grid or of_blocks(slice.pod).block_grid
         return _boxes(slice.block_shape, grid, self.wraparound)
 
 
@@ -128,7 +131,7 @@ class Cheapest:
             the checkpoint on other blocks); wait (keep the blocks until the switch is repaired, and
             restart); requeue.
         """
-        return min(costs, key=costs.get)
+        return min(costs, key=lambda way: costs[way])
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class Policy:
     defragment: bool = False
     interval: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         whole("policy: spares", self.spares)
         if self.interval is not None:
             number("policy: interval", self.interval, above=0, unit="seconds", endless=True)
@@ -180,18 +183,18 @@ class Policy:
 DEFAULT_POLICY = Policy()
 
 
-def _without_reroute(costs):
+def _without_reroute(costs: Mapping[str, float]) -> str:
     return Cheapest().choose("", {way: cost for way, cost in costs.items() if way != "reroute"})
 
 
-def _bits(blocks):
+def _bits(blocks: Iterable[int]) -> int:
     return sum(1 << block for block in blocks)
 
 
-def _blocks(bits):
+def _blocks(bits: int) -> Blocks:
     return tuple(block for block in range(bits.bit_length()) if bits >> block & 1)
 
 
 @lru_cache
-def _boxes(block_shape, grid, wraparound):
+def _boxes(block_shape: Shape, grid: Shape, wraparound: bool) -> list[int]:
     return sorted(grid_boxes(block_shape, grid, wraparound), key=_blocks)

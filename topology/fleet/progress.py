@@ -23,7 +23,7 @@ class Costs:
     reconfigure: float = 120.0
     reroute: float = 10.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             number(f"costs: {name}", value, unit="seconds")
 
@@ -131,7 +131,7 @@ class Progress:
         """A failure: the job is back at its last checkpoint."""
         self.lost, self.fresh, self.into_save = self.lost + self.fresh, 0.0, None
 
-    def _saves(self, work):
+    def _saves(self, work: float) -> int:
         """Checkpoints on the way through so much work, none at its end."""
         return max(0, math.ceil(work / self.interval - _ROUNDING) - 1)
 

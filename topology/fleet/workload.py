@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from topology.fabric.parts import Part, switches
-from topology.hardware import TPU_V4, Block, Pod, block_of
+from topology.hardware import TPU_V4, Block, Pod, block_of, of_blocks
 from topology.numbers import number, whole
 from topology.torus.slices import Slice
 
@@ -52,7 +51,7 @@ class Job:
     priority: int = 0
     slowdown: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number(f"job {self.name!r}: arrival", self.arrival, unit="seconds")
         number(f"job {self.name!r}: work", self.work, above=0, unit="seconds")
         number(f"job {self.name!r}: priority", self.priority, least=-math.inf)
@@ -78,7 +77,7 @@ class Outage:
     part: Part
     planned: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number(f"outage of {self.part}: start", self.start, unit="seconds")
         number(f"outage of {self.part}: end", self.end, unit="seconds", endless=True)
         if self.end < self.start:
@@ -111,7 +110,7 @@ class FailureRates:
     cable_repair: float = 24 * 3600.0
     switch_repair: float = 8 * 3600.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             number(f"failure rates: {name}", value)
 
@@ -179,14 +178,13 @@ def generate_jobs(
             raise ValueError(f"jobs: sizes: the share {share} has no slices")
     if not sum(sizes) > 0:
         raise ValueError(f"jobs: sizes {sizes}: shares of slices, together more than 0")
-    block_of(pod)
-    names: list[str] = []
-    chances: Any = []
+    pod = of_blocks(pod)
+    names, shares = list[str](), list[float]()
     for share, group in sizes.items():
         weights = np.array([1 / _slice(name, pod).num_blocks for name in group])
         names += group
-        chances += (share * weights / weights.sum()).tolist()
-    chances = np.array(chances) / sum(chances)
+        shares += (share * weights / weights.sum()).tolist()
+    chances = np.array(shares) / sum(shares)
     blocks = np.array([_slice(name, pod).num_blocks for name in names])
     rate = load * pod.num_blocks / float(chances @ blocks) / mean_work
     number("jobs: load times horizon / mean_work", rate * horizon, most=_MOST, unit="jobs")
@@ -223,7 +221,8 @@ def generate_outages(
     """
     number("outages: horizon", horizon, unit="seconds")
     seed = whole("outages: seed", seed)
-    block, blocks = block_of(pod), range(pod.num_blocks)
+    pod = of_blocks(pod)
+    block, blocks = pod.block, range(pod.num_blocks)
     hosts = [Part("host", (b, h)) for b in blocks for h in range(block.hosts)]
     cables = [Part("link", (b, *cable)) for b in blocks for cable in _cables(block)]
     all_switches = [Part("ocs", tuple(switch)) for switch in switches(pod)] if pod.switch else []
@@ -240,7 +239,7 @@ def generate_outages(
         starts = np.sort(rng.uniform(0, horizon, count)).tolist()
         which = rng.integers(len(parts), size=count).tolist()
         lasts = rng.exponential(rates.repair(parts[0].kind), count).tolist()
-        up_from: dict[Any, float] = {}
+        up_from: dict[int, float] = {}
         for start, which_part, seconds in zip(starts, which, lasts, strict=True):
             if start >= up_from.get(which_part, 0.0):  # a part that is out cannot fail
                 up_from[which_part] = start + seconds
@@ -252,7 +251,7 @@ def generate_maintenance(
     horizon: float, *, every: float, lasts: float, pod: Pod = TPU_V4
 ) -> list[Outage]:
     """A planned outage of each block in each period of `every` seconds, one block after another."""
-    block_of(pod)
+    pod = of_blocks(pod)
     number("maintenance: horizon", horizon, unit="seconds")
     number("maintenance: every", every, above=0, unit="seconds")
     number("maintenance: lasts", lasts, above=0, most=every, unit="seconds of every")
@@ -287,5 +286,5 @@ def _cables(block: Block) -> list[tuple[int, ...]]:
 
 
 @lru_cache
-def _slice(name, pod):
+def _slice(name: str, pod: Pod) -> Slice:
     return Slice.parse(name, pod)

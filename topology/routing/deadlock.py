@@ -17,13 +17,15 @@ A buffer's id is `virtual_channel * 6 N + link`, link = 6 * chip + direction.
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from topology.arrays import Integers
 from topology.routing.routing import Routing, routes
 from topology.torus.slices import Slice
 
-Datelines = tuple[tuple[frozenset, frozenset], ...]
+Datelines = tuple[tuple[frozenset[int], frozenset[int]], ...]
 """[d][0 or 1]: the coordinates from which steps along +d (0) or -d (1) cross a dateline."""
 
 
@@ -32,7 +34,9 @@ def end_datelines(slice: Slice) -> Datelines:
     return tuple((frozenset([k - 1]), frozenset([0])) for k in slice.shape)
 
 
-def virtual_channels(slice: Slice, links, datelines: Datelines | None = None) -> np.ndarray:
+def virtual_channels(
+    slice: Slice, links: npt.ArrayLike, datelines: Datelines | None = None
+) -> Integers:
     """int [..., H]: the virtual channel of every hop of dimension-order paths.
 
     It counts the datelines that the path has crossed in the hop's dimension, this hop included.
@@ -57,7 +61,7 @@ def virtual_channels(slice: Slice, links, datelines: Datelines | None = None) ->
     return channels
 
 
-def buffers(slice: Slice, links, datelines: Datelines | None = None) -> np.ndarray:
+def buffers(slice: Slice, links: npt.ArrayLike, datelines: Datelines | None = None) -> Integers:
     """int [..., H]: the buffer that every hop of dimension-order paths goes into; -1 after."""
     links = np.asarray(links)
     channels = virtual_channels(slice, links, datelines)
@@ -66,7 +70,7 @@ def buffers(slice: Slice, links, datelines: Datelines | None = None) -> np.ndarr
 
 def routing_buffers(
     slice: Slice, routing: Routing, datelines: Datelines | None = None, *, chunk: int = 64
-) -> Iterator[np.ndarray]:
+) -> Iterator[Integers]:
     """The paths of all pairs of chips as buffers, int [S, N, H], a chunk of sources at a time."""
     for way in range(len(routing.shares)):
         for first in range(0, slice.num_chips, chunk):
@@ -74,7 +78,7 @@ def routing_buffers(
             yield buffers(slice, routes(slice, routing, way, sources), datelines)
 
 
-def dependencies(paths: Iterable[np.ndarray]) -> np.ndarray:
+def dependencies(paths: Iterable[Integers]) -> Integers:
     """int [E, 2]: buffers one of which a path leaves for the other, each pair once.
 
     Args:
@@ -89,7 +93,7 @@ def dependencies(paths: Iterable[np.ndarray]) -> np.ndarray:
     return np.column_stack([pairs >> 32, pairs & 0xFFFFFFFF])
 
 
-def find_cycle(waits) -> list[int] | None:
+def find_cycle(waits: npt.ArrayLike) -> list[int] | None:
     """Buffers that wait for each other in a circle, in order; None where there are none.
 
     None proves that the routing is free of deadlock.

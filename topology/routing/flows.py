@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csc_array, csr_array
 from scipy.sparse.csgraph import dijkstra
 
+from topology.arrays import Floats, Integers
 from topology.collectives.prices import best_mix
 
 _APART = 60_000  # sources times classes of links up to which each source has ways of its own
@@ -33,10 +34,10 @@ class Flow:
 
     max_link_load: float
     lower_bound: float
-    loads: np.ndarray
-    prices: np.ndarray
-    sources: np.ndarray
-    flows: np.ndarray
+    loads: Floats
+    prices: Floats
+    sources: Integers
+    flows: Floats
     detours: dict[int, list[tuple[tuple[int, ...], float]]]
 
     @property
@@ -46,13 +47,13 @@ class Flow:
 
 
 def least_max_load(
-    neighbours,
-    demands,
+    neighbours: npt.ArrayLike,
+    demands: npt.ArrayLike,
     *,
-    sources=None,
-    source_counts=None,
-    link_classes=None,
-    start=None,
+    sources: npt.ArrayLike | None = None,
+    source_counts: npt.ArrayLike | None = None,
+    link_classes: npt.ArrayLike | None = None,
+    start: npt.ArrayLike | None = None,
     tolerance: float = 1e-6,
     max_rounds: int = 200,
     time_limit: float = np.inf,
@@ -113,16 +114,15 @@ def least_max_load(
     S, C, L = len(sources), len(sizes), len(links)
     apart = S * C <= _APART
 
-    def cheapest(prices):
+    def cheapest(prices: Floats) -> tuple[float, Floats, list[csr_array]]:
         each = prices[classes]
         costs = dijkstra(csr_array((each, heads, starts), (N, N)), indices=sources)
         if np.isinf(costs[demands > 0]).any():
             raise ValueError("demands: a destination cannot be reached over the links that work")
         row, link, amount = _split(costs, each, tails, heads, demands)
-        loads = np.bincount(
-            row * C + classes[link], amount * counts[row] / sizes[classes[link]], minlength=S * C
-        ).reshape(S, C)
-        cost = counts @ np.where(demands > 0, demands * costs, 0).sum(axis=1)
+        parts = amount * counts[row] / sizes[classes[link]]
+        loads = np.asarray(np.bincount(row * C + classes[link], parts, S * C), float).reshape(S, C)
+        cost = float(counts @ np.where(demands > 0, demands * costs, 0).sum(axis=1))
         flows = csr_array((amount, (row, link)), (S, L))
         if apart:
             return cost, loads, [flows[[s]] for s in range(S)]
@@ -145,14 +145,14 @@ def least_max_load(
         cheapest,
         sizes,
         moves=moves,
-        start=None if start is None else np.bincount(classes, start.ravel()[links]) / sizes,
+        start=None if start is None else np.bincount(classes, np.ravel(start)[links]) / sizes,
         tolerance=tolerance,
         max_rounds=max_rounds,
         time_limit=time_limit,
         progress=progress,
     )
 
-    def on_links(values):
+    def on_links(values: Floats) -> Floats:
         out = np.zeros((*values.shape[:-1], neighbours.size))
         out[..., links] = values
         return out.reshape(*values.shape[:-1], *neighbours.shape)
@@ -160,7 +160,7 @@ def least_max_load(
     flows = np.zeros((S, L))
     for group, share, way in zip(mix.groups, mix.shares, mix.ways, strict=True):
         flows[group : group + 1 if apart else S] += share * way.toarray()
-    detours: dict[Any, Any] = {}
+    detours: dict[int, list[tuple[tuple[int, ...], float]]] = {}
     for m in np.flatnonzero(mix.moves):
         detours.setdefault(int(detoured[m]), []).append(
             (tuple(paths[m].tolist()), float(mix.moves[m]))
@@ -176,7 +176,9 @@ def least_max_load(
     )
 
 
-def _split(costs, prices, tails, heads, demands):
+def _split(
+    costs: Floats, prices: Floats, tails: Integers, heads: Integers, demands: Floats
+) -> tuple[Integers, Integers, Floats]:
     """The cheapest way of each source, in equal parts over the last hops of paths that cost alike.
 
     Args:
@@ -203,7 +205,7 @@ def _split(costs, prices, tails, heads, demands):
     return row[used], link[used], amount[used]
 
 
-def _detours(neighbours, links):
+def _detours(neighbours: Integers, links: Integers) -> tuple[Integers, Integers]:
     """The paths of three hops from the tail to the head of each of some links, without it.
 
     Returns:

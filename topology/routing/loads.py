@@ -5,14 +5,16 @@ the diagonal costs nothing. Loads are in the same unit, times are load / bandwid
 """
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse.csgraph import shortest_path
 
+from topology.arrays import Floats, Integers
 from topology.routing.flows import Flow, least_max_load
 from topology.routing.routing import Routing
 from topology.torus.slices import Slice
 
 
-def link_loads(slice: Slice, routing: Routing, traffic) -> np.ndarray:
+def link_loads(slice: Slice, routing: Routing, traffic: npt.ArrayLike) -> Floats:
     """float [N, 6]: what each directed link carries under dimension-order routing.
 
     A second or two for 4096 chips, with little memory beside the matrix: displacement by
@@ -24,10 +26,10 @@ def link_loads(slice: Slice, routing: Routing, traffic) -> np.ndarray:
     Raises:
       ValueError: the matrix has another shape, or entries that are negative or not finite.
     """
-    traffic = _checked(slice, traffic)
+    amounts = _checked(slice, traffic)
     N = slice.num_chips
     chips = np.arange(N)
-    reach = np.abs(routing.vectors).max(axis=(0, 1))
+    reach = np.abs(routing.vectors).max(axis=(0, 1)).tolist()
     moved = [_steps(slice, d, reach[d]) for d in range(3)]
     # passing[d][a, c]: what stands at chip c with a hops along d ahead of it.
     passing = [np.zeros((2 * reach[d] + 1, N)) for d in range(3)]
@@ -35,11 +37,11 @@ def link_loads(slice: Slice, routing: Routing, traffic) -> np.ndarray:
     ways, displacements = np.nonzero(routing.shares)
     for way, v in zip(ways, displacements, strict=True):
         vector = routing.vectors[way, v]
-        starts, here = [], chips
+        starts, here = list[Integers](), chips
         for d in routing.order:
             starts.append(here)
             here = moved[d][vector[d]][here]
-        amount = routing.shares[way, v] * traffic[chips, here]
+        amount = routing.shares[way, v] * amounts[chips, here]
         for d in walls:
             end = slice.coordinates[:, d] + vector[d]
             amount = np.where((end >= 0) & (end < slice.shape[d]), amount, 0)
@@ -55,17 +57,19 @@ def link_loads(slice: Slice, routing: Routing, traffic) -> np.ndarray:
     return loads
 
 
-def least_load(slice: Slice, traffic, *, tolerance: float = 1e-4, max_rounds: int = 200) -> Flow:
+def least_load(
+    slice: Slice, traffic: npt.ArrayLike, *, tolerance: float = 1e-4, max_rounds: int = 200
+) -> Flow:
     """The best routing of a traffic matrix, paths splitting at will, with the bound that it meets.
 
     The multi-commodity linear program over all links: a second on 32 chips, minutes on 128. For
     more chips see `lower_bounds`.
     """
-    traffic = _checked(slice, traffic)
-    return least_max_load(slice.neighbours, traffic, tolerance=tolerance, max_rounds=max_rounds)
+    demands = _checked(slice, traffic)
+    return least_max_load(slice.neighbours, demands, tolerance=tolerance, max_rounds=max_rounds)
 
 
-def lower_bounds(slice: Slice, traffic) -> dict[str, float]:
+def lower_bounds(slice: Slice, traffic: npt.ArrayLike) -> dict[str, float]:
     """Loads that the most loaded link has at least, whatever the routing; cheap on 4096 chips.
 
     Returns:
@@ -76,18 +80,18 @@ def lower_bounds(slice: Slice, traffic) -> dict[str, float]:
         load is a convex function of traffic that no translation changes, so averaging never adds to
         it. At least "distance", and equal to the optimum for traffic that is alike for all chips.
     """
-    traffic = _checked(slice, traffic)
-    bounds = {"chip": _chip_bound(slice, traffic), "cut": _cut_bound(slice, traffic)}
+    demands = _checked(slice, traffic)
+    bounds = {"chip": _chip_bound(slice, demands), "cut": _cut_bound(slice, demands)}
     links = max(1, (slice.neighbours >= 0).sum())
     if not slice.is_torus:
         tail, direction = np.nonzero(slice.neighbours >= 0)
         graph = np.zeros((slice.num_chips,) * 2, bool)
         graph[tail, slice.neighbours[tail, direction]] = True
-        bounds["distance"] = float((traffic * shortest_path(graph, unweighted=True)).sum() / links)
+        bounds["distance"] = float((demands * shortest_path(graph, unweighted=True)).sum() / links)
         return bounds
     x, y, z = (_steps(slice, d, slice.shape[d] - 1) for d in range(3))
     chips = np.arange(slice.num_chips)
-    mean = np.array([traffic[chips, x[a][y[b][z[c]]]].sum() for a, b, c in slice.coordinates])
+    mean = np.array([demands[chips, x[a][y[b][z[c]]]].sum() for a, b, c in slice.coordinates])
     bounds["distance"] = float(mean @ slice.hop_distances() / links)
     flow = least_max_load(
         slice.neighbours,
@@ -100,7 +104,7 @@ def lower_bounds(slice: Slice, traffic) -> dict[str, float]:
     return bounds
 
 
-def _steps(slice, d, reach):
+def _steps(slice: Slice, d: int, reach: int) -> Integers:
     """Permutations [2 reach + 1][N], the chip so many (signed) steps along d.
 
     Without wraparound in d they go round all the same; the caller leaves those paths out.
@@ -109,19 +113,19 @@ def _steps(slice, d, reach):
     first[:, d] = 0
     ahead = slice.neighbours[:, 2 * d]
     ahead = np.where(ahead < 0, slice.index(first), ahead)
-    forward = [np.arange(slice.num_chips)]
+    forward: list[Integers] = [np.arange(slice.num_chips)]
     for _ in range(reach):
         forward.append(ahead[forward[-1]])
-    back = [np.argsort(step) for step in forward[:0:-1]]
+    back: list[Integers] = [np.argsort(step) for step in forward[:0:-1]]
     return np.array(forward + back)
 
 
-def _chip_bound(slice, traffic):
+def _chip_bound(slice: Slice, traffic: Floats) -> float:
     degree = np.maximum(1, (slice.neighbours >= 0).sum(axis=1))
     return float(np.maximum(traffic.sum(axis=1) / degree, traffic.sum(axis=0) / degree).max())
 
 
-def _cut_bound(slice, traffic):
+def _cut_bound(slice: Slice, traffic: Floats) -> float:
     best = 0.0
     tail, direction = np.nonzero(slice.neighbours >= 0)
     head = slice.neighbours[tail, direction]
@@ -143,16 +147,17 @@ def _cut_bound(slice, traffic):
     return float(best)
 
 
-def _checked(slice, traffic):
-    traffic = np.asarray(traffic, float)
+def _checked(slice: Slice, traffic: npt.ArrayLike) -> Floats:
+    """float [N, N]: the matrix without its diagonal. ValueError where it is none of the slice."""
+    demands = np.asarray(traffic, float)
     N = slice.num_chips
-    if traffic.shape != (N, N):
+    if demands.shape != (N, N):
         raise ValueError(
-            f"traffic: shape {traffic.shape}; {slice} has {N} chips, so the matrix is [{N}, {N}]"
+            f"traffic: shape {demands.shape}; {slice} has {N} chips, so the matrix is [{N}, {N}]"
         )
-    if not np.isfinite(traffic).all() or (traffic < 0).any():
+    if not np.isfinite(demands).all() or (demands < 0).any():
         raise ValueError("traffic: every entry is finite and 0 or more")
-    if np.diagonal(traffic).any():
-        traffic = traffic.copy()
-        np.fill_diagonal(traffic, 0)
-    return traffic
+    if np.diagonal(demands).any():
+        demands = demands.copy()
+        np.fill_diagonal(demands, 0)
+    return demands

@@ -8,13 +8,17 @@ vectors count: breaking the ties between shortest vectors well is all there is t
 Letters: N chips, W paths at most per displacement.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
+from topology.arrays import Booleans, Floats, Integers
 from topology.collectives.prices import best_mix
+from topology.torus.shapes import three
 from topology.torus.slices import Slice
 
 TIES = ("split", "early", "late", "positive")
@@ -33,12 +37,12 @@ class Routing:
       order: the dimensions in the order in which the hops are made.
     """
 
-    vectors: np.ndarray
-    shares: np.ndarray
+    vectors: Integers
+    shares: Floats
     order: tuple[int, int, int] = (0, 1, 2)
 
 
-def short_vectors(slice: Slice) -> tuple[np.ndarray, np.ndarray]:
+def short_vectors(slice: Slice) -> tuple[Integers, Integers]:
     """The vectors of hops to every chip from chip 0 that no other is as short as in x, y and z.
 
     Returns:
@@ -56,7 +60,7 @@ def short_vectors(slice: Slice) -> tuple[np.ndarray, np.ndarray]:
     chips = slice.index(slice.reduce(grid))
     hops = np.abs(grid)
     order = np.lexsort((*hops.T, hops.sum(axis=1), chips))
-    kept = []
+    found = list[Integers]()
     while order.size:
         # The shortest left of each chip stays, and what it is as short as everywhere goes.
         here = chips[order]
@@ -64,9 +68,9 @@ def short_vectors(slice: Slice) -> tuple[np.ndarray, np.ndarray]:
         best = hops[order[first]]
         longer = (best <= hops[order]).all(axis=1) & (best != hops[order]).any(axis=1)
         taken = first == np.arange(len(order))
-        kept.append(order[taken])
+        found.append(order[taken])
         order = order[~taken & ~longer]
-    kept = np.concatenate(kept)
+    kept = np.concatenate(found)
     kept = kept[np.argsort(chips[kept], kind="stable")]
     return chips[kept], grid[kept]
 
@@ -111,7 +115,7 @@ def dimension_order(
         best = (ranked == ranked[first[chips]]).all(axis=1)
         chips, vectors = chips[best], vectors[best]
     parts = 1 / np.bincount(chips)[chips]
-    return _routing(slice, chips, vectors, parts, tuple(order))
+    return _routing(slice, chips, vectors, parts, order)
 
 
 def optimal_split(slice: Slice, *, order: tuple[int, int, int] = (0, 1, 2)) -> Routing:
@@ -124,17 +128,18 @@ def optimal_split(slice: Slice, *, order: tuple[int, int, int] = (0, 1, 2)) -> R
     hops = np.abs(vectors)
     starts = np.searchsorted(chips, np.arange(slice.num_chips))
 
-    def cheapest(prices):
+    def cheapest(prices: Floats) -> tuple[float, Floats, list[Floats]]:
         costs = hops @ prices
         least = np.minimum.reduceat(costs, starts)
         ties = costs <= least[chips] * (1 + 1e-12)
         parts = ties / np.add.reduceat(ties, starts)[chips]
-        return slice.num_chips * 2 * least.sum() / 2, (parts @ hops / 2)[None], [parts]
+        cost = float(slice.num_chips * 2 * least.sum() / 2)
+        return cost, (parts @ hops / 2)[None], [parts]
 
     mix = best_mix(cheapest, np.full(3, 2 * slice.num_chips))
-    parts = sum(share * way for share, way in zip(mix.shares, mix.ways, strict=True))
+    parts: Floats = sum(share * way for share, way in zip(mix.shares, mix.ways, strict=True))
     used = parts > 1e-12
-    return _routing(slice, chips[used], vectors[used], parts[used], tuple(order))
+    return _routing(slice, chips[used], vectors[used], parts[used], order)
 
 
 def best_single_path(
@@ -175,11 +180,11 @@ def best_single_path(
     if solution.x is None:
         raise RuntimeError(f"HiGHS found no single-path routing: {solution.message}")
     chosen = np.flatnonzero(np.round(solution.x[:M]))
-    routing = _routing(slice, chips[chosen], vectors[chosen], np.ones(N), tuple(order))
+    routing = _routing(slice, chips[chosen], vectors[chosen], np.ones(N), order)
     return routing, max(bound, int(np.ceil(solution.mip_dual_bound - 1e-6)))
 
 
-def direction_loads(routing: Routing) -> np.ndarray:
+def direction_loads(routing: Routing) -> Floats:
     """float [6]: the load of each link of +x, -x, +y, -y, +z, -z under uniform all-to-all.
 
     On a torus, when every chip sends one unit to every other; `throughput.all_to_all` gives what
@@ -190,7 +195,7 @@ def direction_loads(routing: Routing) -> np.ndarray:
     return np.column_stack([ahead, back]).ravel()
 
 
-def routes(slice: Slice, routing: Routing, way: int, sources) -> np.ndarray:
+def routes(slice: Slice, routing: Routing, way: int, sources: npt.ArrayLike) -> Integers:
     """int [S, N, H]: the links of the paths from some sources to every chip, in order; then -1.
 
     Args:
@@ -218,16 +223,20 @@ def routes(slice: Slice, routing: Routing, way: int, sources) -> np.ndarray:
     return out
 
 
-def _targets(slice, routing, way, sources):
+def _targets(
+    slice: Slice, routing: Routing, way: int, sources: Integers
+) -> tuple[Booleans, Integers]:
     """(bool [S, N], int [S, N]): whether a source goes a way, and to which chip it leads."""
     ends = slice.coordinates[sources][:, None] + routing.vectors[way]
     walls = ~np.array(slice.wrap)
-    inside = ((ends >= 0) & (ends < slice.shape) | ~walls).all(axis=-1)
+    inside = np.asarray(((ends >= 0) & (ends < slice.shape) | ~walls).all(axis=-1))
     inside &= routing.shares[way] > 0
     return inside, slice.index(slice.reduce(np.where(inside[..., None], ends, 0)))
 
 
-def _routing(slice, chips, vectors, parts, order):
+def _routing(
+    slice: Slice, chips: Integers, vectors: Integers, parts: Floats, order: Sequence[int]
+) -> Routing:
     """Pads lists by chip to W ways; chips ascending."""
     first = np.searchsorted(chips, np.arange(slice.num_chips))
     way = np.arange(len(chips)) - first[chips]
@@ -235,15 +244,14 @@ def _routing(slice, chips, vectors, parts, order):
     padded = np.zeros((W, slice.num_chips, 3), int)
     shares = np.zeros((W, slice.num_chips))
     padded[way, chips], shares[way, chips] = vectors, parts
-    return Routing(vectors=padded, shares=shares, order=order)
+    return Routing(vectors=padded, shares=shares, order=three(order))
 
 
-def _mesh_order(slice, ties, order):
+def _mesh_order(slice: Slice, ties: str, order: Sequence[int]) -> Routing:
     """Routes as `dimension_order`, without all wraparound (so not twisted): paths differ by
     signs."""
-    ways = [np.zeros((1, slice.num_chips, 3), int)]
+    vectors = np.zeros((1, slice.num_chips, 3), int)
     shares = np.ones((1, slice.num_chips))
-    vectors = ways[0]
     for d, (k, wraps) in enumerate(zip(slice.shape, slice.wrap, strict=True)):
         ahead = slice.coordinates[:, d]
         parts = np.ones((2, slice.num_chips))
@@ -258,10 +266,10 @@ def _mesh_order(slice, ties, order):
         vectors = np.concatenate(both)
         shares = np.concatenate([shares * parts[0], shares * parts[1]])
     some = shares.any(axis=1)
-    return Routing(vectors=vectors[some], shares=shares[some], order=tuple(order))
+    return Routing(vectors=vectors[some], shares=shares[some], order=three(order))
 
 
-def _order(slice, d):
+def _order(slice: Slice, d: int) -> int:
     """Steps along +d that lead from a chip back to itself."""
     if slice.shape[d] == 1:
         return 1
@@ -271,7 +279,7 @@ def _order(slice, d):
     return steps
 
 
-def _check_torus(slice):
+def _check_torus(slice: Slice) -> None:
     if not slice.is_torus:
         raise ValueError(
             f"slice {slice}: vectors of hops are those of a torus; take one that wraps around in "

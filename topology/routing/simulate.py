@@ -14,7 +14,9 @@ end within 1 % of it on 4x4x8 and 4 % on 4x4x8_twisted (5 % and 7 % with 4 and 8
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from topology.arrays import Integers
 from topology.routing.deadlock import Datelines, buffers
 from topology.routing.routing import Routing, routes
 from topology.torus.slices import Slice
@@ -35,10 +37,10 @@ class Simulation:
     cycles: int
     delivered: int
     stuck: int
-    link_packets: np.ndarray
+    link_packets: Integers
 
 
-def simulate(num_chips: int, paths, *, places: int | None = None) -> Simulation:
+def simulate(num_chips: int, paths: npt.ArrayLike, *, places: int | None = None) -> Simulation:
     """Sends packets along given paths, all ready at the start.
 
     Args:
@@ -98,7 +100,7 @@ def all_to_all_packets(
     *,
     datelines: Datelines | None = None,
     seed: int = 0,
-) -> np.ndarray:
+) -> Integers:
     """int [units N (N - 1), H]: paths of `units` packets from every chip to every other, shuffled.
 
     Where a displacement has several ways, its packets are dealt out to them in their shares, over

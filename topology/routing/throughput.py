@@ -12,13 +12,14 @@ position of every block, so translations by whole blocks remain.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from topology.hardware import switch_of
+from topology.arrays import Integers
+from topology.hardware import switched
 from topology.numbers import number, whole
 from topology.routing.flows import Flow, least_max_load
 from topology.torus.shapes import shipped_twist
@@ -96,7 +97,7 @@ def is_cut(slice: Slice, failed_links: Iterable[int]) -> bool:
     tails, directions = np.nonzero(neighbours >= 0)
     N = slice.num_chips
     graph = coo_array((np.ones(len(tails)), (tails, neighbours[tails, directions])), (N, N))
-    return connected_components(graph, connection="strong")[0] > 1
+    return int(connected_components(graph, connection="strong")[0]) > 1
 
 
 def all_to_all_kept(
@@ -141,7 +142,7 @@ def bytes_per_second_per_chip(slice: Slice, max_link_load: float, bandwidth: flo
     return bandwidth * ((slice.num_chips - 1) / max_link_load)
 
 
-def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
+def switch_links(slice: Slice, dimension: int, i: int, j: int) -> Integers:
     """int: ids of the directed links of a slice that pass the optical switch OCS(d, i, j).
 
     They leave their block through the face +d or -d at the in-face position (i, j): the chip's
@@ -151,8 +152,7 @@ def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
       ValueError: there is no such switch, its wiring is not published, or the slice has no optical
         links in that dimension.
     """
-    switch_of(slice.pod)
-    side = slice.pod.block.side
+    side = switched(slice.pod).block.side
     dimension = whole("switch: dimension", dimension, most=2)
     i, j = whole("switch: i", i, most=side - 1), whole("switch: j", j, most=side - 1)
     place = np.delete(slice.coordinates % side, dimension, axis=1)
@@ -168,7 +168,7 @@ def switch_links(slice: Slice, dimension: int, i: int, j: int) -> np.ndarray:
     return np.sort(np.concatenate([6 * chips + 2 * dimension, 6 * ahead + 2 * dimension + 1]))
 
 
-def both_ways(slice: Slice, link: int) -> np.ndarray:
+def both_ways(slice: Slice, link: int) -> Integers:
     """int [2]: the ids of a link and of its reverse, which fail together."""
     chip, direction = divmod(whole("link", link, most=6 * slice.num_chips - 1), 6)
     if not 0 <= chip < slice.num_chips or slice.neighbours[chip, direction] < 0:
@@ -176,11 +176,11 @@ def both_ways(slice: Slice, link: int) -> np.ndarray:
     return np.array([link, 6 * slice.neighbours[chip, direction] + (direction ^ 1)])
 
 
-def _without(slice, failed_links):
+def _without(slice: Slice, failed_links: Iterable[int]) -> tuple[Integers, Integers]:
     """(neighbours [N, 6] with -1 for failed links, the failed ids in order)."""
     ids = [whole("failed link", link, most=6 * slice.num_chips - 1) for link in failed_links]
     failed = np.unique(np.array(ids, int))
-    neighbours = slice.neighbours.copy()
+    neighbours: Integers = slice.neighbours.copy()
     missing = neighbours.ravel()[failed] < 0
     if missing.any():
         raise ValueError(
@@ -191,7 +191,9 @@ def _without(slice, failed_links):
     return neighbours, failed
 
 
-def orbits(slice: Slice, *link_sets, reflections_only: bool = False):
+def orbits(
+    slice: Slice, *link_sets: Integers, reflections_only: bool = False
+) -> tuple[Integers, Integers]:
     """Labels [N] of chips and [6 N] of links: equal where a symmetry takes one to the other.
 
     The symmetries are the translations and point symmetries, and their products, that keep each
@@ -200,15 +202,15 @@ def orbits(slice: Slice, *link_sets, reflections_only: bool = False):
     Args:
       reflections_only: leaves out symmetries that exchange dimensions.
     """
-    link_sets = [links for links in link_sets if len(links)]
-    chips, links = [], []
+    kept = [links for links in link_sets if len(links)]
+    chips, links = list[Integers](), list[Integers]()
     for P in slice.point_symmetries:
         if reflections_only and not P.diagonal().all():
             continue
         direction = np.argmax(DIRECTIONS @ P.T @ DIRECTIONS.T, axis=1)  # to which each one goes
         action = slice.symmetry_action(P)
         identity = P.trace() == 3
-        for vector in _translations(slice, action, direction, link_sets, identity):
+        for vector in _translations(slice, action, direction, kept, identity):
             moved = slice.translation(vector)[action]
             chips.append(moved)
             links.append((6 * moved[:, None] + direction).ravel())
@@ -217,7 +219,13 @@ def orbits(slice: Slice, *link_sets, reflections_only: bool = False):
     return _components(chips), _components(links)
 
 
-def _translations(slice, action, direction, link_sets, identity):
+def _translations(
+    slice: Slice,
+    action: Integers,
+    direction: Integers,
+    link_sets: list[Integers],
+    identity: bool,
+) -> Iterator[Integers]:
     """Vectors by which a translation, after `action`, keeps every set of links."""
     if not link_sets:
         units = np.eye(3, dtype=int)[list(slice.wrap)]
@@ -229,19 +237,20 @@ def _translations(slice, action, direction, link_sets, identity):
     vectors = slice.coordinates[targets // 6] - slice.coordinates[images[0] // 6]
     for vector in vectors[~vectors[:, ~np.array(slice.wrap)].any(axis=1)]:
 
-        def kept(links, vector=vector):
+        def kept(links: Integers, vector: Integers = vector) -> bool:
             chip = slice.coordinates[action[links // 6]] + vector
             image = 6 * slice.index(slice.reduce(chip)) + direction[links % 6]
-            return (np.sort(image) == links).all()
+            return np.array_equal(np.sort(image), links)
 
         if all(kept(links) for links in link_sets):
             yield vector
 
 
-def _components(permutations):
+def _components(permutations: list[Integers]) -> Integers:
     """Labels the orbits of permutations: two entries share one where some of these join them."""
     here = np.tile(np.arange(len(permutations[0])), len(permutations))
     there = np.concatenate(permutations)
     n = len(permutations[0])
     graph = coo_array((np.ones(len(here), np.int8), (here, there)), (n, n))
-    return connected_components(graph, directed=False)[1]
+    labels: Integers = connected_components(graph, directed=False)[1]
+    return labels

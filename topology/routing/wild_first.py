@@ -23,10 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from topology.arrays import Floats, Integers
 from topology.collectives.prices import best_mix
+from topology.hardware import block_of
 from topology.routing.deadlock import Datelines, buffers, end_datelines
 from topology.routing.routing import dimension_order, routes
 from topology.routing.throughput import orbits, switch_links
+from topology.torus.shapes import three
 from topology.torus.slices import Slice
 
 
@@ -46,10 +49,10 @@ class WildFirst:
     max_link_load: float
     lower_bound: float
     order: tuple[int, int, int]
-    sources: np.ndarray
-    destinations: np.ndarray
-    shares: np.ndarray
-    paths: np.ndarray
+    sources: Integers
+    destinations: Integers
+    shares: Floats
+    paths: Integers
 
 
 def wild_first(
@@ -94,7 +97,7 @@ def wild_first(
     starts = np.flatnonzero(np.concatenate([[True], pair[1:] != pair[:-1]]))
     pair = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(pair))))
 
-    def cheapest(prices):
+    def cheapest(prices: Floats) -> tuple[float, Floats, list[Floats]]:
         costs = incidence @ prices
         least = np.minimum.reduceat(costs, starts)
         ties = costs <= least[pair] * (1 + 1e-9)
@@ -102,10 +105,10 @@ def wild_first(
         per_group = csr_array((parts, (group, np.arange(len(parts)))), (len(first), len(parts)))
         loads = (per_group @ incidence).toarray() * counts[:, None] / sizes
         ways = [np.where(group == g, parts, 0) for g in range(len(first))]
-        return counts[group[starts]] @ least, loads, ways
+        return float(counts[group[starts]] @ least), loads, ways
 
     mix = best_mix(cheapest, sizes, tolerance=tolerance, max_rounds=max_rounds)
-    shares = sum(share * way for share, way in zip(mix.shares, mix.ways, strict=True))
+    shares: Floats = sum(share * way for share, way in zip(mix.shares, mix.ways, strict=True))
     used = np.flatnonzero(shares > 1e-12)
     return WildFirst(
         max_link_load=mix.max_link_load,
@@ -120,7 +123,7 @@ def wild_first(
 
 def candidate_paths(
     slice: Slice, dimension: int, i: int, j: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Integers, Integers, Integers]:
     """Lists the wild-first paths of all pairs that avoid a failed switch.
 
     Any choice among them is free of deadlock, because all of them together are.
@@ -165,7 +168,7 @@ def candidate_paths(
     return sources, destinations, paths
 
 
-def _buffers(slice, dimension, i, j):
+def _buffers(slice: Slice, dimension: int, i: int, j: int) -> tuple[list[Integers], Integers]:
     """(the ways of dimension order [N, N, H] as buffers, the buffer of a wild hop over each link).
 
     A wild hop takes the lower virtual channel that dimension order leaves empty; -1 where it fills
@@ -200,18 +203,18 @@ def _buffers(slice, dimension, i, j):
     return by_order, wild
 
 
-def _order(dimension) -> tuple[int, int, int]:
-    return (dimension, *(d for d in range(3) if d != dimension))
+def _order(dimension: int) -> tuple[int, int, int]:
+    return three((dimension, *(d for d in range(3) if d != dimension)))
 
 
-def _datelines(slice, dimension, i, j) -> Datelines:
+def _datelines(slice: Slice, dimension: int, i: int, j: int) -> Datelines:
     """Datelines: the end of the failed switch's dimension; elsewhere so that columns can be left.
 
     Wild hops lose the links after the one from the dateline, as far as packets go past it: k/2 - 2
     of a ring of k chips (k/2 - 1 where both directions have theirs at the same place), and all but
     the dateline's own in the short dimension of a twisted slice.
     """
-    lines, side = list(end_datelines(slice)), slice.pod.block.side
+    lines, side = list(end_datelines(slice)), block_of(slice.pod).side
     for d, place in zip(_order(dimension)[1:], (i, j), strict=True):
         k = slice.shape[d]
         if slice.is_twisted or k > 2 * side:  # a column may be left one way only

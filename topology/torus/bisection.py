@@ -4,16 +4,25 @@ The least cut into halves is hard to find in general (NP-hard), so what is found
 bound of it, where no proof says more.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+from topology.arrays import Booleans, Integers
+
+Cut = tuple[int, Booleans]
+"""Links of a cut, and bool [N]: the chips on one side of it."""
 
 _STARTS = 16  # random ones
 _LIFTED = 3  # of the best halves of cells, improved chip by chip
 _FEW = 512  # chips up to which random halves of them are tried as well
 
 
-def least_cut_found(shape, neighbours, halves: Iterable) -> int:
+def least_cut_found(
+    shape: Sequence[int], neighbours: npt.ArrayLike, halves: Iterable[npt.ArrayLike]
+) -> int:
     """Links between the two halves of the best cut found of a torus of even sides.
 
     Tried are the halves given and random ones, of chips and of cells of 2x2x2 chips. Each is
@@ -35,14 +44,14 @@ def least_cut_found(shape, neighbours, halves: Iterable) -> int:
     return min(links for links, _ in improved)
 
 
-def _of_cells(shape, neighbours, rng):
+def _of_cells(shape: Sequence[int], neighbours: Integers, rng: np.random.Generator) -> list[Cut]:
     """The best halves of the cells of 2x2x2 chips, improved chip by chip."""
     cells = [k // 2 for k in shape]
     if any(k % 2 for k in shape) or np.prod(cells) % 2:
         return []
-    places = np.indices(shape).reshape(3, -1)
+    places: Integers = np.indices(shape).reshape(3, -1)
     cell = np.ravel_multi_index(tuple(places // 2), cells)
-    to = np.full((np.prod(cells), 6), -1)
+    to = np.full((math.prod(cells), 6), -1)
     for direction in range(6):  # from the cell's chips on that side, all to the same cell
         out = places[direction // 2] % 2 == 1 - direction % 2
         to[cell[out], direction] = cell[neighbours[out, direction]]
@@ -54,19 +63,19 @@ def _of_cells(shape, neighbours, rng):
     return [_improve(neighbours, half[cell]) for _, half in best]
 
 
-def _random(neighbours, rng, count):
+def _random(neighbours: Integers, rng: np.random.Generator, count: int) -> list[Cut]:
     N = len(neighbours)
     return [_improve(neighbours, rng.permutation(N) < N // 2) for _ in range(count)]
 
 
-def cut_links(neighbours, half) -> int:
+def cut_links(neighbours: Integers, half: Booleans) -> int:
     """Links, each counted once, between chips where `half` is True and the others."""
     there = neighbours >= 0
     return int((there & half[:, None] & ~half[np.where(there, neighbours, 0)]).sum())
 
 
-def _improve(neighbours, half):
-    """(links, bool [N]): the cut after passes of exchanges, until none is better."""
+def _improve(neighbours: Integers, half: Booleans) -> Cut:
+    """The cut after passes of exchanges, until none is better."""
     links, side = cut_links(neighbours, half), np.where(half, 1, -1)
     while True:
         best, made = _one_pass(neighbours, side)
@@ -76,7 +85,7 @@ def _improve(neighbours, half):
         side[np.concatenate(made)] *= -1
 
 
-def _one_pass(neighbours, side):
+def _one_pass(neighbours: Integers, side: Integers) -> tuple[int, list[tuple[int, int]]]:
     """(links that the best beginning of a pass of exchanges saves, the chips that it exchanges)."""
     N, there = len(side), neighbours >= 0
     chips = np.where(there, neighbours, N)

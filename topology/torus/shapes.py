@@ -18,7 +18,8 @@ DIMENSIONS = "xyz"
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
-Twist = tuple[tuple[int, int, int], ...]
+Wrap = tuple[bool, ...]
+Twist = tuple[tuple[int, ...], ...]
 NO_TWIST: Twist = ((0, 0, 0),) * 3
 
 
@@ -51,7 +52,7 @@ def legal_shapes(max_blocks: int | None = None, pod: Pod = TPU_V4) -> list[Shape
     if max_blocks is not None:
         max_blocks = numbers.whole("max_blocks", max_blocks, most=2**16)
     if pod.shapes is None:
-        raise ValueError(f"pod {pod.name}: which slices wrap around is not published; {_take(pod)}")
+        raise ValueError(f"pod {pod.name}: which slices wrap around is not published; {_take()}")
     whole = []
     if pod.block is not None:
         side = pod.block.side
@@ -126,7 +127,7 @@ def check_shape(shape: Shape, pod: Pod = TPU_V4) -> None:
     raise ValueError(f"slice {times(shape)}: {wrong}; the nearest legal is {nearest}")
 
 
-def wraparound(shape: Shape, pod: Pod = TPU_V4) -> tuple[bool, bool, bool]:
+def wraparound(shape: Shape, pod: Pod = TPU_V4) -> Wrap:
     """The dimensions x, y and z in which the wiring of a legal shape can wrap around.
 
     Whole blocks do in all, by the optical switches; on a pod without blocks, dimensions as long as
@@ -137,7 +138,7 @@ def wraparound(shape: Shape, pod: Pod = TPU_V4) -> tuple[bool, bool, bool]:
     return (all(k % pod.block.side == 0 for k in shape),) * 3
 
 
-def check_wrap(shape: Shape, wrap: tuple[bool, bool, bool], pod: Pod = TPU_V4) -> None:
+def check_wrap(shape: Shape, wrap: Wrap, pod: Pod = TPU_V4) -> None:
     """Raises a ValueError where the wiring of a legal shape does not wrap around so."""
     can = wraparound(shape, pod)
     if all(c or not w for c, w in zip(can, wrap, strict=True)):
@@ -155,7 +156,7 @@ def check_wrap(shape: Shape, wrap: tuple[bool, bool, bool], pod: Pod = TPU_V4) -
     )
 
 
-def check_twist(shape: Shape, twist: Twist, wrap, pod: Pod = TPU_V4) -> None:
+def check_twist(shape: Shape, twist: Twist, wrap: Wrap, pod: Pod = TPU_V4) -> None:
     """Raises a ValueError where the wiring of a legal shape cannot make the twist."""
     if len(twist) != 3 or any(len(row) != 3 for row in twist):
         raise ValueError(f"twist {twist}: three rows of three shifts, like {NO_TWIST}")
@@ -176,22 +177,22 @@ def check_twist(shape: Shape, twist: Twist, wrap, pod: Pod = TPU_V4) -> None:
                     f"{name}: the wiring keeps a chip's place in its block's face, so a shift is "
                     f"a multiple of {side}; in place of {s} of {d} take {side * round(s / side)}"
                 )
-    if shift_order(twist) is None:
+    if not shift_order(twist):
         raise ValueError(
             f"{name}: dimensions shift each other in a circle, which makes no torus of "
             f"{math.prod(shape)} chips; let each shift only later ones in some order of x, y, z"
         )
 
 
-def shift_order(twist: Twist) -> tuple[int, int, int] | None:
-    """Dimensions in an order in which each shifts only later ones; None if there is none."""
+def shift_order(twist: Twist) -> tuple[int, ...]:
+    """Dimensions in an order in which each shifts only later ones; empty if there is none."""
     for order in itertools.permutations(range(3)):
         if not any(twist[d][e] for i, d in enumerate(order) for e in order[: i + 1]):
-            return three(order)
-    return None
+            return order
+    return ()
 
 
-def _check_sizes(shape, pod):
+def _check_sizes(shape: Shape, pod: Pod) -> None:
     if len(shape) != pod.dimensions:
         like = "three sizes like 4x4x8" if pod.dimensions == 3 else "two sizes like 4x8"
         raise ValueError(f"shape {times(shape)}: {like}")
@@ -199,10 +200,10 @@ def _check_sizes(shape, pod):
         numbers.whole(f"size of the shape {times(shape)}", k, least=-(10**9))
 
 
-def _take(pod):
+def _take() -> str:
     return "take one of " + ", ".join(p.name for p in PODS.values() if p.shapes is not None)
 
 
-def times(shape) -> str:
+def times(shape: Iterable[int]) -> str:
     """Writes a shape as text: (4, 4, 8) -> "4x4x8"."""
     return "x".join(map(numbers.shown, shape))

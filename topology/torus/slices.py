@@ -13,11 +13,13 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from topology.hardware import TPU_V4, Pod, block_of
+from topology.arrays import Integers
+from topology.hardware import TPU_V4, Pod, block_of, host_of
 from topology.numbers import whole
 from topology.torus.bisection import least_cut_found
 from topology.torus.shapes import (
@@ -25,6 +27,7 @@ from topology.torus.shapes import (
     NO_TWIST,
     Shape,
     Twist,
+    Wrap,
     check_shape,
     check_twist,
     check_wrap,
@@ -40,12 +43,18 @@ from topology.torus.shapes import (
 DIRECTIONS = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])
 """The columns of `Slice.neighbours`: +x, -x, +y, -y, +z, -z."""
 
+AS_WIRED: Wrap = ()
+"""Wraparound of a new slice: wherever its wiring can."""
+
 _LARGEST = 10**9  # size or shift that a message is given about
 _SIZES = {2: "two positive sizes like 4x8", 3: "three positive sizes like 4x4x8"}
 _EXAMPLES = {
     2: "8x16 or 8x16_wrap:",
     3: "4x4x8, 4x4x8_twisted, 4x4x12_twist:0,0,4/0,0,4/0,0,0 or 4x4x8_wrap:z",
 }
+
+
+Array = TypeVar("Array", bound=npt.NDArray[np.generic])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +85,10 @@ class Slice:
 
     shape: Shape
     twist: Twist = NO_TWIST
-    wrap: tuple[bool, bool, bool] | None = None
+    wrap: Wrap = AS_WIRED
     pod: Pod = field(default=TPU_V4, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pod, sizes = self.pod, tuple(self.shape)
         if pod.dimensions == 2 and len(sizes) == 3 and sizes[2] == 1:
             sizes = sizes[:2]
@@ -90,7 +99,7 @@ class Slice:
         name = f"slice {times(sizes)}: {_SIZES[pod.dimensions]}; size of the shape"
         sizes = tuple(whole(name, k, least=1, most=_LARGEST) for k in sizes)
         check_shape(sizes, pod)
-        wrap = wraparound(sizes, pod) if self.wrap is None else self.wrap
+        wrap = wraparound(sizes, pod) if self.wrap == AS_WIRED else self.wrap
         if np.shape(wrap) == (2,) == np.shape(sizes):
             wrap = (*wrap, False)
         if np.shape(wrap) != (3,) or not all(w in (0, 1) for w in wrap):
@@ -119,13 +128,12 @@ class Slice:
         sizes = r"(\d{1,6}(?:x\d{1,6}){1,2})"
         names = sizes + r"(_twisted)?(?:_twist:([-\d,/]+))?(?:_wrap:([xyz]*))?"
         match = re.fullmatch(names, text.strip(), re.ASCII)
-        rows = match and match[3] and [row.split(",") for row in match[3].split("/")]
+        if not match:
+            raise ValueError(_not_a_slice(text, pod))
+        rows = [row.split(",") for row in match[3].split("/")] if match[3] else []
         wrong_rows = rows and ([len(row) for row in rows] != [3] * 3 or match[2])
-        numbers = all(re.fullmatch(r"-?[0-9]{1,6}", s) for row in rows or [] for s in row)
-        if not match or wrong_rows or not numbers:
-            raise ValueError(
-                f"slice {text!r}: not a slice; write for example {_EXAMPLES[pod.dimensions]}"
-            )
+        if wrong_rows or not all(re.fullmatch(r"-?[0-9]{1,6}", s) for row in rows for s in row):
+            raise ValueError(_not_a_slice(text, pod))
         shape = tuple(int(k) for k in match[1].split("x"))
         if len(shape) != pod.dimensions and shape[pod.dimensions :] != (1,):
             raise ValueError(
@@ -133,13 +141,14 @@ class Slice:
                 f"dimensions; write for example {_EXAMPLES[pod.dimensions]}"
             )
         shape = shape[: pod.dimensions]
-        twist: Any = tuple(tuple(int(s) for s in row) for row in rows) if rows else NO_TWIST
+        twist = tuple(tuple(int(s) for s in row) for row in rows) if rows else NO_TWIST
         if match[2]:
             check_shape(shape, pod)
-            twist = shipped_twist(shape, pod)
-            if twist is None:
+            shipped = shipped_twist(shape, pod)
+            if shipped is None:
                 raise ValueError(f"slice {text!r}: {_no_twist(shape, pod)}")
-        wrap: Any = None if match[4] is None else tuple(d in match[4] for d in DIMENSIONS)
+            twist = shipped
+        wrap = AS_WIRED if match[4] is None else tuple(d in match[4] for d in DIMENSIONS)
         return cls(shape=shape, twist=twist, wrap=wrap, pod=pod)
 
     def __str__(self) -> str:
@@ -180,7 +189,7 @@ class Slice:
     @property
     def num_hosts(self) -> int:
         """Hosts that the slice takes; a part of a host takes one."""
-        return -(-self.num_chips // self.pod.host.chips)
+        return -(-self.num_chips // host_of(self.pod).chips)
 
     @property
     def num_blocks(self) -> int:
@@ -198,16 +207,16 @@ class Slice:
         return three(max(1, k // side) for k in self.shape)
 
     @cached_property
-    def lattice(self) -> np.ndarray:
+    def lattice(self) -> Integers:
         """int [3, 3]: rows k_d e_d - twist_d, a basis of L. Means nothing without wraparound."""
         return _frozen(np.diag(self.shape) - np.array(self.twist))
 
     @cached_property
-    def coordinates(self) -> np.ndarray:
+    def coordinates(self) -> Integers:
         """int [N, 3]: (x, y, z) of every chip; the index is row-major, z the fastest."""
         return _frozen(np.indices(self.shape).reshape(3, -1).T)
 
-    def index(self, coordinates) -> np.ndarray:
+    def index(self, coordinates: npt.ArrayLike) -> Integers:
         """int [..., 3] coordinates inside the shape -> int [...] chip indices.
 
         Raises:
@@ -216,9 +225,9 @@ class Slice:
         coordinates = np.asarray(coordinates)
         if coordinates.size and ((coordinates < 0) | (coordinates >= self.shape)).any():
             raise ValueError(f"chip outside the slice {self}: coordinates reach 0 .. shape - 1")
-        return coordinates @ np.array([self.shape[1] * self.shape[2], self.shape[2], 1])
+        return np.asarray(coordinates @ np.array([self.shape[1] * self.shape[2], self.shape[2], 1]))
 
-    def reduce(self, vectors) -> np.ndarray:
+    def reduce(self, vectors: npt.ArrayLike) -> Integers:
         """int [..., 3] -> [..., 3]: the same chips modulo L, along the dimensions that wrap."""
         vectors = np.array(vectors)
         for d in shift_order(self.twist):
@@ -228,7 +237,7 @@ class Slice:
         return vectors
 
     @cached_property
-    def neighbours(self) -> np.ndarray:
+    def neighbours(self) -> Integers:
         """int [N, 6]: the chip one step away in each of `DIRECTIONS`; -1 where there is none.
 
         The directed link from chip c in direction j has the id 6 * c + j.
@@ -242,7 +251,7 @@ class Slice:
         """Links, each counted once for its two directions."""
         return int((self.neighbours >= 0).sum()) // 2
 
-    def hop_distances(self, chip: int = 0) -> np.ndarray:
+    def hop_distances(self, chip: int = 0) -> Integers:
         """int [N]: links on a shortest path from a chip to every chip."""
         chip = whole("chip", chip, most=self.num_chips - 1)
         distances = np.full(self.num_chips, -1)
@@ -256,7 +265,7 @@ class Slice:
         return distances
 
     @cached_property
-    def _distance_counts(self) -> np.ndarray:
+    def _distance_counts(self) -> Integers:
         """int [diameter + 1]: ordered pairs of chips at each distance."""
         if self.is_torus:
             return np.bincount(self.hop_distances()) * self.num_chips
@@ -312,7 +321,7 @@ class Slice:
         return min(least, least_cut_found(self.shape, self.neighbours, [2 * phase < N]))
 
     @cached_property
-    def phases(self) -> np.ndarray:
+    def phases(self) -> Integers:
         """int [N, 3]: all w with w . L in Z (the dual group of Z^3 / L), in units of 1/N turn."""
         # The columns of the inverse of L's basis span them. The box of chips, which stands once for
         # every vector modulo the rows of that basis, does so modulo its columns too: they are
@@ -321,7 +330,7 @@ class Slice:
         return _frozen(self.coordinates @ basis % self.num_chips)
 
     @cached_property
-    def point_symmetries(self) -> np.ndarray:
+    def point_symmetries(self) -> Integers:
         """int [G, 3, 3]: the signed permutations P of x, y and z that are symmetries of the slice.
 
         On a torus those with P L = L: with the N translations they make G * N automorphisms, under
@@ -343,7 +352,7 @@ class Slice:
                     found.append(P)
         return _frozen(np.array(found))
 
-    def symmetry_action(self, P) -> np.ndarray:
+    def symmetry_action(self, P: npt.ArrayLike) -> Integers:
         """int [N]: the chip to which each chip goes under one of `point_symmetries`.
 
         On a torus chip 0 stays; along a dimension that does not wrap, a reflection is about the
@@ -354,7 +363,7 @@ class Slice:
         moved = self.coordinates @ P.T + np.where(reflected, np.array(self.shape) - 1, 0)
         return self.index(self.reduce(moved))
 
-    def translation(self, vector) -> np.ndarray:
+    def translation(self, vector: npt.ArrayLike) -> Integers:
         """int [N]: the chip to which each chip goes when a vector [3] is added to all.
 
         Raises:
@@ -376,21 +385,25 @@ def check_same_pod(slice: Slice, pod: Pod) -> None:
         raise ValueError(f"slice {slice}: is one of {slice.pod.name}, the pod is {pod.name}")
 
 
-def _no_twist(shape, pod):
+def _not_a_slice(text: str, pod: Pod) -> str:
+    return f"slice {text!r}: not a slice; write for example {_EXAMPLES[pod.dimensions]}"
+
+
+def _no_twist(shape: Shape, pod: Pod) -> str:
     """Says why no twist of a shape ships, and the nearest shape of which one does."""
     nearest = nearest_twistable(shape, pod)
     if nearest is None:
         return f"no slice of {pod.name} is twisted, its wiring is fixed; take {times(shape)}"
     return (
         "only n x n x 2n and n x 2n x 2n ship twisted, n a multiple of "
-        f"{pod.block.side}; the nearest is {times(nearest)}_twisted"
+        f"{block_of(pod).side}; the nearest is {times(nearest)}_twisted"
     )
 
 
-def _unit(d):
-    return np.eye(3, dtype=int)[d]
+def _unit(d: int) -> Integers:
+    return np.asarray(np.eye(3, dtype=int)[d])
 
 
-def _frozen(array):
+def _frozen(array: Array) -> Array:
     array.setflags(write=False)
     return array

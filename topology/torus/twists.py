@@ -10,10 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from topology.arrays import Integers
 from topology.hardware import TPU_V4, Pod, block_of
-from topology.torus.shapes import NO_TWIST, Shape, nearest_shape, shipped_twist, times
+from topology.torus.shapes import NO_TWIST, Shape, Twist, nearest_shape, shipped_twist, times
 from topology.torus.slices import Slice
+
+_Key = tuple[int, ...]  # of a class of equivalent twists
 
 
 def mean_distance_then_diameter(slice: Slice) -> tuple[float, int]:
@@ -22,8 +26,8 @@ def mean_distance_then_diameter(slice: Slice) -> tuple[float, int]:
 
 
 def ranked_twists(
-    shape: Shape, measure: Callable = mean_distance_then_diameter, pod: Pod = TPU_V4
-) -> list[tuple[Slice, object]]:
+    shape: Shape, measure: Callable[[Slice], Any] = mean_distance_then_diameter, pod: Pod = TPU_V4
+) -> list[tuple[Slice, Any]]:
     """The networks that the wiring can make of a shape, the best first, each with its measure.
 
     Args:
@@ -57,13 +61,13 @@ def all_twists(shape: Shape, pod: Pod = TPU_V4) -> list[Slice]:
     )
     # Everything is a multiple of a block's side: count in blocks, whose numbers are smaller.
     lattices = (np.diag(shape) - np.array(twists)) // side
-    found: dict[Any, Any] = {}
+    found: dict[_Key, Twist] = {}
     for twist, key in zip(twists, _class_keys(lattices), strict=True):
         found.setdefault(key, twist)
     return [Slice(shape=shape, twist=twist, pod=pod) for twist in found.values()]
 
 
-def _acyclic_twists(shape, side):
+def _acyclic_twists(shape: Shape, side: int) -> set[Twist]:
     """Lists all twists by whole blocks, each dimension shifting only later ones of some order.
 
     By Hajos's theorem these are all lattices that the box of the shape tiles Z^3 by.
@@ -79,17 +83,17 @@ def _acyclic_twists(shape, side):
     return found
 
 
-def _class_keys(lattices):
+def _class_keys(lattices: Integers) -> list[_Key]:
     """int [B, 3, 3] bases -> for each, one value that equivalent lattices share."""
     forms = []
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=2):  # -L = L: the third sign changes nothing
             forms.append(_hermite(lattices[:, :, order] * (*signs, 1)).reshape(-1, 9))
-    forms = np.stack(forms, axis=1)  # [B, 24, 9]
-    return [min(map(tuple, of_one)) for of_one in forms.tolist()]
+    each = np.stack(forms, axis=1).tolist()  # [B, 24, 9]
+    return [min(map(tuple, of_one)) for of_one in each]
 
 
-def _hermite(bases):
+def _hermite(bases: npt.ArrayLike) -> Integers:
     """int [B, 3, 3], rows bases of lattices -> their Hermite normal forms, one for each lattice."""
     H = np.array(bases)
     for c in range(3):
