@@ -54,8 +54,8 @@ class Run:
     Attributes:
       task: what is learned from the data.
       steps: updates of the whole run; the learning-rate schedule spans them.
-      initial_weights: a Hugging Face folder of this model to start from, or a .gguf file; None
-        draws them at random.
+      initial_weights: a Hugging Face folder of this model to start from, a .gguf file, or
+        hf:OWNER/NAME[@REVISION] of the Hugging Face Hub; None draws them at random.
       seed: of parameters, order of the data, and samples.
       sparsity: such as `recipes.Recipe` or `pruning.Pruning` of the package `sparsity`; None trains
         dense.

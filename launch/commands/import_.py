@@ -2,11 +2,10 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.commands.common import add_command
-from pjit_train.errors import UserError
 
 
 def add(commands) -> None:
@@ -16,29 +15,33 @@ def add(commands) -> None:
         "import",
         "write a pretrained model as a Hugging Face folder (safetensors)",
         "A GGUF file is decoded, tensor by tensor, and its tokenizer and chat template are written "
-        "as tokenizer.json and chat_template.jinja.",
+        "as tokenizer.json and chat_template.jinja. Of a repository of the Hugging Face Hub the "
+        "configuration, tokenizer and safetensors files are fetched; where that is broken off, the "
+        "same command goes on. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold.",
     )
-    import_.add_argument("source", metavar="SOURCE", help="a .gguf file")
+    import_.add_argument(
+        "source", metavar="SOURCE", help="a .gguf file, or hf:OWNER/NAME[@REVISION][:FILE.gguf]"
+    )
     import_.add_argument("folder", metavar="OUT", help="folder to write; new, or empty")
     import_.add_argument(
         "--dtype",
         metavar="NAME",
-        help="of all weights: float32, bfloat16 or float16 (default: that in which each is exact)",
+        help="of the weights of a GGUF file: float32, bfloat16 or float16 (default: that in which "
+        "each is exact)",
     )
 
 
 def run(args, began: float) -> int:
-    if Path(args.source).is_dir():
-        raise UserError(f"{args.source}: is a folder; give a .gguf file")
-
-    from pjit_train.huggingface.gguf_import import import_gguf
+    from pjit_train.huggingface.sources import import_source
 
     with shown_progress("importing") as progress:
-        done = import_gguf(args.source, args.folder, dtype=args.dtype, progress=progress)
-    types = sorted(done.types.items(), key=lambda row: -row[1])
-    text = f"{args.folder}: {done.tensors} tensors ("
-    text += ", ".join(f"{count} {kind}" for kind, count in types)
-    text += f"), {done.bytes:,} bytes"
+        done = import_source(args.source, args.folder, dtype=args.dtype, progress=progress)
+    if done is None:
+        size = sum(path.stat().st_size for path in Path(args.folder).glob("*.safetensors"))
+        print(f"{args.folder}: {args.source}, {size:,} bytes of safetensors")
+        return 0
+    types = ", ".join(f"{count} {kind}" for kind, count in done.types.most_common())
+    text = f"{args.folder}: {done.tensors} tensors ({types}), {done.bytes:,} bytes"
     if done.rounding is None:
         text += ", every value exact"
     else:
@@ -50,7 +53,7 @@ def run(args, began: float) -> int:
 
 
 @contextlib.contextmanager
-def shown_progress(what: str) -> Iterator:
+def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Gives a function that is told (bytes done, bytes of all), and shows them on a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, of: None
@@ -59,6 +62,14 @@ def shown_progress(what: str) -> Iterator:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=None)
+
+    def show(done: int, of: int) -> None:
+        bar.start()  # at the first that is told: what goes before may show something itself
+        bar.update(task, completed=done, total=of)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

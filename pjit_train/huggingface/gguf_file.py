@@ -286,13 +286,11 @@ def _map(path: Path) -> mmap.mmap:
             raise UserError(f"{path}: is no file; give a .gguf file")
         with path.open("rb") as file:
             begin = file.read(8)
-            if begin[:4] != MAGIC:
-                raise UserError(f"{path}: {_what_begins_with(begin)}")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if begin[:4] == MAGIC:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a .gguf file") from error
-    except ValueError as error:  # no path at all
-        raise UserError(f"{str(path)!r}: cannot be read ({error}); give a .gguf file") from error
+    raise UserError(f"{path}: {_what_begins_with(begin)}")
 
 
 def _what_begins_with(begin: bytes) -> str:

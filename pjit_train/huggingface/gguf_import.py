@@ -41,7 +41,7 @@ class Imported:
 
     tensors: int
     bytes: int
-    types: Mapping[str, int]
+    types: Counter[str]
     rounding: Rounding | None
     tokens: int | None
 
@@ -73,9 +73,7 @@ def import_gguf(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)}")
-    folder = check_new(folder)
-    if not folder.parent.is_dir():
-        raise UserError(f"{folder}: the folder {folder.parent} is missing; make it first")
+    check_new(folder)
     file = GGUF(path)
     document, sources = read_model(file)
     tokenizer = None

@@ -115,7 +115,7 @@ def read_model(file: GGUF) -> tuple[dict[str, Any], dict[str, Source]]:
     """
     values = file.values
     if values.get("general.type", "model") != "model":
-        raise UserError(f"{file.path}: holds a {values['general.type']}, not a model")
+        raise UserError(f"{file.path}: general.type={values['general.type']!r} is no model")
     name = values.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(
@@ -234,7 +234,7 @@ class _Keys:
                 continue
             if key in _NONE and type(value) is type(_NONE[key]) and value == _NONE[key]:
                 continue
-            raise self.wrong(key, f"{value!r:.60} is not supported; leave such a model out")
+            raise self.wrong(key, f"{value!r:.60} is not supported")
 
 
 def _rope(file: GGUF, keys: _Keys, head_dim: int) -> dict[str, Any]:

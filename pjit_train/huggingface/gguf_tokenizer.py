@@ -14,6 +14,13 @@ from pjit_train.errors import UserError
 from pjit_train.huggingface.gguf_file import GGUF
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
+_KINDS = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list of texts",
+    np.ndarray: "a list of numbers",
+}
 _NO_ID = 2**32 - 1
 _SPACE = "▁"
 
@@ -261,7 +268,7 @@ class GGUFTokenizer:
         if value is None:
             raise UserError(f"{self._file.path}: tokenizer.ggml.{key} is missing")
         if type(value) is not kind:
-            raise self._wrong(key, f"{value!r:.60} is not a {kind.__name__}")
+            raise self._wrong(key, f"{value!r:.60} is not {_KINDS[kind]}")
         return value
 
     def _wrong(self, key: str, what: str) -> UserError:

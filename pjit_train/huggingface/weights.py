@@ -261,7 +261,7 @@ class _Files:
     def __init__(self, folder: Path, family: Family, stack: contextlib.ExitStack):
         self._at: dict[str, _Stored] = {}
         heads = tuple(t.name for t in family.tensors if not t.name.startswith(family.base))
-        for path, claimed in _shards(folder).items():
+        for path, claimed in shard_files(folder).items():
             try:
                 handle = stack.enter_context(safe_open(path, "numpy"))
             except (OSError, SafetensorError) as error:
@@ -321,7 +321,7 @@ def check_finite(array: np.ndarray, what: str) -> None:
         )
 
 
-def _shards(folder: Path) -> dict[Path, set[str]]:
+def shard_files(folder: Path) -> dict[Path, set[str]]:
     """The files of tensors, and which the index says are in each; without an index, none."""
     if not (folder / INDEX).exists():
         if not (folder / WEIGHTS).exists():
@@ -329,16 +329,16 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
                 f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights must be safetensors"
             )
         return {folder / WEIGHTS: set()}
-    shards = read_json(folder / INDEX).get("weight_map")
-    named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
-    if not named or not shards or any(map(_is_elsewhere, shards.values())):
+    files_of = read_json(folder / INDEX).get("weight_map")
+    named = isinstance(files_of, dict) and all(isinstance(s, str) for s in files_of.values())
+    if not named or not files_of or any(map(_is_elsewhere, files_of.values())):
         raise UserError(f"{folder / INDEX}: weight_map must give every tensor a file in the folder")
-    files = sorted(set(shards.values()))
+    files = sorted(set(files_of.values()))
     if (folder / WEIGHTS).exists() and WEIGHTS not in files:
         raise UserError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove one of them")
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise UserError(f"{folder}: {some(missing)} is missing, which {INDEX} names")
-    return {folder / f: {name for name, at in shards.items() if at == f} for f in files}
+    return {folder / f: {name for name, at in files_of.items() if at == f} for f in files}
 
 
 def _is_elsewhere(file: str) -> bool:
