@@ -29,13 +29,10 @@ from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
 from pjit_train.signals import StopRequest
 from pjit_train.waiting import told
+from pjit_train.watch import Watch
 
 log = logging.getLogger("torsion")
-
-Watch = Callable[[str, dict[str, Any]], None]
-"""Told what the loop does, as (event, figures): "begin" (step: that it starts after), "compiled",
-"step" (step, loss: computed), and before anything is written "write" and "save" (step), then
-"saved" (step, state). What it raises ends the run."""
+_UNWATCHED = Watch()
 
 
 def train(
@@ -46,7 +43,7 @@ def train(
     steps_before: int | None = None,
     began: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    watch: Watch = lambda event, figures: None,
+    watch: Watch = _UNWATCHED,
     memory: tuple[int, Callable[[Any], Any]] | None = None,
 ) -> None:
     """Trains to `run.steps`, from the newest good checkpoint in `directory` if there is one.
@@ -105,7 +102,7 @@ def train(
                 keep(*((kept.config, kept.folder) if kept else (config_text,)))
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
             return
-        watch("begin", {"step": 0 if restored is None else restored[0]})
+        watch.begin(0 if restored is None else restored[0])
         start, state = (0, program.new_state()) if restored is None else restored
         if jax.process_index() == 0:  # now that nothing of what the run is made from was refused
             keep(config_text)
@@ -184,7 +181,7 @@ class _Loop:
                         train_step = self.program.compile_step(batch, step)
                     self.step_ended = time.monotonic()
                     self.extra["compile_seconds"] = self.step_ended - compiling
-                    self.watch("compiled", {"seconds": self.extra["compile_seconds"]})
+                    self.watch.compiled(self.extra["compile_seconds"])
                 self._profile(step, unread)
                 observing = self.program.observes and step % self.run.log_every == 0
                 state, figures = train_step(state, batch)
@@ -234,10 +231,10 @@ class _Loop:
         if saving:
             began = time.monotonic()
             metrics = {"loss": validation["val_loss"]} if validation else None
-            self.watch("save", {"step": step})
+            self.watch.save(step)
             self.metrics.sync()  # no checkpoint outlives rows that are before it
             self.checkpoints.save(step, state, metrics=metrics, rows=self.metrics.digest)
-            self.watch("saved", {"step": step, "state": state})
+            self.watch.saved(step, state)
             seconds = time.monotonic() - began
             self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds
         if validating and step < self.run.steps:
@@ -255,7 +252,7 @@ class _Loop:
             self.step_seconds.append(now - self.step_ended)
         self.step_ended = now
         self.display.advance(step)
-        self.watch("step", {"step": step, "loss": row["loss"]})
+        self.watch.step(step, row["loss"])
         if not row["finite"]:
             what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
             if self.run.on_nonfinite == "stop":
@@ -282,7 +279,7 @@ class _Loop:
                 row["model_flops_utilisation"] = share
         row |= {"data_wait_seconds": self.prefetcher.wait_seconds, **self.extra}
         self.step_seconds, self.extra = [], {}
-        self.watch("write", {"step": row["step"]})
+        self.watch.write(row["step"])
         self.metrics.write(row)
         self.display.row(row)
 

@@ -4,7 +4,6 @@ Training is in a process of its own: it can be killed whatever it does, JAX meet
 signal handlers and threads, and another, that has imported everything, waits for its turn.
 """
 
-import json
 import os
 import queue
 import signal
@@ -13,19 +12,62 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launch.pod import memory_copy, ray_internals
+from launch.pod import events, memory_copy, ray_internals
+from launch.pod.orders import Orders, RunningOrder, StandingOrders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Place of an agent: its process, its node of Ray, its address for other hosts, its machine,
+    and its number among the hosts of a TPU slice."""
+
+    pid: int
+    node: str
+    address: str
+    machine: str
+    worker: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Report of an agent on the trainer of an attempt.
+
+    Attributes:
+      exit: its exit code, None while it runs.
+      events: new ones.
+      silent: seconds without a sign of life.
+      warm: whether another process waits for its turn.
+    """
+
+    exit: int | None
+    events: tuple[events.Told, ...]
+    silent: float
+    warm: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Copies of checkpoints in a host's memory, by their steps.
+
+    Attributes:
+      own: of its own process's shards; None where they are not there.
+      kept: of others', by process.
+    """
+
+    own: int | None
+    kept: dict[int, int]
 
 
 class _Child:
     """Trainer process of an agent, with the events that it sends and the orders that it gets."""
 
-    def __init__(self, standing: dict[str, Any], memory: int | None):
+    def __init__(self, standing: StandingOrders, memory: int | None):
         read, write = os.pipe()
         fds = [write] if memory is None else [write, memory]
-        spare_log = open(standing["log"].format("spare"), "ab")  # noqa: SIM115
+        spare_log = open(standing.log.format("spare"), "ab")  # noqa: SIM115
         with spare_log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launch.pod.trainer"]
@@ -34,13 +76,13 @@ class _Child:
                 stdout=spare_log,
                 stderr=spare_log,
                 pass_fds=fds,
-                cwd=standing["cwd"],
-                env=os.environ | standing["env"],
+                cwd=standing.cwd,
+                env=os.environ | standing.env,
                 start_new_session=True,
                 text=True,
             )
         os.close(write)
-        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[events.Told] = queue.SimpleQueue()
         self.warm, self.beat = False, time.monotonic()
         self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
         self._reader.start()
@@ -49,25 +91,25 @@ class _Child:
     def _read(self, fd: int) -> None:
         with open(fd) as lines:
             for line in lines:
-                event = json.loads(line)
+                event = events.read(line)
                 self.beat = time.monotonic()
-                if event["event"] == "warm":
+                if isinstance(event, events.Warm):
                     self.warm = True
-                elif event["event"] != "beat":
+                elif isinstance(event, events.Told) and not isinstance(event, events.Beat):
                     self._events.put(event)
 
-    def tell(self, order: dict) -> None:
+    def tell(self, order: StandingOrders | Orders | RunningOrder) -> None:
         try:
-            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.write(order.write() + "\n")
             self.process.stdin.flush()
         except OSError:
             pass  # it is dead, which is found when it is asked for
 
-    def taken(self) -> list[dict]:
+    def taken(self) -> tuple[events.Told, ...]:
         """The events since the last call; all of them, once it is dead."""
         if self.process.poll() is not None:
             self._reader.join(timeout=1)
-        return [self._events.get() for _ in range(self._events.qsize())]
+        return tuple(self._events.get() for _ in range(self._events.qsize()))
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -76,9 +118,9 @@ class _Child:
 
 
 class Agent:
-    """Args: standing: what holds for every attempt, as `supervisor.standing_orders` makes it."""
+    """The actor of a group of hosts, whose trainers get the standing orders."""
 
-    def __init__(self, standing: dict[str, Any]):
+    def __init__(self, standing: StandingOrders):
         self._standing = standing
         self._memory = memory_copy.new_memory()  # of the trainer's shards
         self._kept: dict[int, tuple[int, bytes]] = {}  # {process: (step, its memory)} of others
@@ -86,30 +128,30 @@ class Agent:
         self._child: _Child | None = None
         self._spare: _Child | None = _Child(standing, self._memory)
 
-    def where(self) -> dict[str, Any]:
-        """{"pid", "node": of Ray, "address": for other hosts, "machine", "worker": of TPU}."""
+    def where(self) -> Where:
         import ray
 
         context = ray.get_runtime_context()
-        return {
-            "pid": os.getpid(),
-            "node": context.get_node_id(),
-            "address": ray.util.get_node_ip_address(),
-            "machine": socket.gethostname(),
-            "worker": int(os.environ.get("TPU_WORKER_ID", 0)),
-        }
+        return Where(
+            pid=os.getpid(),
+            node=context.get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            machine=socket.gethostname(),
+            worker=int(os.environ.get("TPU_WORKER_ID", 0)),
+        )
 
     def free_port(self) -> int:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
-    def start(self, attempt: int, orders: dict[str, Any]) -> int:
+    def start(self, orders: Orders) -> int:
         """Begins an attempt in the spare process; returns its pid.
 
         Raises:
           RuntimeError: the attempt is not newer than the last, or that is not over.
         """
+        attempt = orders.attempt
         if attempt <= self._attempt or (self._child and self._child.process.poll() is None):
             raise RuntimeError(f"attempt {attempt} cannot start: {self._attempt} did")
         if self._spare is None or self._spare.process.poll() is not None:
@@ -118,26 +160,21 @@ class Agent:
         self._child.tell(orders)
         return self._child.process.pid
 
-    def poll(self, attempt: int) -> dict[str, Any]:
-        """Returns the state of the attempt that the trainer runs.
-
-        Returns:
-          {"exit": None while it runs, "events": new ones, "silent": seconds without a sign of life,
-          "warm": whether another process waits for its turn}.
-        """
+    def poll(self, attempt: int) -> Report:
+        """Reports on an attempt; nothing is new of one that is not the trainer's."""
         spare = self._spare
         warm = spare is not None and spare.warm and spare.process.poll() is None
         if attempt != self._attempt or self._child is None:
-            return {"exit": None, "events": [], "silent": 0.0, "warm": warm}
+            return Report(exit=None, events=(), silent=0.0, warm=warm)
         code = self._child.process.poll()
-        return {
-            "exit": code,
-            "events": self._child.taken(),
-            "silent": time.monotonic() - self._child.beat,
-            "warm": warm,
-        }
+        return Report(
+            exit=code,
+            events=self._child.taken(),
+            silent=time.monotonic() - self._child.beat,
+            warm=warm,
+        )
 
-    def tell(self, attempt: int, order: dict) -> None:
+    def tell(self, attempt: int, order: RunningOrder) -> None:
         """Passes an order on to the process of an attempt, if that still runs."""
         if attempt == self._attempt and self._child is not None:
             self._child.tell(order)
@@ -175,10 +212,10 @@ class Agent:
         os.ftruncate(self._memory, len(copy))
         os.pwrite(self._memory, copy, 0)
 
-    def copies(self) -> dict[str, Any]:
-        """{"own": the step whose shards are here, or None, "kept": {process: step}}."""
+    def copies(self) -> Copies:
         own = None if self._memory is None else memory_copy.step_in(self._memory)
-        return {"own": own, "kept": {process: step for process, (step, _) in self._kept.items()}}
+        kept = {process: step for process, (step, _) in self._kept.items()}
+        return Copies(own=own, kept=kept)
 
     def close(self) -> None:
         """Kills its processes, and returns when they are gone."""

@@ -2,6 +2,7 @@
 
 from ray.util.metrics import Counter, Gauge
 
+from launch.pod.events import AttemptBegun, AttemptFailed, Event, Step
 from launch.pod.record import Record
 
 
@@ -12,13 +13,14 @@ def publish(record: Record) -> None:
     attempt = Gauge("torsion_attempt", "the number of the attempt")
     failures = Counter("torsion_failures", "failures that were found")
 
-    def show(event: dict) -> None:
-        if event["event"] == "step":
-            step.set(event["step"])
-            loss.set(event["loss"])
-        elif event["event"] == "attempt":
-            attempt.set(event["attempt"])
-        elif event["event"] == "failure":
-            failures.inc()
+    def show(event: Event) -> None:
+        match event:
+            case Step():
+                step.set(event.step)
+                loss.set(event.loss)
+            case AttemptBegun():
+                attempt.set(event.attempt)
+            case AttemptFailed():
+                failures.inc()
 
     record.listeners.append(show)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.pod import events
 from launch.pod.record import Record
 from pjit_train.data import cache
 from pjit_train.data.data import Data
@@ -45,30 +46,28 @@ def prepare(data: Data, record: Record, *, on_cluster: bool) -> None:
 
     def tokenize(source, split: str, tokenizer, cache_dir: Path) -> Iterator[cache.Encoded]:
         began, size, said = time.monotonic(), 0, time.monotonic()
-        attempt = 1 + max((event["attempt"] for event in record.of("attempt")), default=0)
+        begun = record.of(events.AttemptBegun)
+        attempt = 1 + max((event.attempt for event in begun), default=0)
         what, where = f"the {split} text of {type(source).__name__}", "here"
         encoded = cache.tokenize(source, split, tokenizer, cache_dir)
         if on_cluster and (processors := _processors()) > 1:
             where = f"by {processors} processors of the cluster"
             encoded = tokenize_on_cluster(source, split, tokenizer, cache_dir)
-        record("tokenize", attempt=attempt, text=f"tokenizing {what} {where}")
+        record(events.Tokenize(attempt=attempt, text=f"tokenizing {what} {where}"))
         try:
             for part in encoded:
                 yield part
                 size += part.text_bytes
                 if time.monotonic() - said > _SAY:
                     said = time.monotonic()
-                    record(
-                        "tokenizing",
-                        attempt=attempt,
-                        text=f"tokenized {size / 1e6:,.0f} MB of {what}",
-                    )
+                    text = f"tokenized {size / 1e6:,.0f} MB of {what}"
+                    record(events.Tokenizing(attempt=attempt, text=text))
         except Exception as error:
-            record("stopped", attempt=attempt, error=str(error))
+            record(events.TokenizingStopped(attempt=attempt, error=str(error)))
             raise
         seconds = time.monotonic() - began
         text = f"tokenized {what}: {size / 1e6:,.1f} MB in {seconds:.1f} s"
-        record("tokenized", attempt=attempt, text=text)
+        record(events.Tokenized(attempt=attempt, text=text))
 
     data.open_caches(tokenize)
 

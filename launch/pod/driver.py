@@ -157,6 +157,7 @@ def _ray(options, record, problems):
     Gives HOST:PORT of its dashboard, None where it has none.
     """
     from launch.pod import cluster
+    from launch.pod.events import Waiting
     from launch.process import proxy_note
     from pjit_train.waiting import told
 
@@ -172,7 +173,7 @@ def _ray(options, record, problems):
         os._exit(RAY_LOST)
 
     with contextlib.ExitStack() as stack:
-        say = lambda text: record("waiting", text=text)
+        say = lambda text: record(Waiting(text=text))
         with told(what, say=say, limit=_RAY, in_vain=in_vain):
             dashboard = stack.enter_context(ray)
         yield dashboard

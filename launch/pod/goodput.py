@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from launch.pod import events
 from topology.fleet import checkpoint_interval
 
 CAUSES = {
@@ -54,59 +55,58 @@ class Account:
         return self.seconds["kept"] / self.total if self.total else 0.0
 
 
-def account(events: Sequence[dict]) -> Account:
+def account(found: Sequence[events.Event]) -> Account:
     """Splits the time between the first and the last event.
 
     A step is kept if no later attempt computes it again. The time between two events belongs to
     what the earlier one began: an attempt to starting until it is compiled, of which the compiler's
     seconds are apart; a failure to clearing up, from the last sign of life on.
     """
-    marks = [(e.get("at", e["time"]), e) for e in events if e["event"] in _NEXT]
-    last = {}  # the last attempt that computed each step
-    for _, event in marks:
-        if event["event"] == "step":
-            last[event["step"]] = event["attempt"]
+    marks = [e for e in found if isinstance(e, events.OfAttempt) and type(e) in _NEXT]
+    steps = [event for event in marks if isinstance(event, events.Step)]
+    last = {event.step: event.attempt for event in steps}  # that computed each step
     spans = []
-    for (start, before), (end, after) in pairwise(marks):
-        attempt, cause = before.get("attempt", 0), _NEXT[before["event"]]
-        end = max(start, end)
-        if after["event"] == "compiled":
-            middle = max(start, end - after["seconds"])
+    for before, after in pairwise(marks):
+        attempt, cause, start = before.attempt, _NEXT[type(before)], before.moment
+        end = max(start, after.moment)
+        if isinstance(after, events.Compiled):
+            middle = max(start, end - after.seconds)
             spans += [
                 Span(start, middle, "start", attempt),
                 Span(middle, end, "compile", attempt),
             ]
             continue
-        if after["event"] == "step":
-            cause = "kept" if last[after["step"]] == after["attempt"] else "redone"
-        elif after["event"] == "failure":
+        if isinstance(after, events.Step):
+            cause = "kept" if last[after.step] == after.attempt else "redone"
+        elif isinstance(after, events.AttemptFailed):
             cause = "failure"
-        elif after["event"] in _BEGINS and before["event"] not in ("failure", "tokenized"):
+        elif isinstance(after, _BEGINS) and not isinstance(before, _GOES_ON):
             cause = "away"
         spans.append(Span(start, end, cause, attempt))
     seconds = dict.fromkeys(CAUSES, 0.0)
     for span in spans:
         seconds[span.cause] += span.end - span.start
-    kinds = [event["event"] for _, event in marks]
-    return Account(tuple(spans), seconds, kinds.count("step"), kinds.count("failure"))
+    failures = sum(isinstance(event, events.AttemptFailed) for event in marks)
+    return Account(tuple(spans), seconds, len(steps), failures)
 
 
-_BEGINS = ("attempt", "tokenize")  # the first of a driver
+_BEGINS = (events.AttemptBegun, events.Tokenize)  # the first of a driver
+_GOES_ON = (events.AttemptFailed, events.Tokenized)  # after which the same driver begins
 # What the time after an event goes to, where the event that follows does not say it.
-_NEXT = {
-    "tokenize": "data",
-    "tokenizing": "data",
-    "tokenized": "start",
-    "stopped": "away",
-    "attempt": "start",
-    "joined": "start",
-    "begin": "start",
-    "compiled": "start",
-    "step": "kept",
-    "save": "save",
-    "saved": "kept",
-    "ended": "start",
-    "failure": "failure",
+_NEXT: dict[type[events.Event], str] = {
+    events.Tokenize: "data",
+    events.Tokenizing: "data",
+    events.Tokenized: "start",
+    events.TokenizingStopped: "away",
+    events.AttemptBegun: "start",
+    events.Joined: "start",
+    events.Begin: "start",
+    events.Compiled: "start",
+    events.Step: "kept",
+    events.Save: "save",
+    events.Saved: "kept",
+    events.Ended: "start",
+    events.AttemptFailed: "failure",
 }
 
 

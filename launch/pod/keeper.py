@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from launch.pod.events import Step
 from launch.pod.reaper import cleared_directory
 from launch.pod.record import read_events
 from pjit_train import signals
@@ -112,4 +113,4 @@ def end_all_but(before: set) -> None:
 def _best_step(options: dict) -> int:
     file = Path(options["out"]) / "pod" / "events.jsonl"
     events = read_events(file) if file.exists() else []
-    return max((event["step"] for event in events if event["event"] == "step"), default=0)
+    return max((event.step for event in events if isinstance(event, Step)), default=0)

@@ -4,9 +4,8 @@ Every change is on disk, whole, before it is told, so another manager goes on wh
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pjit_train.files import write_whole
 from topology import TPU_V4, Fabric, Part, Placement, Slice, fabric, legal_shapes
@@ -16,6 +15,64 @@ from topology.hardware import Pod, of_blocks
 from topology.routing import throughput
 
 _NAME = "run"  # of the one slice that the pod holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """State of a pod.
+
+    Attributes:
+      placement: the slice and its blocks; None before one is placed.
+      failed, drained: parts out of use, by their texts; not the blocks that may not be used.
+      free: number of blocks that are healthy and hold no slice.
+    """
+
+    pod: Pod
+    placement: Placement | None
+    failed: tuple[Part, ...]
+    drained: tuple[Part, ...]
+    free: int
+
+    def write(self) -> str:
+        """The state as the pod manager's file has it, in JSON."""
+        held = self.placement
+        return json.dumps(
+            {
+                "pod": self.pod.name,
+                "slice": None if held is None else str(held.slice),
+                "blocks": [] if held is None else list(held.blocks),
+                "failed": [str(part) for part in self.failed],
+                "drained": [str(part) for part in self.drained],
+                "free": self.free,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A slice that was placed: cross-connects that were broken and made, seconds of switching."""
+
+    placement: Placement
+    failed: tuple[Part, ...]
+    breaks: int
+    makes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impact:
+    """Impact of a failure.
+
+    Attributes:
+      hit: whether the slice uses the part, a switch only where it has links there.
+      kept: of a switch, the part of the all-to-all throughput that is left when traffic goes around
+        all failed switches, 0 where they cut the slice in two; 1 of another part.
+      free: number of blocks that are healthy and hold no slice.
+    """
+
+    hit: bool
+    kept: float
+    free: int
 
 
 class Manager:
@@ -38,11 +95,8 @@ class Manager:
                 self._fabric = _read(state, pod)
         self._fabric = replace(self._fabric, drained=self._fabric.drained | self._outside)
 
-    def place(self, wanted: Slice, smaller: list[Slice]) -> dict[str, Any]:
+    def place(self, wanted: Slice, smaller: list[Slice]) -> Placed:
         """The slice on healthy blocks: where it is, or moved, or the first of `smaller` that fits.
-
-        Returns:
-          `state()`, and "changes": (cross-connects broken, made, seconds of switching).
 
         Raises:
           ValueError: too few blocks are free and healthy.
@@ -66,56 +120,47 @@ class Manager:
             changes = fabric.reconfigure(before, after)
             switch = after.pod.switch  # without one nothing is known to be switched
             seconds = 0.0 if switch is None else changes.seconds(switch)
-            return self.state() | {"changes": (changes.num_breaks, changes.num_makes, seconds)}
+            return Placed(
+                placement=after.placements[_NAME],
+                failed=self.state().failed,
+                breaks=changes.num_breaks,
+                makes=changes.num_makes,
+                seconds=seconds,
+            )
         raise ValueError(str(error))
 
-    def fail(self, part: str) -> dict[str, Any]:
-        """Notes a failed block, host or switch ("host:12,3").
+    def fail(self, part: Part) -> Impact:
+        """Notes a failed block, host or switch.
 
-        Returns:
-          `state()`, and "hit": whether the slice uses it, a switch only where it has links there.
-          Of a switch also "kept", the part of the all-to-all throughput that is left when traffic
-          goes around all failed switches, 0 where they cut the slice in two.
+        Raises:
+          ValueError: the pod has no such part.
         """
-        part = Part.parse(part, self._fabric.pod)
         after = fabric.fail(self._fabric, part)
-        placement = after.placements.get(_NAME)
+        placement, kept = after.placements.get(_NAME), 1.0
         if part.kind == "ocs":
             hit = bool(_links(after, part))
-            found = {"hit": hit, "kept": _kept(after, placement) if hit else 1.0}
+            kept = _kept(after, placement) if hit else 1.0
         else:
-            found = {"hit": placement is not None and part.block in placement.blocks}
+            hit = placement is not None and part.block in placement.blocks
         self._keep(after)
-        return self.state() | found
+        return Impact(hit=hit, kept=kept, free=len(after.free_blocks))
 
-    def drain(self, part: str) -> dict[str, Any]:
+    def drain(self, part: Part) -> None:
         """Takes a host, with its block, out of use, which is not known to have failed."""
-        drained = self._fabric.drained | {Part.parse(part, self._fabric.pod)}
-        self._keep(replace(self._fabric, drained=drained))
-        return self.state()
+        self._keep(replace(self._fabric, drained=self._fabric.drained | {part}))
 
-    def state(self) -> dict[str, Any]:
-        """{"pod", "slice", "blocks", "failed", "drained", "free"}, as JSON has it.
+    def state(self) -> State:
+        return State(
+            pod=self._fabric.pod,
+            placement=self._fabric.placements.get(_NAME),
+            failed=tuple(sorted(self._fabric.failed, key=str)),
+            drained=tuple(sorted(self._fabric.drained - self._outside, key=str)),
+            free=len(self._fabric.free_blocks),
+        )
 
-        "slice" is None before one is placed.
-        """
-        placement = self._fabric.placements.get(_NAME)
-        return {
-            "pod": self._fabric.pod.name,
-            "slice": None if placement is None else str(placement.slice),
-            "blocks": [] if placement is None else list(placement.blocks),
-            "failed": sorted(str(part) for part in self._fabric.failed),
-            "drained": sorted(str(part) for part in self._fabric.drained - self._outside),
-            "free": len(self._fabric.free_blocks),
-        }
-
-    def placement(self) -> Placement | None:
-        """The slice and its blocks; None before it is placed."""
-        return self._fabric.placements.get(_NAME)
-
-    def _keep(self, new):
+    def _keep(self, new: Fabric) -> None:
         self._fabric = new
-        write_whole(self._file, json.dumps(self.state()))
+        write_whole(self._file, self.state().write())
 
 
 def _kept(pod, placement):

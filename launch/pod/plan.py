@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.pod.agent import log_file
+from launch.pod.events import FaultMade
 from launch.pod.faults import Fault
 from launch.pod.hosts import Hosts, check_mesh
+from launch.pod.orders import StandingOrders
+from launch.pod.record import Record
 from pjit_train.errors import UserError
 from pjit_train.run import Run
 from topology import Slice
@@ -74,20 +77,24 @@ class Plan:
             slice=slice, hosts_per_process=each if slice != self.slice else self.hosts_per_process
         )
 
-    def standing_orders(self) -> dict:
-        """Orders that hold for every attempt and every trainer."""
+    def faults_to_make(self, record: Record) -> list[Fault]:
+        """The faults that, by the record, were not yet made."""
+        made = {event.fault for event in record.of(FaultMade)}
+        return [fault for fault in self.faults if str(fault) not in made]
+
+    def standing_orders(self) -> StandingOrders:
         devices = self.hosts(self.slice).devices_per_process
         env = {"JAX_PLATFORMS": "cpu"} if self.emulate else {}
         if "TORSION_CACHE" in os.environ:  # a cluster's hosts do not have it from this command
             env["TORSION_CACHE"] = os.environ["TORSION_CACHE"]
-        return {
-            "config": str(self.config),
-            "directory": str(self.directory),
-            "devices": devices if self.emulate else None,
-            "log": log_file(self.directory),
-            "cwd": os.getcwd(),
-            "env": env,
-        }
+        return StandingOrders(
+            config=str(self.config),
+            directory=str(self.directory),
+            devices=devices if self.emulate else None,
+            log=log_file(self.directory),
+            cwd=os.getcwd(),
+            env=env,
+        )
 
     def memory(self) -> int:
         """Bytes that the emulated pod takes, to first order: of processes, and of arrays.

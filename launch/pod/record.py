@@ -1,43 +1,44 @@
 """Record of what happened, and when: a line of `events.jsonl` an event; it outlives the driver."""
 
-import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from launch.pod import events
+from launch.pod.events import Event
+
+E = TypeVar("E", bound=Event)
 
 
 class Record:
-    """Appends events to a file and tells them to listeners.
-
-    An event has "time" (seconds since 1970), "event" (its kind), and more by its kind. Those with a
-    "text" are for people.
-    """
+    """Appends events to a file, with the time, and tells them to listeners."""
 
     def __init__(self, file: Path):
         self.events = read_events(file) if file.exists() else []
         if file.exists():  # without a line that a kill cut short
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.listeners: list[Callable[[Event], None]] = []
         self._file = file.open("a", buffering=1)
 
-    def __call__(self, event: str, **figures) -> None:
-        body = {"time": time.time(), "event": event} | figures
-        self._file.write(json.dumps(body) + "\n")
-        self.events.append(body)
+    def __call__(self, event: Event) -> None:
+        event = replace(event, time=time.time())
+        self._file.write(events.write(event) + "\n")
+        self.events.append(event)
         for listener in self.listeners:
-            listener(body)
+            listener(event)
 
-    def of(self, *kinds: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] in kinds]
+    def of(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_events(file: Path) -> list[dict[str, Any]]:
+def read_events(file: Path) -> list[Event]:
     """The events of a file, by time; a last line that a kill cut short is left out."""
     lines = file.read_text().splitlines(keepends=True)
-    events = [json.loads(line) for line in lines if line.endswith("\n")]
-    return sorted(events, key=lambda event: event["time"])
+    found = [events.read(line) for line in lines if line.endswith("\n")]
+    return sorted(found, key=lambda event: event.time)

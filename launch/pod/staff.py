@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import ray
 from ray.util import tpu
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launch.pod.agent import Agent
+from launch.pod.agent import Agent, Where
+from launch.pod.orders import StandingOrders
 from launch.process import proxy_note
 from topology import Slice
 from topology.torus.shapes import times
@@ -30,7 +31,7 @@ class Host:
     """An agent and where it is; `pid` is that of its trainer in the attempt."""
 
     agent: Any
-    where: dict[str, Any]
+    where: Where
     pid: int | None = None
 
     def ask(self, method: str, *args):
@@ -54,7 +55,7 @@ class Staff:
 
     def __init__(
         self,
-        standing: dict[str, Any],
+        standing: StandingOrders,
         chips: dict[str, int],
         slice: Slice,
         say: Callable[[str], None],
@@ -94,7 +95,7 @@ class Staff:
                         f"{_START - left + _SAY:.0f} s of {_START:.0f}{proxy_note()}"
                     )
         if self._slice is not None:  # JAX numbers the processes of a TPU slice as its hosts are
-            self._spares.sort(key=lambda host: host.where["worker"])
+            self._spares.sort(key=lambda host: host.where.worker)
         for place, host in enumerate(self._places):
             if host is None:
                 if not self._spares:
@@ -108,8 +109,9 @@ class Staff:
         if not self._spares and not self._coming and self._wanted is None:
             self._coming.append(self._make())
 
-    def release(self, lost: list[Host], attempt: int) -> None:
+    def release(self, lost: Sequence[Host], attempt: int) -> None:
         """Ends an attempt on all hosts and lets those go that are lost; returns when it is over."""
+        lost = list(lost)
         for host in lost:
             ray.kill(host.agent)
         ends = {h.agent.end.remote(attempt): h for h in self.hosts if h not in lost}
@@ -162,10 +164,10 @@ class Staff:
             return None
         moves = []
         for process, answer in enumerate(answers):
-            if answer["own"] == newest:
+            if answer.own == newest:
                 continue
             keeper = (process + 1) % len(self._places)
-            if answers[keeper]["kept"].get(process) != newest:
+            if answers[keeper].kept.get(process) != newest:
                 return None
             moves.append((self._places[process], self._places[keeper], process))
         loads = [
@@ -214,7 +216,7 @@ def _await_end(host: Host) -> None:
     On another machine it dies with its parent; should it be cut off and alive, the fence keeps it
     from writing.
     """
-    if host.pid is None or host.where["machine"] != socket.gethostname():
+    if host.pid is None or host.where.machine != socket.gethostname():
         return
     end = time.monotonic() + _END
     while time.monotonic() < end:

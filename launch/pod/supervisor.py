@@ -7,24 +7,24 @@ Whether something has failed is asked anew each time, of exit codes, of Ray, and
 of the text of an error.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.directory import steps_before
-from launch.pod.attempt import Attempt, Failure, shown
+from launch.pod import events
+from launch.pod.attempt import Attempt, Outcome, shown
 from launch.pod.hosts import Hosts, check_mesh, traffic_of
-from launch.pod.manager import Manager, smaller_shapes
+from launch.pod.manager import Placed, smaller_shapes
+from launch.pod.manager_actor import ManagerActor
+from launch.pod.orders import Orders
 from launch.pod.plan import Plan
 from launch.pod.record import Record
 from launch.pod.staff import Staff
 from launch.pod.trainer import Fence
 from pjit_train.errors import TrainingError, UserError
-from pjit_train.waiting import told
 from topology import Slice
 
-_ANSWER = 300.0  # seconds in which the manager must answer, its start included
 _FRUITLESS = 3  # attempts in a row that reach no new step, after which the run is given up
 
 
@@ -33,36 +33,23 @@ class Supervisor:
 
     Args:
       chips: real ones that a process takes, as `Staff` has it.
-
-    Attributes:
-      staff: the agents.
-      manager: the actor that holds the fabric; `ask` asks it.
-      done: the failures that were made, as texts.
-      slow: what going around failed switches adds to a step, as a part of it.
-      struck: `time.monotonic()` of the last failure that was made and is not yet found.
-      begun: whether the attempt has come to a step, which can be saved.
-      stopping: whether the run was asked to save and end.
     """
 
     def __init__(self, plan: Plan, record: Record, chips: dict[str, int] | None = None):
-        self.plan, self.record = plan, record
+        self._plan, self._record = plan, record
         self._fence = Fence(plan.directory / "pod" / "attempt.json")
-        self.staff = Staff(
-            plan.standing_orders(),
-            chips or {},
-            plan.slice,
-            self._say_wait,
+        self._staff = Staff(plan.standing_orders(), chips or {}, plan.slice, self._say_wait)
+        self._manager = ManagerActor(
+            plan.directory / "pod" / "fabric.json", plan.blocks, plan.slice.pod, self._say_wait
         )
-        # On this node: it is there as long as this process.
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        manager = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Manager)
-        self.manager: Any = manager.options(scheduling_strategy=node).remote(
-            str(plan.directory / "pod" / "fabric.json"), plan.blocks, plan.slice.pod
-        )
-        self.done = {event["fault"] for event in record.of("fault")}
-        self.slow = 0.0
-        self.struck: float | None = None
-        self.begun = self.stopping = False
+        self._attempt: Attempt | None = None
+        self._slow = 0.0  # what going around failed switches adds to a step, as a part of it
+        self._stopping = False
+
+    @property
+    def begun(self) -> bool:
+        """True once the attempt has come to a step, which can be saved."""
+        return self._attempt is not None and self._attempt.begun
 
     def run(self) -> None:
         """Runs attempts until the run is done, or `stop` was called and it is saved.
@@ -73,134 +60,138 @@ class Supervisor:
           RayError: Ray's head is gone.
         """
         fruitless = 0
-        while not self.stopping:
+        while not self._stopping:
             best = self._best_step()
-            failure = self._attempt()
-            if failure is None:
+            outcome = self._try()
+            if outcome.failure is None:
                 return
-            self.record("failure", attempt=self._fence.current(), text=failure.text)
-            self._replace(failure)
+            number = self._fence.current()
+            self._record(events.AttemptFailed(attempt=number, text=outcome.failure))
+            self._replace(outcome)
             fruitless = 0 if self._best_step() > best else fruitless + 1
             if fruitless >= _FRUITLESS:
                 raise TrainingError(
                     f"{fruitless} attempts in a row came to no new step, the last because "
-                    f"{failure.text}; see {self.plan.directory}/pod for what the processes said"
+                    f"{outcome.failure}; see {self._plan.directory}/pod for what the processes said"
                 )
 
     def stop(self) -> None:
         """Has the trainers save and end; `run` returns when they have. A signal may call it."""
-        self.stopping = True
+        self._stopping = True
 
     def close(self) -> None:
         """Ends all that it started; returns when it is gone."""
-        self.staff.close()
-        ray.kill(self.manager)
-
-    def ask(self, method: str, *args) -> Any:
-        """Asks the pod manager, whom Ray starts again where it dies, and returns its answer.
-
-        Raises:
-          RayError: it raised an error, or does not answer in time.
-        """
-        with told("the pod manager to answer", say=self._say_wait):
-            return ray.get(getattr(self.manager, method).remote(*args), timeout=_ANSWER)
+        self._staff.close()
+        self._manager.close()
 
     def _say_wait(self, text: str) -> None:
-        self.record("waiting", text=text)
+        self._record(events.Waiting(text=text))
 
-    def _attempt(self) -> Failure | None:
-        """Runs an attempt; None where the run is over, and what ended it otherwise."""
-        self.begun = False
+    def _try(self) -> Outcome:
+        """Runs an attempt from its start to its end."""
+        self._attempt = None
         number = self._fence.current() + 1
         self._fence.raise_to(number)
-        state = self._place()
-        layout = self.plan.hosts(self.ask("placement").slice)
-        self.record(
-            "attempt",
-            attempt=number,
-            slice=state["slice"],
-            blocks=state["blocks"],
-            failed=state["failed"],
-            processes=layout.processes,
+        placed = self._place()
+        layout = self._plan.hosts(placed.placement.slice)
+        self._record(
+            events.AttemptBegun(
+                attempt=number,
+                slice=str(placed.placement.slice),
+                blocks=placed.placement.blocks,
+                failed=tuple(map(str, placed.failed)),
+                processes=layout.processes,
+            )
         )
-        hosts = self.staff.fill(layout.processes)
+        hosts = self._staff.fill(layout.processes)
         port = hosts[0].ask("free_port")
         if port is None:
-            return Failure("the host of process 0 is gone", lost=[hosts[0]])
-        alone = len({host.where["machine"] for host in hosts}) == 1
-        address = "127.0.0.1" if alone else hosts[0].where["address"]
+            return Outcome(failure="the host of process 0 is gone", lost=(hosts[0],))
+        alone = len({host.where.machine for host in hosts}) == 1
+        address = "127.0.0.1" if alone else hosts[0].where.address
         orders = self._orders(number, layout, f"{address}:{port}")
-        if orders["memory"] is not None:
-            self.record("part", text=f"checkpoint {orders['memory']} is in the hosts' memory")
+        if orders.memory is not None:
+            text = f"checkpoint {orders.memory} is in the hosts' memory"
+            self._record(events.PartChanged(text=text))
         started = [
-            host.agent.start.remote(number, orders | {"process": process})
+            host.agent.start.remote(replace(orders, process=process))
             for process, host in enumerate(hosts)
         ]
         for host, ref in zip(hosts, started, strict=True):
             try:
                 host.pid = ray.get(ref, timeout=60)
             except ray.exceptions.RayError as error:
-                return Failure(f"a host is gone ({type(error).__name__})", lost=[host])
-        return Attempt(self, number, layout, f"{address}:{port}").until_it_ends()
+                return Outcome(failure=f"a host is gone ({type(error).__name__})", lost=(host,))
+        self._attempt = Attempt(
+            self._plan,
+            self._record,
+            self._staff,
+            self._manager,
+            layout=layout,
+            orders=orders,
+            stopping=lambda: self._stopping,
+        )
+        return self._attempt.run()
 
-    def _orders(self, number: int, layout: Hosts, coordinator: str) -> dict[str, Any]:
+    def _orders(self, number: int, layout: Hosts, coordinator: str) -> Orders:
         """Orders to an attempt's trainers, but for the number of each."""
-        plan, sizes = self.plan, check_mesh(self.plan.run, layout.slice)
+        plan, sizes = self._plan, check_mesh(self._plan.run, layout.slice)
         order = layout.device_order(sizes, traffic_of(plan.run, sizes))
-        return {
-            "attempt": number,
-            "coordinator": coordinator,
-            "processes": layout.processes,
-            "devices": layout.devices_per_process if plan.emulate else None,
-            "axes": list(sizes),
-            "order": order.tolist(),
-            "coordinates": layout.coordinates.tolist(),
-            "pauses": sorted({f.step for f in plan.faults if str(f) not in self.done}),
-            "steps_before": steps_before(plan.directory),
-            "slow": self.slow,
-            "memory": self.staff.gather(self._newest_checkpoint()),
-        }
+        return Orders(
+            attempt=number,
+            coordinator=coordinator,
+            processes=layout.processes,
+            devices=layout.devices_per_process if plan.emulate else None,
+            axes=list(sizes),
+            order=order.tolist(),
+            coordinates=layout.coordinates.tolist(),
+            pauses=sorted({fault.step for fault in plan.faults_to_make(self._record)}),
+            steps_before=steps_before(plan.directory),
+            slow=self._slow,
+            memory=self._staff.gather(self._newest_checkpoint()),
+        )
 
-    def _place(self) -> dict[str, Any]:
-        """The manager's state with the slice placed, a smaller one where that is allowed."""
+    def _place(self) -> Placed:
+        """Has the slice placed, a smaller one where that is allowed."""
         smaller = []
-        if self.plan.elastic:
-            smaller = [slice for slice in smaller_shapes(self.plan.slice) if self._can_take(slice)]
+        if self._plan.elastic:
+            smaller = [slice for slice in smaller_shapes(self._plan.slice) if self._can_take(slice)]
         try:
-            state = self.ask("place", self.plan.slice, smaller)
+            placed = self._manager.place(self._plan.slice, smaller)
         except ray.exceptions.RayTaskError as error:
-            hint = "" if self.plan.elastic else "; --elastic goes on on a smaller one"
+            hint = "" if self._plan.elastic else "; --elastic goes on on a smaller one"
             raise TrainingError(f"{error.cause}{hint}") from error
-        breaks, makes, seconds = state["changes"]
-        if breaks or makes:
-            self.record(
-                "switched",
-                text=f"slice {state['slice']} on blocks {shown(state['blocks'])}: {breaks} "
-                f"cross-connects broken, {makes} made, {seconds * 1e3:.0f} ms of switching",
-            )
-        return state
+        if placed.breaks or placed.makes:
+            held = placed.placement
+            text = f"slice {held.slice} on blocks {shown(held.blocks)}: {placed.breaks} "
+            text += f"cross-connects broken, {placed.makes} made, "
+            text += f"{placed.seconds * 1e3:.0f} ms of switching"
+            self._record(events.Switched(text=text))
+        return placed
 
     def _can_take(self, slice: Slice) -> bool:
         try:
-            check_mesh(self.plan.run, slice)
+            check_mesh(self._plan.run, slice)
         except UserError:
             return False
         return True
 
-    def _replace(self, failure: Failure) -> None:
+    def _replace(self, outcome: Outcome) -> None:
         """Ends what is left of the attempt, and takes out of use what was lost with it."""
-        self.staff.release(failure.lost, self._fence.current())
-        for part in failure.parts:
-            state = self.ask("fail", part)
-        if failure.parts:
-            parts, free = shown(failure.parts, 3), state["free"]
-            self.record("part", text=f"out of use: {parts}; {free} blocks are free")
-        if failure.notice:
-            self.ask("drain", failure.notice)
+        if outcome.slow is not None:
+            self._slow = outcome.slow
+        self._staff.release(outcome.lost, self._fence.current())
+        for part in outcome.parts:
+            free = self._manager.fail(part).free
+        if outcome.parts:
+            text = f"out of use: {shown(outcome.parts, 3)}; {free} blocks are free"
+            self._record(events.PartChanged(text=text))
+        if outcome.notice is not None:
+            self._manager.drain(outcome.notice)
 
     def _newest_checkpoint(self) -> int | None:
-        names = [path.name for path in (self.plan.directory / "checkpoints").glob("*")]
+        names = [path.name for path in (self._plan.directory / "checkpoints").glob("*")]
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
     def _best_step(self) -> int:
-        return max((event["step"] for event in self.record.of("step")), default=0)
+        return max((event.step for event in self._record.of(events.Step)), default=0)

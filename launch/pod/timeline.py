@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.pod.events import Event, Saved, text_of
 from launch.pod.goodput import CAUSES, Account, Span, account, expected_goodput
 from pjit_train.files import write_whole
 from pjit_train.run import Run
@@ -22,12 +23,12 @@ _COLOURS = {
 _WIDTH, _ROW = 1000, 22  # pixels
 
 
-def write(events: Sequence[dict], file: Path) -> None:
+def write(events: Sequence[Event], file: Path) -> None:
     """Writes the page, whole: one HTML file that needs no other."""
     write_whole(file, page(events))
 
 
-def page(events: Sequence[dict]) -> str:
+def page(events: Sequence[Event]) -> str:
     """An attempt is a row of bars; a table has the seconds of each cause, and the events."""
     found = account(events)
     begin = found.spans[0].start if found.spans else 0.0
@@ -50,9 +51,9 @@ def page(events: Sequence[dict]) -> str:
         for cause, seconds in found.seconds.items()
     ]
     lines = [
-        f"<tr><td>{event['time'] - begin:.1f} s</td><td>{html.escape(event['text'])}</td></tr>"
+        f"<tr><td>{event.time - begin:.1f} s</td><td>{html.escape(text)}</td></tr>"
         for event in events
-        if "text" in event
+        if (text := text_of(event)) is not None
     ]
     height = _ROW * max(1, len(attempts))
     return f"""<!doctype html>
@@ -71,7 +72,7 @@ td span {{ display: inline-block; width: 1em; height: 1em; margin-right: .5em }}
 """
 
 
-def summary(events: Sequence[dict], run: Run) -> list[str]:
+def summary(events: Sequence[Event], run: Run) -> list[str]:
     """Lines for the end of a run: goodput, what it lost to each cause, what was to be expected."""
     found = account(events)
     lost = [
@@ -80,7 +81,7 @@ def summary(events: Sequence[dict], run: Run) -> list[str]:
         if cause != "kept" and seconds
     ]
     lines = [f"goodput {found.goodput:.1%} of {found.total:.1f} s; {', '.join(lost)}"]
-    saves = sum(event["event"] == "saved" for event in events)
+    saves = sum(isinstance(event, Saved) for event in events)
     every = run.checkpoints.every_steps
     expected = every and expected_goodput(found, steps_between_saves=every, saves=saves)
     if expected:

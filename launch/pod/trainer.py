@@ -17,8 +17,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from launch.pod import events
+from launch.pod.orders import Orders, RunningOrder, StandingOrders
 from pjit_train import signals
 from pjit_train.files import write_whole
+from pjit_train.watch import Watch
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BEAT = 1.0  # seconds between signs of life
@@ -61,16 +64,85 @@ def end_with_parent(parent: int) -> None:
 
 
 class _Teller:
-    """Writes events, each a JSON line with its time, from any thread."""
+    """Writes events of an attempt, each a line with its time, from any thread."""
 
     def __init__(self, fd: int):
-        self._fd, self._lock = fd, threading.Lock()
+        self._fd, self._lock, self.attempt = fd, threading.Lock(), 0
 
-    def __call__(self, event: str, **figures) -> None:
-        body = {"event": event, "time": time.time(), "cpu": time.process_time(), **figures}
-        line = json.dumps(body) + "\n"
+    def __call__(self, event: events.Told) -> None:
+        now, cpu = time.time(), time.process_time()
+        event = dataclasses.replace(event, attempt=self.attempt, at=now, cpu=cpu)
         with self._lock:
-            os.write(self._fd, line.encode())
+            os.write(self._fd, f"{events.write(event)}\n".encode())
+
+
+class _Pace:
+    """Pace of the training, as the agent orders it."""
+
+    def __init__(self, slow: float):
+        self.slow = slow  # as `Orders.slow`
+        self._go_on = threading.Event()
+
+    def take(self, order: RunningOrder) -> None:
+        if order.slow is not None:
+            self.slow = order.slow
+        if order.go_on:
+            self._go_on.set()
+
+    def pause(self) -> None:
+        """Waits for the order to go on."""
+        self._go_on.wait()
+        self._go_on.clear()
+
+
+class _Watch(Watch):
+    """Tells the agent what the training loop does, and keeps it to its attempt and pace."""
+
+    def __init__(
+        self, orders: Orders, fence: Fence, tell: _Teller, pace: _Pace, memory: int | None
+    ):
+        self._orders, self._fence, self._tell, self._pace = orders, fence, tell, pace
+        self._memory = memory if orders.processes > 1 else None
+        self._writes = orders.process == 0
+        self._pauses, self._last = set(orders.pauses), time.monotonic()
+
+    def begin(self, step: int) -> None:
+        self._check()
+        self._tell(events.Begin(step=step))
+
+    def compiled(self, seconds: float) -> None:
+        self._tell(events.Compiled(seconds=seconds))
+
+    def step(self, step: int, loss: float) -> None:
+        self._tell(events.Step(step=step, loss=loss))
+        if not self._writes:
+            return
+        if self._pace.slow:
+            time.sleep(self._pace.slow * (time.monotonic() - self._last))
+        if due := {pause for pause in self._pauses if pause <= step}:
+            self._pauses -= due
+            self._tell(events.Paused(step=step))
+            self._pace.pause()
+        self._last = time.monotonic()
+
+    def write(self, step: int) -> None:
+        self._check()
+
+    def save(self, step: int) -> None:
+        self._check()
+        self._tell(events.Save(step=step))
+
+    def saved(self, step: int, state: Any) -> None:
+        if self._memory is not None:
+            from launch.pod import memory_copy
+
+            size = memory_copy.write(self._memory, step, state)
+            self._tell(events.Copied(step=step, bytes=size))
+        self._tell(events.Saved(step=step))
+
+    def _check(self) -> None:
+        if self._writes:
+            self._fence.check(self._orders.attempt)
 
 
 def main() -> None:
@@ -81,27 +153,26 @@ def main() -> None:
 def _main() -> None:
     end_with_parent(int(sys.argv[2]))
     tell = _Teller(int(sys.argv[1]))
-    standing = json.loads(sys.stdin.readline() or "null")
-    if standing is None:
+    if not (line := sys.stdin.readline()):
         return
-    failure = None
+    standing, failure = StandingOrders.read(line), None
     try:
         run = _warm(standing)
     except Exception as error:  # told when there is somebody to tell it to
         failure = error
-    tell("warm")
-    orders = json.loads(sys.stdin.readline() or "null")
-    if orders is None:
+    tell(events.Warm())
+    if not (line := sys.stdin.readline()):
         return
+    orders = Orders.read(line)
+    tell.attempt = orders.attempt
     memory = int(sys.argv[3]) if len(sys.argv) > 3 else None
     threading.Thread(target=_beat, args=(tell,), daemon=True).start()
-    go_on = threading.Event()
-    slow = [orders["slow"]]
-    threading.Thread(target=_listen, args=(go_on, slow), daemon=True).start()
+    pace = _Pace(orders.slow)
+    threading.Thread(target=_listen, args=(pace,), daemon=True).start()
     try:
         if failure is not None:
             raise failure
-        _train(run, standing, orders, tell, go_on, slow, memory)
+        _train(run, standing, orders, tell, pace, memory)
     except Exception as error:
         from pjit_train.errors import TrainingError, UserError
 
@@ -111,13 +182,13 @@ def _main() -> None:
             traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         text = lines[0] if kind != "crash" else f"{type(error).__name__}: {lines[0][:300]}"
-        tell("failed", kind=kind, text=text)
+        tell(events.Raised(kind=kind, text=text))
         sys.stdout.flush()
         os._exit(1)  # JAX would wait for the others, who wait for this one
     sys.stdout.flush()
 
 
-def _warm(standing: dict[str, Any]):
+def _warm(standing: StandingOrders):
     """Prepares all that needs no other process: imports, configuration, tokens."""
     # One that waits in vain is ended by the driver, and before that by nobody else. The flags are
     # part of the compilation cache's keys, so that they are the same in all runs.
@@ -127,10 +198,10 @@ def _warm(standing: dict[str, Any]):
     )
     from launch import jax_internals, process
 
-    process.prepare(standing["devices"])
+    process.prepare(standing.devices)
     import jax
 
-    if standing["devices"] is not None:
+    if standing.devices is not None:
         jax_internals.every_process_caches()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -139,23 +210,25 @@ def _warm(standing: dict[str, Any]):
     from launch.configure import build_run
     from pjit_train.record import to_train
 
-    run, _ = build_run([standing["config"]])
-    run = dataclasses.replace(run, data=to_train(run.data, Path(standing["directory"])))
+    run, _ = build_run([standing.config])
+    run = dataclasses.replace(run, data=to_train(run.data, Path(standing.directory)))
     run.data.prepare(run.seed)
     return run
 
 
-def _train(run, standing, orders, tell, go_on, slow, memory) -> None:
-    directory, attempt = Path(standing["directory"]), orders["attempt"]
+def _train(
+    run, standing: StandingOrders, orders: Orders, tell: _Teller, pace: _Pace, memory: int | None
+) -> None:
+    directory = Path(standing.directory)
     fence = Fence(directory / "pod" / "attempt.json")
-    fence.check(attempt)
-    log = os.open(standing["log"].format(orders["process"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    fence.check(orders.attempt)
+    log = os.open(standing.log.format(orders.process), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    print(f"attempt {attempt}", flush=True)
-    tell("ready")
+    print(f"attempt {orders.attempt}", flush=True)
+    tell(events.Ready())
     _join(orders)
-    tell("joined")
+    tell(events.Joined())
 
     import jax
     import numpy as np
@@ -167,90 +240,62 @@ def _train(run, standing, orders, tell, go_on, slow, memory) -> None:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if devices[0].platform == "tpu":
         at = {tuple(device.coords): device for device in devices}
-        devices = [at[tuple(place)] for place in orders["coordinates"]]
-    order = np.array(orders["order"])
+        devices = [at[tuple(place)] for place in orders.coordinates]
+    order = np.array(orders.order)
     mesh = Mesh(
         np.array(devices, dtype=object)[order],
-        tuple(orders["axes"]),
+        tuple(orders.axes),
         axis_types=(AxisType.Explicit,) * order.ndim,
     )
-    pauses, last = set(orders["pauses"]), [time.monotonic()]
-    writes = orders["process"] == 0
-
-    def watch(event, figures):
-        if event in ("begin", "write", "save") and writes:
-            fence.check(attempt)
-        state = figures.pop("state", None)
-        if state is not None and memory is not None and orders["processes"] > 1:
-            size = memory_copy.write(memory, figures["step"], state)
-            tell("copied", step=figures["step"], bytes=size)
-        if event != "write":
-            tell(event, **figures)
-        if event == "step" and writes:
-            seconds = time.monotonic() - last[0]
-            if slow[0]:
-                time.sleep(slow[0] * seconds)
-            due = {step for step in pauses if step <= figures["step"]}
-            if due:
-                pauses.difference_update(due)
-                tell("paused", step=figures["step"])
-                go_on.wait()
-                go_on.clear()
-            last[0] = time.monotonic()
-
-    text, copy = Path(standing["config"]).read_text(), None
-    if orders["memory"] is not None:
-        copy = orders["memory"], lambda wanted: memory_copy.read(memory, wanted)
+    text, copy = Path(standing.config).read_text(), None
+    if orders.memory is not None:
+        copy = orders.memory, lambda wanted: memory_copy.read(memory, wanted)
     train(
         run,
         directory,
         config_text=text,
-        steps_before=orders["steps_before"],
+        steps_before=orders.steps_before,
         mesh=mesh,
-        watch=watch,
+        watch=_Watch(orders, fence, tell, pace, memory),
         memory=copy,
     )
-    tell("ended")
+    tell(events.Ended())
 
 
-def _join(orders) -> None:
+def _join(orders: Orders) -> None:
     """Joins the other processes of the attempt; on one machine over the loopback interface only."""
     import jax
 
     from launch.jax_internals import gloo_listens_on
     from launch.process import past_proxies
 
-    if orders["devices"] is not None:
-        jax.config.update("jax_num_cpu_devices", orders["devices"])
-    if orders["processes"] == 1:
+    if orders.devices is not None:
+        jax.config.update("jax_num_cpu_devices", orders.devices)
+    if orders.processes == 1:
         return
-    coordinator, listen = orders["coordinator"], None
+    coordinator, listen = orders.coordinator, None
     past_proxies(coordinator.rpartition(":")[0])
     if coordinator.startswith("127.0.0.1:"):
         listen = coordinator
         gloo_listens_on("127.0.0.1")
     jax.distributed.initialize(
         coordinator,
-        num_processes=orders["processes"],
-        process_id=orders["process"],
+        num_processes=orders.processes,
+        process_id=orders.process,
         coordinator_bind_address=listen,
     )
 
 
-def _beat(tell) -> None:
+def _beat(tell: _Teller) -> None:
     while True:
-        tell("beat")
+        tell(events.Beat())
         time.sleep(_BEAT)
 
 
-def _listen(go_on, slow) -> None:
+def _listen(pace: _Pace) -> None:
     """Obeys the agent's lines; ends this process when there will be no more."""
     for line in sys.stdin:
-        order = json.loads(line)
-        if "slow" in order:
-            slow[0] = order["slow"]
-        else:
-            go_on.set()
+        pace.take(RunningOrder.read(line))
     os._exit(1)
 
 

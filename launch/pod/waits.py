@@ -2,13 +2,16 @@
 
 import time
 
-_WAITS = {  # by the last thing that a process told: what it does next, and how long it may take,
-    # as a multiple of --hang-after
-    "": ("to start, with the tokens", 10),
-    "ready": ("to meet the others{where}", 2),
-    "joined": ("to restore the checkpoint", 5),
-    "begin": ("to compile the step", 5),
-    "compiled": ("to compute the first step", 5),
+from launch.pod import events
+
+# By the last thing that a process told: what it does next, and how long it may take, as a multiple
+# of --hang-after.
+_WAITS: dict[type[events.Event] | None, tuple[str, int]] = {
+    None: ("to start, with the tokens", 10),
+    events.Ready: ("to meet the others{where}", 2),
+    events.Joined: ("to restore the checkpoint", 5),
+    events.Begin: ("to compile the step", 5),
+    events.Compiled: ("to compute the first step", 5),
 }
 _LEAST = 120.0  # seconds that each of them has: a busy machine takes as long to import everything
 _SAY = 10.0  # seconds after which a wait is told, and then each time twice as many
@@ -24,12 +27,14 @@ class Waits:
     """
 
     def __init__(self, processes: int, hang_seconds: float, where: str = ""):
-        self._at, self._hang, self._where = [""] * processes, hang_seconds, where
+        self._at: list[type[events.Event] | None] = [None] * processes
+        self._hang, self._where = hang_seconds, where
         self._since, self._say = time.monotonic(), _SAY
 
-    def on_event(self, process: int, kind: str) -> None:
+    def on_event(self, process: int, event: events.Event) -> None:
         """Notes what a process told; what says nothing of its start is let pass."""
-        if kind in (*_WAITS, "step") and kind != self._at[process]:
+        kind = type(event)
+        if kind in (*_WAITS, events.Step) and kind != self._at[process]:
             self._at[process] = kind
             self._since, self._say = time.monotonic(), _SAY
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import campaign_runs as runs
 import psutil
 
+from launch.pod.events import AttemptFailed, FaultMade, Save, Step
+from launch.pod.record import read_events
+
 OPTIONS = [
     "--slice",
     "2x2x4",
@@ -68,20 +71,16 @@ class Disturber(threading.Thread):
         while not self.done.wait(0.05):
             if not self.events.exists():
                 continue
-            lines = self.events.read_text().splitlines()
-            for line in lines[read:]:
-                try:
-                    event = json.loads(line)["event"]
-                except ValueError:
-                    break
+            events = read_events(self.events)
+            for event in events[read:]:
                 read += 1
-                if event == "failure" and self.rng.random() < 0.25:
+                if isinstance(event, AttemptFailed) and self.rng.random() < 0.25:
                     time.sleep(self.rng.uniform(0, 5))
                     self._kill("in a recovery", 1)
-                elif event == "save" and self.rng.random() < 0.05:
+                elif isinstance(event, Save) and self.rng.random() < 0.05:
                     time.sleep(self.rng.uniform(0, 0.1))
                     self._kill("in a save", 1)
-                elif event == "step" and self.rng.random() < 0.01:
+                elif isinstance(event, Step) and self.rng.random() < 0.01:
                     self._kill("two at once", 2)
             if time.monotonic() - since > 40 and self.rng.random() < 0.02:
                 since = time.monotonic()
@@ -146,13 +145,10 @@ def pods(report, folder: Path, cases: int, seed: int) -> None:
             break
         finally:
             disturber.done.set()
-        events = [
-            json.loads(line) for line in (out / "pod" / "events.jsonl").read_text().splitlines()
-        ]
         faults = [
-            event["fault"].split("@")[0].split(":")[0]
-            for event in events
-            if event["event"] == "fault"
+            event.fault.split("@")[0].split(":")[0]
+            for event in read_events(out / "pod" / "events.jsonl")
+            if isinstance(event, FaultMade)
         ]
         for kind in faults:
             report.count(kind)

@@ -7,7 +7,6 @@ all hosts have a warm process again. `memory` restores a state of 100 MiB from d
 alternating.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -15,6 +14,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from launch.pod.events import AttemptFailed, FaultMade, Step
+from launch.pod.record import read_events
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ["process:1", "host:2", "process:0", "host:1", "process:3", "host:0"]
@@ -35,15 +37,14 @@ def recovery() -> None:
     code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "pod", "configs/quickstart.gin", *options]
     subprocess.run(command, cwd=ROOT, check=True)
-    lines = (folder / "run" / "pod" / "events.jsonl").read_text().splitlines()
     found, stepped, made = [], [], None
-    for event in map(json.loads, lines):
-        if event["event"] == "fault":
-            made = event["time"]
-        elif event["event"] == "failure":
-            found.append(event["time"] - made)
-        elif event["event"] == "step" and made and len(found) > len(stepped):
-            stepped.append(event["at"] - made)
+    for event in read_events(folder / "run" / "pod" / "events.jsonl"):
+        if isinstance(event, FaultMade):
+            made = event.time
+        elif isinstance(event, AttemptFailed):
+            found.append(event.time - made)
+        elif isinstance(event, Step) and made and len(found) > len(stepped):
+            stepped.append(event.at - made)
     for what, seconds in (("found", found), ("first new step", stepped)):
         shown = ", ".join(f"{s:.2f}" for s in seconds)
         print(f"{what}: median {statistics.median(seconds):.2f} s after it ({shown})")

@@ -8,6 +8,7 @@ import pytest
 
 from launch.configure import build_run
 from launch.pod.attempt import patience
+from launch.pod.events import Save, Saved, Step
 from launch.pod.plan import GiB, Plan, default_hosts_per_process
 from pjit_train.errors import UserError
 from pjit_train.program import Program
@@ -87,8 +88,13 @@ def test_a_pod_that_takes_the_batch_in_parts_fits_where_the_whole_does_not():
 
 def test_a_validation_has_the_time_of_one():
     config = ["run.Run.steps = 100", "run.Run.eval_every = 30"]
-    times = [patience(plan(*config), "step", step) for step in (29, 30, 31, 99, 100)]
+
+    def steps(*numbers):
+        return [Step(step=number, loss=0.0) for number in numbers]
+
+    times = [patience(plan(*config), step) for step in steps(29, 30, 31, 99, 100)]
     assert times == [60.0, 300.0, 60.0, 60.0, 300.0]
-    assert patience(plan(*config), "save", 99) == patience(plan(*config), "saved", 100) == 300.0
+    for last in (Save(step=99), Saved(step=100), None):
+        assert patience(plan(*config), last) == 300.0
     never = plan("run.Run.steps = 100", "run.Run.eval_every = 0")
-    assert [patience(never, "step", step) for step in (30, 100)] == [60.0, 60.0]
+    assert [patience(never, step) for step in steps(30, 100)] == [60.0, 60.0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.pod.events import AttemptBegun, AttemptFailed, FaultMade
 from launch.pod.record import read_events
 
 STEPS = 36
@@ -211,8 +212,8 @@ def test_whatever_fails_the_losses_are_those_of_a_quiet_run(folder, undisturbed)
     assert process.returncode == 0, output
     assert rows(folder, "disturbed") == undisturbed[1]
     events = read_events(folder / "disturbed" / "pod" / "events.jsonl")
-    assert [e["fault"] for e in events if e["event"] == "fault"] == faults
-    attempts = [e["attempt"] for e in events if e["event"] == "attempt"]
+    assert [e.fault for e in events if isinstance(e, FaultMade)] == faults
+    attempts = [e.attempt for e in events if isinstance(e, AttemptBegun)]
     assert attempts == list(range(1, len(attempts) + 1))
     assert len(attempts) >= 7
     for said in (
@@ -227,11 +228,11 @@ def test_whatever_fails_the_losses_are_those_of_a_quiet_run(folder, undisturbed)
         assert said in output, said
     made, found = {}, {}
     for event in events:
-        if event["event"] == "fault":
-            last = event["fault"].split("@")[0]
-            made[last] = event["time"]
-        elif event["event"] == "failure":
-            found.setdefault(last, event["time"] - made[last])
+        if isinstance(event, FaultMade):
+            last = event.fault.split("@")[0]
+            made[last] = event.time
+        elif isinstance(event, AttemptFailed):
+            found.setdefault(last, event.time - made[last])
     assert found["process:1"] < 5
     assert found["host:0"] < 5
     assert found["hang:1"] < 8 + 5

@@ -7,10 +7,12 @@ import time
 
 import pytest
 
+from launch.pod.events import Begin, Compiled, Joined, Ready
 from launch.pod.keeper import RAY_LOST
 from launch.pod.waits import Waits
 from launch.process import past_proxies, proxy_note
 
+BEGIN, COMPILED = Begin(step=0), Compiled(seconds=1.0)
 FIRST = "no_grpc_proxy"  # gRPC looks at it before no_proxy
 
 
@@ -26,29 +28,30 @@ def test_who_is_behind_is_waited_for_and_not_for_ever(clock):
     assert waits.behind() == ([0, 1, 2], "to start, with the tokens")
     assert waits.limit() == 1000.0
     for process in range(3):
-        waits.on_event(process, "ready")
+        waits.on_event(process, Ready())
     assert waits.behind() == ([0, 1, 2], "to meet the others at 10.0.0.1:9")
     assert waits.limit() == 200.0
     for process in (0, 2):
-        waits.on_event(process, "joined")
+        waits.on_event(process, Joined())
     assert waits.behind() == ([1], "to meet the others at 10.0.0.1:9")
-    for process, kind in ((1, "joined"), (0, "begin"), (2, "begin"), (0, "compiled")):
-        waits.on_event(process, kind)
+    for process, event in ((1, Joined()), (0, BEGIN), (2, BEGIN), (0, COMPILED)):
+        waits.on_event(process, event)
     assert waits.behind() == ([1], "to restore the checkpoint")
     assert waits.limit() == 500.0
     clock[0] += 499
-    waits.on_event(0, "compiled")  # said before: no sign of progress
+    waits.on_event(0, COMPILED)  # said before: no sign of progress
     assert waits.seconds() == 499
-    waits.on_event(1, "begin")
+    waits.on_event(1, BEGIN)
     assert waits.seconds() == 0
     assert waits.behind() == ([1, 2], "to compile the step")
 
 
 def test_a_busy_machine_has_two_minutes_for_each_part(clock):
     waits = Waits(1, hang_seconds=5.0)
-    for kind in ("", "ready", "joined", "begin", "compiled"):
-        waits.on_event(0, kind)
+    for event in (Ready(), Joined(), BEGIN, COMPILED):
         assert waits.limit() == 120.0
+        waits.on_event(0, event)
+    assert waits.limit() == 120.0
 
 
 def test_a_wait_is_told_after_10_seconds_and_then_ever_later(clock):
@@ -58,7 +61,7 @@ def test_a_wait_is_told_after_10_seconds_and_then_ever_later(clock):
         if waits.due():
             told.append(second)
     assert told == [10, 20, 40, 80]
-    waits.on_event(0, "ready")
+    waits.on_event(0, Ready())
     clock[0] += 9.9
     assert not waits.due()
     clock[0] += 0.2
