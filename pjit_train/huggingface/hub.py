@@ -6,6 +6,7 @@ hold. A large file whose fetching was broken off, also by a kill, goes on where 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -198,9 +199,14 @@ def _fetch_large(repository: Repository, commit: str, files: list[str], progress
     for file, url, blob, size in tasks:
         if not blob.exists():
             what = f"{repository}: {file}"
-            _fetch_blob(what, url, headers, blob, size, lambda n, b=before: progress(b + n, total))
+            add = functools.partial(_tell, progress, before, total)
+            _fetch_blob(what, url, headers, blob, size, add)
         before += size
         progress(before, total)
+
+
+def _tell(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _fetch_blob(
