@@ -129,6 +129,23 @@ def test_no_function_imports_upwards_later(package):
             assert not upper, f"{path.relative_to(ROOT)}:{node.lineno} imports {upper}"
 
 
+def imports_of_tests(text: str, tests: Collection[str]) -> set[str]:
+    """The test modules that a text imports, programs in its strings included."""
+    words = re.findall(r"^\s*(?:from|import) +([\w.]+)(?: +import +(.*))?", text, re.MULTILINE)
+    named = {name for module, names in words for name in re.findall(r"\w+", f"{module} {names}")}
+    return named & set(tests)
+
+
+def test_no_test_module_imports_another():
+    """What several use stands in `helpers`, or is a fixture of a `conftest`."""
+    tests = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    assert imports_of_tests("CODE = '''\nfrom test_runs import TINY\n'''", tests) == {"test_runs"}
+    assert imports_of_tests("from launch import test_runs", tests) == {"test_runs"}
+    found = {name: imports_of_tests(path.read_text(), tests) for name, path in tests.items()}
+    del found["test_layers"]  # names one, above
+    assert not any(found.values()), found
+
+
 @pytest.mark.parametrize(
     "docstring",
     ["What links give.", "Of the kernel.", "Those, too.", "The same once open.", "None."],

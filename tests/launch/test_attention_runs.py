@@ -4,25 +4,24 @@ import json
 from pathlib import Path
 
 import pytest
-import test_runs
+from helpers.gin_files import tiny
 
 from launch.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TINY = f"""{test_runs.TINY.replace("num_heads = 2", "num_heads = 4")}
-run.Run.eval_every = 1
-run.Run.eval_batches = 1
-"""
+MODEL = {
+    "transformer.TransformerConfig.num_heads": 4,
+    "run.Run.eval_every": 1,
+    "run.Run.eval_batches": 1,
+    "run.Samples.tokens": 4,
+}
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capfd):
+def train(here, capfd):
     """Trains with these fields of the model: (exit status, lines said)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORSION_CACHE", str(tmp_path / "cache"))
-    Path("run.gin").write_text(TINY)
-    Path("corpus.txt").write_text("a cat sat on a mat. " * 200)
+    Path("run.gin").write_text(tiny(MODEL))
 
     def train(*options, **model):
         bindings = [f"transformer.TransformerConfig.{k} = {v!r}" for k, v in model.items()]

@@ -1,7 +1,6 @@
 """The command line, in this process and as its user meets it."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -9,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.gin_files import tiny
+from helpers.processes import TORSION, environment, free_address
 
 import launch.process
 import pjit_train.loop
@@ -19,44 +20,21 @@ from topology import hardware
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TORSION = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
-SMALL = """\
-from __gin__ import dynamic_registration
-from pjit_train import run
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-run.Run:
-  model = @transformer.TransformerConfig()
-  steps = 4
-  eval_every = 0
-  log_every = 1
-run.Samples.tokens = 0
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 64
-  d_model = 16
-  num_layers = 1
-  num_heads = 2
-  d_ff = 32
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 4
-sources.TextFiles.train = 'corpus.txt'
-"""
+SMALL = {
+    "run.Run.steps": 4,
+    "run.Run.eval_every": 0,
+    "run.Run.log_every": 1,
+    "text.TextData.batch_size": 4,
+}
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A directory to work in with a small run, and this process's JAX left as it is."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORSION_CACHE", str(tmp_path / "cache"))
+def here(here, monkeypatch):
+    """The folder with a small run, and this process's JAX left as it is."""
     monkeypatch.setattr(launch.process, "prepare", lambda devices: None)
-    (tmp_path / "small.gin").write_text(SMALL)
-    (tmp_path / "corpus.txt").write_text(" ".join(map(str, range(2000))))
-    return tmp_path
+    (here / "small.gin").write_text(tiny(SMALL))
+    (here / "corpus.txt").write_text(" ".join(map(str, range(2000))))
+    return here
 
 
 @pytest.fixture
@@ -206,7 +184,7 @@ def test_a_mistyped_word_gets_the_nearest_right_one(argv, says, capfd):
 def test_the_module_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "--version"],
-        env={**os.environ, "PYTHONPATH": str(Path(launch.process.__file__).parents[1])},
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -268,15 +246,12 @@ def losses(directory) -> list[float]:
 
 @pytest.mark.slow
 def test_processes_started_by_hand_train_as_one_and_the_run_can_be_used(here, capfd):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    address = free_address()
     argv = ["train", "small.gin", "--devices", "2", "--mesh", "data=2,fsdp=2", "--out", "two"]
-    joined = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
-    env = {**os.environ, "PYTHONPATH": str(Path(launch.process.__file__).parents[1])}
+    joined = ["--coordinator", address, "--num-processes", "2", "--process-id"]
     processes = [
         subprocess.Popen(
-            [*TORSION, *argv, *joined, str(i)], env=env, stderr=subprocess.PIPE, text=True
+            [*TORSION, *argv, *joined, str(i)], env=environment(), stderr=subprocess.PIPE, text=True
         )
         for i in range(2)
     ]
@@ -284,7 +259,7 @@ def test_processes_started_by_hand_train_as_one_and_the_run_can_be_used(here, ca
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         first, *others = err.splitlines()
-        assert first.startswith(f"torsion: process {i} of 2 meets the others at localhost:{port},")
+        assert first.startswith(f"torsion: process {i} of 2 meets the others at {address},")
         assert all(line.startswith("torsion: waiting for ") for line in others)  # when busy
 
     assert main(["train", "small.gin", "--mesh", "data=1", "--out", "one"]) == 0
@@ -307,7 +282,7 @@ def test_processes_started_by_hand_train_as_one_and_the_run_can_be_used(here, ca
 def test_the_user_sees_one_line_and_no_traceback(here):
     done = subprocess.run(
         [*TORSION, "train", "small.gin", "--gin", "run.Run.step = 3"],
-        env={**os.environ, "PYTHONPATH": str(Path(launch.process.__file__).parents[1])},
+        env=environment(),
         capture_output=True,
         text=True,
     )

@@ -4,113 +4,30 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors import safe_open
+from helpers.compressed_runs import ATTENTION, FEED_FORWARD, figures, kernels, scaled
+from helpers.processes import TORSION
+from helpers.run_directories import files
 
 import pjit_train.compression.compress
 from launch.cli import main
-from launch.configure import build_run
 from pjit_train.evaluate import restore_weights
-from pjit_train.program import Program
-from pjit_train.sharding import make_mesh
 from sparsity.numbers.formats import E2M1, MX
 from sparsity.numbers.quantization import quantize
-from sparsity.recipes.kernels import dense
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TINY = """
-from __gin__ import dynamic_registration
-from pjit_train import optimizers
-from pjit_train import run
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
 
-run.Run.model = @transformer.TransformerConfig()
-run.Run.steps = 40
-run.Run.eval_every = 0
-run.Run.eval_batches = 3
-run.Samples.tokens = 0
-optimizers.AdamW.learning_rate = 1e-2
-optimizers.Schedule.warmup_steps = 5
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 32
-  d_model = 16
-  num_layers = 2
-  num_heads = 2
-  d_ff = 32
-  tie_head = True
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 8
-sources.TextFiles.train = 'corpus.txt'
-"""
-ATTENTION = [f"blocks/attention/{name}/kernel" for name in ("query", "key", "value", "out")]
-FEED_FORWARD = [f"blocks/feed_forward/{name}/kernel" for name in ("up", "gate", "down")]
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder with a run of 40 steps in `dense`; it becomes the current one."""
-    folder = tmp_path_factory.mktemp("compress")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("TORSION_CACHE", str(folder / "cache"))
-        rng = np.random.default_rng(0)
-        words = rng.choice(["a cat ", "sat on ", "the mat. ", "it ran ", "home. "], size=1200)
-        Path("corpus.txt").write_text("".join(words))
-        Path("run.gin").write_text(TINY)
-        jax.config.update("jax_disable_most_optimizations", True)
-        compiled = jax.config.jax_persistent_cache_min_compile_time_secs
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # each once
-        trained = tmp_path_factory.getbasetemp() / "dense"  # once for all modules
-        if not trained.exists():
-            assert main(["train", "run.gin", "--out", str(trained), "--mesh", "data=1"]) == 0
-        shutil.copytree(trained, "dense")
-        yield folder
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", compiled)
-
-
-def kernels(directory: str, step: int | None = None, run=None) -> dict[str, np.ndarray]:
-    """The kernels of a run's checkpoint as matrices [layers, inputs, outputs]."""
-    run = run or build_run([f"{directory}/config.gin"])[0]
-    weights = restore_weights(Program(run, make_mesh(run.mesh)), Path(directory), step)[1]
-    inputs = dict.fromkeys([*ATTENTION, *FEED_FORWARD], 16) | {FEED_FORWARD[2]: 32}
-    found = {}
-    for name, size in inputs.items():
-        _, part, layer, _ = name.split("/")
-        kernel = np.asarray(dense(weights["blocks"][part][layer]["kernel"]))
-        found[name] = kernel.reshape(2, size, -1)
-    return found
-
-
-def figures(capsys, *command: str) -> dict:
-    capsys.readouterr()
-    assert main([*command, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    paths = [p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
-
-
-def test_a_compressed_run_is_a_run(here, capsys):
+def test_a_compressed_run_is_a_run(dense_run, capsys):
     command = ["compress", "dense", "--layers", "up=1:8", "value=dense", "down=0.75"]
-    before = files(here)
+    before = files(dense_run)
     report = figures(capsys, *command, "--method", "wanda", "--out", "new/sparse")
-    assert {n: f for n, f in files(here).items() if not n.startswith("new/")} == before
+    assert {n: f for n, f in files(dense_run).items() if not n.startswith("new/")} == before
 
     found = kernels("new/sparse")
     patterns = {name: "2:4" for name in [*ATTENTION, *FEED_FORWARD]}
@@ -153,7 +70,7 @@ def test_a_compressed_run_is_a_run(here, capsys):
     assert figures(capsys, "eval", "new/sparse")["val_loss"] < report["after"]["val_loss"]
 
 
-def test_sparsegpt_by_default_and_a_table(here, capsys):
+def test_sparsegpt_by_default_and_a_table(dense_run, capsys):
     assert main(["compress", "dense", "--pattern", "2:4", "--transposable"]) == 0
     out = capsys.readouterr().out
     report = json.loads(Path("dense-compressed-sparsegpt/compress.json").read_text())
@@ -229,26 +146,19 @@ def test_sparsegpt_by_default_and_a_table(here, capsys):
         (["--pattern", "2:4", "--step", "7"], "has no checkpoint 7"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(here, capsys, options, says):
-    before = files(here)
+def test_a_mistake_is_one_line_and_writes_nothing(dense_run, capsys, options, says):
+    before = files(dense_run)
     capsys.readouterr()
     command = ["compress", "dense", *options]
     assert main(command if "--out" in options else [*command, "--out", "none/of/it"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("torsion: ")
     assert says in line
-    assert files(here) == before
+    assert files(dense_run) == before
     assert not Path("none").exists()
 
 
-def scaled(directory: str, name: str, kernel: np.ndarray) -> np.ndarray:
-    """A kernel [layers, inputs, outputs] divided by the scales that were stored with it."""
-    with safe_open(f"{directory}/scales.safetensors", "numpy") as file:
-        scales = file.get_tensor(name)
-    return kernel / np.repeat(scales, kernel.shape[1] // scales.shape[1], axis=1)
-
-
-def test_pruned_smoothed_quantized_and_exported(here, capsys):
+def test_pruned_smoothed_quantized_and_exported(dense_run, capsys):
     command = [
         "compress",
         "dense",
@@ -299,7 +209,7 @@ def test_pruned_smoothed_quantized_and_exported(here, capsys):
     assert "quantization_config" not in json.loads(Path("plain/config.json").read_text())
 
 
-def test_fine_tuned_in_between(here, capsys):
+def test_fine_tuned_in_between(dense_run, capsys):
     command = ["compress", "dense", "--pattern", "2:4", "--format", "int8", "--sequences", "8"]
     report = figures(capsys, *command, "--finetune", "8", "--out", "tuned")
     losses = [report[when]["val_loss"] for when in ("before", "after")]
@@ -329,7 +239,9 @@ def test_fine_tuned_in_between(here, capsys):
 
 
 @pytest.mark.parametrize(("factor", "worse"), [(4.0, True), (1.0, False)])
-def test_fine_tuning_that_makes_the_model_worse_is_said(here, capsys, monkeypatch, factor, worse):
+def test_fine_tuning_that_makes_the_model_worse_is_said(
+    dense_run, capsys, monkeypatch, factor, worse
+):
     def tuned(work, params):
         return jax.tree.map(lambda x: x * np.float32(factor), params)
 
@@ -347,7 +259,7 @@ def test_fine_tuning_that_makes_the_model_worse_is_said(here, capsys, monkeypatc
     assert (says.format(*losses) in captured.err) == worse
 
 
-def test_quantized_then_pruned(here, capsys):
+def test_quantized_then_pruned(dense_run, capsys):
     command = ["compress", "dense", "--method", "wanda", "--format", "mxfp4_e2m1:16"]
     command += ["--order", "quantize_then_sparsify", "--quantizer", "rtn", "--sequences", "8"]
     report = figures(capsys, *command, "--out", "reverse")
@@ -361,7 +273,7 @@ def test_quantized_then_pruned(here, capsys):
         assert report["kernels"][name]["errors"]["together"] > 0
 
 
-def test_weights_that_are_not_finite_are_named(here, capsys, monkeypatch):
+def test_weights_that_are_not_finite_are_named(dense_run, capsys, monkeypatch):
     def broken(*args):
         step, weights = restore_weights(*args)
         weights = jax.tree.map(lambda x: x, weights)
@@ -376,7 +288,7 @@ def test_weights_that_are_not_finite_are_named(here, capsys, monkeypatch):
     assert not Path("none").exists()
 
 
-def test_what_is_no_run_directory_is_said(here, capsys):
+def test_what_is_no_run_directory_is_said(dense_run, capsys):
     for name in ("empty", "weights", "hub", "broken", "runs/a"):
         Path(name).mkdir(parents=True, exist_ok=True)
     Path("weights/model.safetensors").touch()
@@ -405,11 +317,10 @@ def test_what_is_no_run_directory_is_said(here, capsys):
     assert not list(Path().glob("*-compressed-magnitude"))
 
 
-def test_a_killed_one_leaves_nothing_under_its_name_and_can_be_done_again(here, capsys):
-    before = files(here)
+def test_a_killed_one_leaves_nothing_under_its_name_and_can_be_done_again(dense_run, capsys):
+    before = files(dense_run)
     command = ["compress", "dense", "--method", "wanda", "--sequences", "8", "--out", "killed"]
-    torsion = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
-    started = subprocess.Popen([*torsion, *command], stderr=subprocess.PIPE)
+    started = subprocess.Popen([*TORSION, *command], stderr=subprocess.PIPE)
     half = Path(".killed.saving")
     while started.poll() is None and not list(half.glob("checkpoints/0*")):
         time.sleep(0.001)
@@ -420,17 +331,19 @@ def test_a_killed_one_leaves_nothing_under_its_name_and_can_be_done_again(here, 
     assert "config.gin" in left
     assert "compress.json" not in left
     assert not Path("killed").exists()
-    assert {n: f for n, f in files(here).items() if not n.startswith(".killed.saving/")} == before
+    assert {
+        n: f for n, f in files(dense_run).items() if not n.startswith(".killed.saving/")
+    } == before
 
     report = figures(capsys, *command)
     assert not half.exists()
     assert json.loads(Path("killed/compress.json").read_text())["after"] == report["after"]
     assert report["after"].items() <= figures(capsys, "eval", "killed").items()
-    assert {n: f for n, f in files(here).items() if not n.startswith("killed/")} == before
+    assert {n: f for n, f in files(dense_run).items() if not n.startswith("killed/")} == before
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(here, capsys, monkeypatch, error):
+def test_a_failure_leaves_nothing(dense_run, capsys, monkeypatch, error):
     def fail(*_):
         names = {path.name for path in Path(".failed.saving").iterdir()}
         assert names == {"config.gin", "checkpoints"}

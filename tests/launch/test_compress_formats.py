@@ -9,17 +9,17 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors import deserialize, safe_open
-from test_compress_command import (  # noqa: F401 (fixtures)
+from helpers.compressed_runs import (
     ATTENTION,
+    BINDINGS,
     FEED_FORWARD,
-    TINY,
     figures,
-    files,
-    here,
     kernels,
     scaled,
 )
+from helpers.gin_files import tiny
+from helpers.run_directories import files
+from safetensors import deserialize, safe_open
 
 from launch.cli import main
 from launch.commands.compress import _bindings
@@ -33,7 +33,8 @@ from pjit_train.sharding import make_mesh
 from sparsity.numbers import quantized
 from sparsity.numbers.quantization import quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "here")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "dense_run")
+FORMATS = ("sparsity.numbers.quantized",)
 
 
 def test_zero_points_are_kept_with_the_run(capsys):
@@ -133,10 +134,7 @@ def masters(directory: str) -> dict[str, np.ndarray]:
 
 
 def test_a_run_trained_in_formats_is_compressed_from_what_it_trains(capsys):
-    text = TINY + "run.Run.quantization = @quantized.Quantization()\n"
-    text = text.replace(
-        "from pjit_train.data", "from sparsity.numbers import quantized\nfrom pjit_train.data", 1
-    )
+    text = tiny(BINDINGS, FORMATS) + "run.Run.quantization = @quantized.Quantization()\n"
     layers = "{'(attention)/.*kernel': @quantized.MatmulFormats(), 'up/kernel': 'int4'}"
     text += f"quantized.Quantization.layers = {layers}\nquantized.MatmulFormats.weights = 'int4'\n"
     text += "quantized.MatmulFormats.gradient_rounding = 'stochastic'\n"
@@ -246,8 +244,7 @@ def test_compressed_again_it_keeps_the_formats_that_it_had(capsys):
 
 def bound(quantization: str, name: str) -> tuple[Path, list[str]]:
     """A configuration of that quantization, and what compressing its query to int8 binds."""
-    imports = "from sparsity.numbers import quantized\nfrom pjit_train.data"
-    text = TINY.replace("d_model = 16", "d_model = 32").replace("from pjit_train.data", imports, 1)
+    text = tiny(BINDINGS | {"transformer.TransformerConfig.d_model": 32}, FORMATS)
     Path(f"{name}.gin").write_text(text + quantization)
     run, text = build_run([f"{name}.gin"])
     Path(f"{name}-config.gin").write_text(text)

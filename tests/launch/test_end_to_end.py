@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import termios
 import time
@@ -14,44 +13,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers.gin_files import tiny
+from helpers.processes import TORSION, environment
 
 from pjit_train import signals
 
 STEPS = 40
-CONFIG = """
-from __gin__ import dynamic_registration
-from pjit_train import checkpoint
-from pjit_train import optimizers
-from pjit_train import run
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-
-run.Run:
-  model = @transformer.TransformerConfig()
-  steps = {steps}
-  log_every = 1
-  eval_every = 10
-  eval_batches = 2
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 64
-  d_model = 32
-  num_layers = 2
-  num_heads = 4
-  num_kv_heads = 2
-  d_ff = 64
-run.Samples.tokens = 8
-checkpoint.CheckpointConfig.every_steps = 3
-optimizers.AdamW.learning_rate = 1e-2
-optimizers.Schedule.warmup_steps = 4
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 32
-  batch_size = 8
-sources.TextFiles.train = '{corpus}'
-"""
+CONFIG = {
+    "run.Run.steps": STEPS,
+    "run.Run.log_every": 1,
+    "run.Run.eval_every": 10,
+    "run.Run.eval_batches": 2,
+    "run.Samples.tokens": 8,
+    "transformer.TransformerConfig.max_len": 64,
+    "transformer.TransformerConfig.d_model": 32,
+    "transformer.TransformerConfig.num_layers": 2,
+    "transformer.TransformerConfig.num_heads": 4,
+    "transformer.TransformerConfig.num_kv_heads": 2,
+    "transformer.TransformerConfig.d_ff": 64,
+    "checkpoint.CheckpointConfig.every_steps": 3,
+    "optimizers.AdamW.learning_rate": 1e-2,
+    "optimizers.Schedule.warmup_steps": 4,
+    "text.TextData.seq_len": 32,
+}
 # What a step computes; the other figures are times.
 COMPUTED = ("loss", "grad_norm", "learning_rate", "val_loss", "val_bits_per_byte")
 
@@ -62,15 +46,14 @@ def folder(tmp_path_factory):
     words = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], k=8000)
     corpus = folder / "corpus.txt"
     corpus.write_text(" ".join(words))
-    (folder / "run.gin").write_text(CONFIG.format(steps=STEPS, corpus=corpus))
+    (folder / "run.gin").write_text(tiny(CONFIG | {"sources.TextFiles.train": str(corpus)}))
     return folder
 
 
 def start(folder: Path, out: str, *options: str, **of_process) -> subprocess.Popen:
     """`torsion train run.gin --out OUT` as its own process."""
-    torsion = str(Path(sys.executable).with_name("torsion"))
-    command = [torsion, "train", "run.gin", "--out", out, *options]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TORSION_CACHE": str(folder / "cache")}
+    command = [*TORSION, "train", "run.gin", "--out", out, *options]
+    env = environment(TORSION_CACHE=str(folder / "cache"))
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=folder, env=env, text=True, **(streams | of_process))
 
@@ -181,9 +164,12 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
 
     def end(case: int) -> tuple[str, int, int, str]:
         command, number = COMMANDS[case // 2], numbers[case % len(numbers)]
-        torsion = str(Path(sys.executable).with_name("torsion"))
         process = subprocess.Popen(
-            [torsion, *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*TORSION, *command.split()],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         while process.poll() is None and not takes_signals(process.pid):
             time.sleep(0.001)

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_compress_command import ATTENTION, FEED_FORWARD, here  # noqa: F401 (a fixture)
+from helpers.compressed_runs import ATTENTION, FEED_FORWARD
 
 from launch.cli import main
 
-TRAINED = {  # what is added to the run of `here`
+TRAINED = {  # what is added to the run of `dense_run`
     "dense": [],
     "sparse": ["configs/recipes/sr_ste.gin"],
 }
@@ -39,7 +39,7 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def named(here):  # noqa: F811
+def named(dense_run):
     """(shape, dtype) -> the name of that run, made when it is first asked for."""
 
     @functools.cache

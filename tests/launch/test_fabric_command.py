@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
+from helpers.processes import TORSION
 
 from launch.cli import main
 from topology import Slice
@@ -174,8 +174,16 @@ def test_draw_writes_a_page_and_a_picture(capsys, tmp_path, monkeypatch):
 def test_nothing_is_cut_off_when_piped_or_narrow(columns):
     """What a reader, or a pipe, gets has every name and figure whole."""
     twist = "4x4x12_twist:0,0,4/0,0,8/0,0,0"
-    command = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
-    command += ["fabric", "--slices", twist, "8x16x16", "--failed", "port:x,0,0,130", "ocs:y,1,1"]
+    command = [
+        *TORSION,
+        "fabric",
+        "--slices",
+        twist,
+        "8x16x16",
+        "--failed",
+        "port:x,0,0,130",
+        "ocs:y,1,1",
+    ]
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     env |= {} if columns is None else {"COLUMNS": columns}
     done = subprocess.run(command, capture_output=True, text=True, env=env)

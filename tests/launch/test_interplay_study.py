@@ -10,6 +10,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.gin_files import tiny
+from helpers.markdown import cells
 
 from launch import interplay_study as command_of
 from launch.cli import main
@@ -24,63 +26,36 @@ from pjit_train.metrics import read_rows
 from sparsity.numbers.encoding import encode
 from sparsity.numbers.quantized import Quantization
 
-TINY = """
-from __gin__ import dynamic_registration
-from pjit_train import interplay_study
-from pjit_train import run
-from pjit_train import sharding
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-
-interplay_study.InterplayStudy:
-  patterns = ('2:4',)
-  formats = ('int4',)
-  seeds = 1
-  finetune_steps = 2
-  finetune_learning_rate = 1e-2
-run.Run:
-  model = @transformer.TransformerConfig()
-  steps = 3
-  log_every = 5
-  eval_batches = 2
-run.Samples.tokens = 0
-sharding.MeshShape.data = 1
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 16
-  d_model = 64
-  num_layers = 1
-  num_heads = 2
-  d_ff = 96
-  layers = 'unroll'
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 8
-sources.TextFiles.train = 'corpus.txt'
-"""
+TINY = tiny(
+    {
+        "interplay_study.InterplayStudy.patterns": ("2:4",),
+        "interplay_study.InterplayStudy.formats": ("int4",),
+        "interplay_study.InterplayStudy.seeds": 1,
+        "interplay_study.InterplayStudy.finetune_steps": 2,
+        "interplay_study.InterplayStudy.finetune_learning_rate": 1e-2,
+        "run.Run.steps": 3,
+        "run.Run.log_every": 5,
+        "run.Run.eval_batches": 2,
+        "sharding.MeshShape.data": 1,
+        "transformer.TransformerConfig.max_len": 16,
+        "transformer.TransformerConfig.d_model": 64,
+        "transformer.TransformerConfig.d_ff": 96,
+        "transformer.TransformerConfig.layers": "unroll",
+    },
+    imports=("pjit_train.interplay_study",),
+)
 S_FIRST, Q_FIRST = core.ORDERS
 LAYERS = core.KERNELS
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORSION_CACHE", str(tmp_path / "cache"))
+def here(here):
     Path("tiny.gin").write_text(TINY)
-    Path("corpus.txt").write_text("a cat sat on a mat. " * 200)
-    return tmp_path
+    return here
 
 
 def command(*options: str) -> int:
     return main(["study", "interplay", "--size", "tiny.gin", "--out", "out", *options])
-
-
-def cells(table: str) -> list[list[str]]:
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.mark.slow
@@ -294,7 +269,7 @@ def test_what_does_not_fit_the_model_is_told_before_anything_is_trained(here, ch
 
 
 def test_a_file_without_a_study_is_told_in_one_line(here, capsys):
-    Path("tiny.gin").write_text(re.sub(r"interplay_study.InterplayStudy:\n(  .*\n)*", "", TINY))
+    Path("tiny.gin").write_text(re.sub(r"interplay_study\.InterplayStudy.*\n", "", TINY))
     assert command() == 2
     assert "binds nothing of interplay_study.InterplayStudy" in capsys.readouterr().err
 

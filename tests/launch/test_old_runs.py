@@ -6,13 +6,13 @@ killed after step 13, with a checkpoint of step 12, of each kind; what that comm
 """
 
 import json
-import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from helpers.processes import environment
 
 KINDS = ("dense", "sparse", "packed", "quantized", "pruned")
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "runs_be2f83a.tar.xz"
@@ -38,17 +38,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
-    paths = os.pathsep.join(path for path in sys.path if path)
     subprocess.run(
         [sys.executable, "-c", COMMANDS, *KINDS],
         cwd=folder,
-        env=os.environ
-        | {
-            "PYTHONPATH": paths,
-            "PJRT_NPROC": "2",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as it was then
-        },
+        env=environment(PJRT_NPROC="2", JAX_DISABLE_MOST_OPTIMIZATIONS="0"),  # as it was then
         check=True,
     )
     return folder

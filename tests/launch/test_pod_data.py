@@ -1,11 +1,11 @@
 """The token cache that a Ray Data job makes: the very bytes of one process, whatever dies."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from helpers.processes import environment
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pjit_train.data import Bytes, TextFiles, TokenizerJson, train_tokenizer
@@ -133,7 +133,7 @@ def jobs(tmp_path_factory):
         text=True,
         timeout=200,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()  # Ray's are among them

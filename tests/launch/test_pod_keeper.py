@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from helpers.processes import environment
 
 from launch.pod.reaper import cleared_directory
 
@@ -31,9 +32,8 @@ sys.exit(keep({"out": sys.argv[1]}))
 @pytest.fixture
 def env():
     """The environment of a Python that finds our packages, with an empty TMPDIR of a short name."""
-    path = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(prefix="k-", dir="/tmp") as short:
-        yield os.environ | {"PYTHONPATH": path, "TMPDIR": short, "JAX_PLATFORMS": "cpu"}
+        yield environment(TMPDIR=short)
 
 
 def test_only_the_processes_of_its_ray_end_with_a_keeper(env):

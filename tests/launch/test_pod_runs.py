@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,42 +13,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.gin_files import tiny
+from helpers.processes import TORSION, environment, free_address
 
 from launch.pod.events import AttemptBegun, AttemptFailed, FaultMade
 from launch.pod.record import read_events
 
 STEPS = 36
-CONFIG = """
-from __gin__ import dynamic_registration
-from pjit_train import checkpoint
-from pjit_train import optimizers
-from pjit_train import run
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-
-run.Run:
-  model = @transformer.TransformerConfig()
-  steps = {steps}
-  log_every = 1
-  eval_every = 0
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 32
-  d_model = 16
-  num_layers = 1
-  num_heads = 2
-  d_ff = 32
-run.Samples.tokens = 0
-checkpoint.CheckpointConfig.every_steps = 4
-optimizers.AdamW.learning_rate = 1e-2
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 8
-sources.TextFiles.train = '{corpus}'
-"""
+CONFIG = {
+    "run.Run.steps": STEPS,
+    "run.Run.log_every": 1,
+    "run.Run.eval_every": 0,
+    "checkpoint.CheckpointConfig.every_steps": 4,
+    "optimizers.AdamW.learning_rate": 1e-2,
+}
 OPTIONS = ["--slice", "2x2x2", "--hosts-per-process", "1", "--mesh", "data=2,fsdp=4"]
 
 
@@ -65,7 +42,7 @@ def folder(tmp_path_factory):
     words = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat"], k=4000)
     corpus = folder / "corpus.txt"
     corpus.write_text(" ".join(words))
-    (folder / "run.gin").write_text(CONFIG.format(steps=STEPS, corpus=corpus))
+    (folder / "run.gin").write_text(tiny(CONFIG | {"sources.TextFiles.train": str(corpus)}))
     yield folder
     shutil.rmtree(temporary)
 
@@ -77,9 +54,7 @@ def head():
     token = directory / "token"
     token.touch(mode=0o600)
     token.write_text("1" * 64)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     options = f"--head --block --node-ip-address=127.0.0.1 --port={address[10:]} --num-cpus=2"
     options += " --object-store-memory=100000000 --include-dashboard=false"
@@ -103,19 +78,14 @@ def head():
 
 
 def start(folder: Path, out: str, *options: str, more: dict | None = None) -> subprocess.Popen:
-    code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
     pairs = zip(OPTIONS[::2], OPTIONS[1::2], strict=True)
     usual = [word for pair in pairs if pair[0] not in options for word in pair]
-    paths = [path for path in sys.path if path]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TORSION_CACHE": str(folder / "cache"),
-    }
+    env = environment(TORSION_CACHE=str(folder / "cache"))
     # Nobody answers there: what a run sends to itself goes past proxies.
     env |= dict.fromkeys(("http_proxy", "HTTPS_PROXY", "grpc_proxy"), "http://127.0.0.1:9")
     env |= {"TMPDIR": str((folder / "t").resolve())} | (more or {})
     return subprocess.Popen(
-        [sys.executable, "-c", code, "pod", "run.gin", *usual, "--out", out, *options],
+        [*TORSION, "pod", "run.gin", *usual, "--out", out, *options],
         cwd=folder,
         env=env,
         stdout=subprocess.PIPE,

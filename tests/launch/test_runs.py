@@ -7,50 +7,19 @@ from pathlib import Path
 
 import pytest
 import tensorstore
+from helpers.gin_files import tiny
+from helpers.run_directories import files
 
 from launch.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TINY = """
-from __gin__ import dynamic_registration
-from pjit_train import run
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-
-run.Run.model = @transformer.TransformerConfig()
-run.Run.steps = 2
-run.Samples.tokens = 4
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 32
-  d_model = 16
-  num_layers = 1
-  num_heads = 2
-  d_ff = 32
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 8
-sources.TextFiles.train = 'corpus.txt'
-"""
-
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORSION_CACHE", str(tmp_path / "cache"))
-    Path("run.gin").write_text(TINY)
-    Path("corpus.txt").write_text("a cat sat on a mat. " * 200)
-    return tmp_path
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file but those of the cache, which holds only what can be made again."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+def here(here):
+    """The folder with a run that samples at its end."""
+    Path("run.gin").write_text(tiny({"run.Samples.tokens": 4}))
+    return here
 
 
 def tokenizer_with(tokens: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 import pytest
+from helpers.gin_files import tiny
 
 from launch.cli import main
 from launch.directory import check_directory, configuration, restore_configuration
@@ -15,40 +16,17 @@ from pjit_train import record
 from pjit_train.data import TokenizerJson, train_tokenizer
 from pjit_train.errors import UserError
 
-RUN = """
-from __gin__ import dynamic_registration
-from pjit_train import checkpoint
-from pjit_train import optimizers
-from pjit_train import run
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-from pjit_train.data import tokenizers
-include 'configs/base.gin'
-
-run.Run:
-  model = @transformer.TransformerConfig()
-  steps = 2
-  log_every = 1
-run.Samples.tokens = 0
-checkpoint.CheckpointConfig.every_steps = 1
-optimizers.AdamW.learning_rate = 0.1
-transformer.TransformerConfig:
-  vocab_size = 300
-  max_len = 64
-  d_model = 16
-  num_layers = 1
-  num_heads = 2
-  d_ff = 32
-text.TextData:
-  sources = [@sources.TextFiles()]
-  tokenizer = @tokenizers.TokenizerJson()
-  seq_len = 16
-  batch_size = 8
-  cache_dir = 'cache'
-sources.TextFiles.train = 'corpus.txt'
-tokenizers.TokenizerJson.path = 'words.json'
-"""
+RUN = {
+    "run.Run.steps": 2,
+    "run.Run.log_every": 1,
+    "checkpoint.CheckpointConfig.every_steps": 1,
+    "optimizers.AdamW.learning_rate": 0.1,
+    "transformer.TransformerConfig.vocab_size": 300,
+    "transformer.TransformerConfig.max_len": 64,
+    "text.TextData.tokenizer": "@tokenizers.TokenizerJson()",
+    "text.TextData.cache_dir": "cache",
+    "tokenizers.TokenizerJson.path": "words.json",
+}
 WORDS = "a cat sat on a mat, für Elise. " * 200
 TRAIN = ["train", "run.gin", "--out", "out", "--mesh", "data=1"]
 
@@ -59,7 +37,7 @@ def trained(tmp_path_factory, quick_compiles):
     folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
     os.chdir(folder)
     try:
-        Path("run.gin").write_text(RUN)
+        Path("run.gin").write_text(tiny(RUN, imports=("pjit_train.data.tokenizers",)))
         Path("corpus.txt").write_text(WORDS)
         train_tokenizer([WORDS], vocab_size=280, path="words.json")
         assert main(TRAIN) == 0

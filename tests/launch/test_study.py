@@ -8,6 +8,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+from helpers.gin_files import tiny
+from helpers.markdown import cells
 
 from launch import study
 from launch.cli import main
@@ -20,41 +22,20 @@ from pjit_train.study import RecipeStudy, Result
 from sparsity import recipes
 from sparsity.recipes.autoswitch import AutoSwitch
 
-TINY = """
-from __gin__ import dynamic_registration
-from pjit_train import run
-from pjit_train import sharding
-from pjit_train import study
-from pjit_train.models import transformer
-from pjit_train.data import sources
-from pjit_train.data import text
-include 'configs/base.gin'
-
-study.RecipeStudy:
-  recipes = ('sr_ste', 'step')
-  patterns = ('1:4',)
-  seeds = 1
-run.Run:
-  model = @transformer.TransformerConfig()
-  steps = 4
-  log_every = 5
-  eval_batches = 2
-run.Samples.tokens = 0
-sharding.MeshShape.data = 1
-transformer.TransformerConfig:
-  vocab_size = 256
-  max_len = 16
-  d_model = 16
-  num_layers = 1
-  num_heads = 2
-  d_ff = 32
-  layers = 'unroll'
-text.TextData:
-  sources = [@sources.TextFiles()]
-  seq_len = 16
-  batch_size = 8
-sources.TextFiles.train = 'corpus.txt'
-"""
+TINY = tiny(
+    {
+        "study.RecipeStudy.recipes": ("sr_ste", "step"),
+        "study.RecipeStudy.patterns": ("1:4",),
+        "study.RecipeStudy.seeds": 1,
+        "run.Run.steps": 4,
+        "run.Run.log_every": 5,
+        "run.Run.eval_batches": 2,
+        "sharding.MeshShape.data": 1,
+        "transformer.TransformerConfig.max_len": 16,
+        "transformer.TransformerConfig.layers": "unroll",
+    },
+    imports=("pjit_train.study",),
+)
 NAMES = [
     "dense-seed0",
     "dense_equal_flops-1:4-seed0",
@@ -70,12 +51,9 @@ TOKENS = 8 * 16  # a step
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORSION_CACHE", str(tmp_path / "cache"))
+def here(here):
     Path("tiny.gin").write_text(TINY)
-    Path("corpus.txt").write_text("a cat sat on a mat. " * 200)
-    return tmp_path
+    return here
 
 
 def command(*options: str) -> int:
@@ -90,12 +68,6 @@ def tiny_run(recipe=None, steps: int = 10):
 
 
 LAYERS = {"(attention|feed_forward)/.*kernel": "1:4"}
-
-
-def cells(table: str) -> list[list[str]]:
-    """The rows of all tables in a Markdown text."""
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.mark.slow

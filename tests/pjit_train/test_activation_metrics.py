@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import LLAMA, B, make_batch, make_program
+from helpers.tiny_models import LLAMA, B, make_batch, make_program
 
 from sparsity.numbers.formats import Int
 from sparsity.numbers.quantized import MatmulFormats, Quantization

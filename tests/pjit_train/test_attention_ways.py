@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.attention_reference import gradients, random, reference, reference_gradients
+from helpers.collectives import collectives
 from jax.sharding import PartitionSpec as P
-from test_attention import gradients, random, reference, reference_gradients
-from test_collectives import collectives
 
 from pjit_train.attention import attention
 from pjit_train.attention import kernels as attention_kernels

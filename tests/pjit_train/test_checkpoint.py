@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,70 +12,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers.checkpoint_states import (
+    P,
+    abstract,
+    assert_same,
+    contents,
+    files_of,
+    make_mesh,
+    make_state,
+    put,
+    restore,
+)
+from helpers.processes import environment, free_address
 
 from pjit_train import orbax_internals
 from pjit_train.checkpoint import CheckpointConfig, Checkpoints
 from pjit_train.errors import UserError
-
-P = PartitionSpec
-
-
-def make_mesh(fsdp=4, tensor=2):
-    devices = jax.devices()[: fsdp * tensor]
-    types = (AxisType.Explicit,) * 2
-    return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=types, devices=devices)
-
-
-def spec_of(x):
-    """Rows over fsdp, columns over tensor, and a vector over tensor."""
-    return P() if x.ndim == 0 else P("fsdp", "tensor") if x.ndim == 2 else P("tensor")
-
-
-def make_state(seed=0, d_ff=64):
-    """A small train state on the CPU of numpy: parameters, Adam, a mask, packed bytes, a count."""
-    rng = np.random.default_rng(seed)
-    layer = {
-        "w": rng.normal(size=(32, d_ff)).astype(np.float32),
-        "b": rng.normal(size=d_ff).astype(jnp.bfloat16),
-    }
-    params = {"layers": [layer, jax.tree.map(lambda x: x * 2, layer)]}
-    opt = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
-    opt = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape) * 9).astype(x.dtype), opt)
-    mask = rng.random((32, d_ff)) < 0.5
-    packed = rng.integers(0, 256, (64, 8), np.uint8)
-    return {"params": params, "opt": opt, "mask": mask, "packed": packed, "step": np.int32(seed)}
-
-
-def put(state, mesh):
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec_of(x))), state)
-
-
-def abstract(state, mesh, spec=spec_of):
-    def leaf(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x)))
-
-    return jax.tree.map(leaf, state)
-
-
-def assert_same(found, expected):
-    """The same tree with the same bits."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def files_of(directory):
-    return sorted(path for path in Path(directory).rglob("*") if path.is_file())
-
-
-def contents(directory):
-    return {path: path.read_bytes() for path in files_of(directory)}
 
 
 @pytest.fixture
@@ -98,12 +52,6 @@ def written(tmp_path_factory):
 def two(written, tmp_path):
     """A copy of `written` of one's own."""
     return shutil.copytree(written, tmp_path / "two")
-
-
-def restore(directory, state=None, mesh=None, **kwargs):
-    with Checkpoints(directory, CheckpointConfig()) as checkpoints:
-        wanted = abstract(state or make_state(), mesh or make_mesh())
-        return checkpoints.restore(wanted, **kwargs)
 
 
 def warnings_of(caplog):
@@ -434,22 +382,29 @@ def test_an_unwritable_directory_is_one_line(tmp_path, where):
     assert "\n" not in str(caught.value)
 
 
+IMPORTS = """
+import logging, os, signal, sys
+from pathlib import Path
+import jax
+import numpy as np
+from helpers.checkpoint_states import abstract, files_of, make_mesh, make_state, put
+from pjit_train.checkpoint import CheckpointConfig, Checkpoints
+from pjit_train.errors import UserError
+"""
+
+
 def run(script, *arguments, **kwargs):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import jax\n" + script
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", code, here, *map(str, arguments)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, **kwargs)
+    command = [sys.executable, "-c", IMPORTS + script, *map(str, arguments)]
+    pipe, env = subprocess.PIPE, environment()
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **kwargs)
 
 
 FULL = """
 import resource
-from test_checkpoint import *
 jax.config.update("jax_num_cpu_devices", 8)
 big = put({"w": np.random.default_rng(0).normal(size=(512, 128))}, make_mesh())
 try:
-    with Checkpoints(sys.argv[2], CheckpointConfig(keep_last=1)) as checkpoints:
+    with Checkpoints(sys.argv[1], CheckpointConfig(keep_last=1)) as checkpoints:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         checkpoints.save(3, big)
@@ -485,9 +440,8 @@ def test_a_full_disk_is_one_line_and_the_rest_is_whole(two):
 
 KILLED = """
 import threading, time
-from test_checkpoint import *
 jax.config.update("jax_num_cpu_devices", 8)
-root, until = Path(sys.argv[2]), sys.argv[3]
+root, until = Path(sys.argv[1]), sys.argv[2]
 
 def size():
     try:
@@ -545,11 +499,10 @@ def test_a_killed_save_leaves_the_one_before(two, caplog, written_bytes):
 # Processes
 
 TWO_PROCESSES = """
-from test_checkpoint import *
 jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 logging.basicConfig(format="%(message)s")
-with Checkpoints(sys.argv[2], CheckpointConfig(every_steps=None, every_minutes=60)) as checkpoints:
+with Checkpoints(sys.argv[1], CheckpointConfig(every_steps=None, every_minutes=60)) as checkpoints:
     step, state = checkpoints.restore(abstract(make_state(), make_mesh()))
     assert step == 1, step
     assert not checkpoints.due(1)
@@ -564,9 +517,7 @@ with Checkpoints(sys.argv[2], CheckpointConfig(every_steps=None, every_minutes=6
 @pytest.mark.slow
 def test_one_process_writes_two_read_and_write_and_one_reads(two):
     (two / "2" / "state" / "_METADATA").write_text("{")  # both must agree that it is broken
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     processes = [run(TWO_PROCESSES, two, address, i) for i in range(2)]
     ends = [process.communicate(timeout=90) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends

@@ -3,30 +3,17 @@
 XLA's CPU partitioner writes a reduce-scatter as an all-reduce of the whole array, so a gradient
 that `fsdp` shards is an all-reduce here (tests/oracle compiles for a TPU and sees the former). The
 layers are scanned: the collectives of a block stand once in the program. Shapes are what a device
-sees, their dimensions sorted (XLA lays gradients out as it likes), and the sizes of `test_sharding`
+sees, their dimensions sorted (XLA lays gradients out as it likes), and the sizes of `tiny_models`
 tell all arrays apart.
 """
 
-import re
 from collections import Counter
 
 import pytest
-from test_sharding import LLAMA, B, D, F, H, K, T, V, compiled, d
+from helpers.collectives import collectives
+from helpers.tiny_models import LLAMA, B, D, F, H, K, T, V, compiled, d
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
-COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})(-start)?\(")
-
-
-def collectives(text: str) -> Counter:
-    """How often each (kind, sorted shape) stands in a program; scalars are left out."""
-    found = Counter()
-    for line in text.splitlines():
-        if match := COLLECTIVE.search(line):
-            assert not match[3], "an asynchronous collective: its tuple repeats the operands"
-            for shape in re.findall(r"\w+\[([\d,]+)\]", match[1]):
-                found[match[2], tuple(sorted(map(int, shape.split(","))))] += 1
-    return found
 
 
 def count(**arrays) -> Counter:

@@ -12,63 +12,24 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers.run_directories import rows
+from helpers.tiny_models import BYTES_MODEL
 
 from pjit_train import record
 from pjit_train.checkpoint import CheckpointConfig
-from pjit_train.data.sources import TextFiles
-from pjit_train.data.text import Batches, TextData
+from pjit_train.data.text import Batches
 from pjit_train.errors import TrainingError, UserError
 from pjit_train.evaluate import evaluate
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.lock import held
 from pjit_train.loop import train
 from pjit_train.metrics import Metrics, read_rows
-from pjit_train.models.transformer import TransformerConfig
-from pjit_train.optimizers import AdamW, Schedule
 from pjit_train.program import Program
-from pjit_train.run import Run, Samples
+from pjit_train.run import Samples
 from pjit_train.sharding import MeshShape, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-MODEL = TransformerConfig(
-    vocab_size=256, max_len=32, d_model=16, num_layers=2, num_heads=2, d_ff=32
-)
-STEPS = 30
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """(a corpus, a folder for its cache)."""
-    folder = tmp_path_factory.mktemp("text")
-    lines = [f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400)]
-    (folder / "corpus.txt").write_text("".join(lines))
-    return str(folder / "corpus.txt"), str(folder / "cache")
-
-
-@pytest.fixture(scope="module")
-def run(text):
-    corpus, cache = text
-    data = TextData(sources=[TextFiles(train=corpus)], seq_len=32, batch_size=4, cache_dir=cache)
-    return Run(
-        model=MODEL,
-        data=data,
-        optimizer=AdamW(learning_rate=1e-2, schedule=Schedule(warmup_steps=5)),
-        steps=STEPS,
-        mesh=MeshShape(data=1),
-        checkpoints=CheckpointConfig(every_steps=10, keep_last=9, keep_best=0),
-        samples=Samples(tokens=0),
-        log_every=1,
-        eval_every=12,
-        eval_batches=3,
-    )
-
-
-def rows(directory):
-    """Every row without the figures that tell time."""
-    timed = {"step_seconds", "tokens_per_second", "data_wait_seconds", "save_seconds"}
-    timed |= {"compile_seconds", "first_step_seconds"}
-    found = read_rows(directory / "metrics.jsonl")
-    return [{name: x for name, x in row.items() if name not in timed} for row in found]
+STEPS = 30  # of `run`
 
 
 def saved(directory):
@@ -307,7 +268,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(run, tmp_path):
             "model's max_len=32; use at most 32 together, or tokens=0 for no samples",
         ),
         (
-            {"model": dataclasses.replace(MODEL, vocab_size=255)},
+            {"model": dataclasses.replace(BYTES_MODEL, vocab_size=255)},
             "data: token ids go up to 255 and the model has vocab_size=255; use vocab_size >= 256",
         ),
         (
@@ -330,7 +291,7 @@ def test_nothing_is_left_of_a_start_whose_weights_are_refused(run, tmp_path, hol
     state = Program(run, make_mesh(run.mesh)).new_state()
     params = jax.tree.map(np.array, state["params"])
     params["embedding"][7, 3] = np.nan
-    huggingface.save(tmp_path / "folder", MODEL, params)
+    huggingface.save(tmp_path / "folder", BYTES_MODEL, params)
     out = tmp_path / "out"
     for name in holds:  # what was there before stays
         out.mkdir()

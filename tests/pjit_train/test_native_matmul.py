@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sharding import LLAMA, make_batch, make_program
+from helpers.tiny_models import LLAMA, make_batch, make_program
 
 from pjit_train.errors import UserError
 from pjit_train.models.projection import StoredKernel, project

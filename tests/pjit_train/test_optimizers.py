@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_sharding import D, make_batch, make_program
+from helpers.tiny_models import D, make_batch, make_program
 
 from pjit_train.errors import UserError
 from pjit_train.models.roles import Role

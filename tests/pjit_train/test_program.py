@@ -1,30 +1,27 @@
 """A program checks that its parts fit, and makes global batches of the rows that each needs."""
 
 import dataclasses
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_sharding import LLAMA, B, T, V, Vocabulary, make_program, make_run
+from helpers.processes import environment, free_address
+from helpers.tiny_models import (
+    LLAMA,
+    TOKENS,
+    B,
+    T,
+    V,
+    Vocabulary,
+    make_program,
+    make_run,
+    recording,
+)
 
 from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
-
-TOKENS = np.arange(B * T, dtype=np.int32).reshape(B, T)
-
-
-def recording(calls):
-    """A read function that notes the rows it was asked for."""
-
-    def read(rows):
-        calls.append((rows.start, rows.stop))
-        return {"inputs": TOKENS[rows], "targets": -TOKENS[rows]}
-
-    return read
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from test_program import TOKENS, make_program, recording
+from helpers.tiny_models import make_program, recording
 calls = []
 batch = make_program(mesh={"data": 2, "sequence": 2}).global_batch(recording(calls))
 print(calls, [s.data.shape for s in batch["inputs"].addressable_shards])
@@ -63,17 +60,14 @@ print(calls, [s.data.shape for s in batch["inputs"].addressable_shards])
 
 
 def test_a_process_reads_only_its_own_rows():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(i)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path))},
-            cwd=Path(__file__).parent,
+            env=environment(),
         )
         for i in range(2)
     ]

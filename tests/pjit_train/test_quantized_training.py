@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_collectives import collectives
-from test_loop import rows, run, text  # noqa: F401
-from test_sharding import GPT2, LLAMA, make_batch, make_program
+from helpers.collectives import collectives
+from helpers.run_directories import rows
+from helpers.tiny_models import GPT2, LLAMA, make_batch, make_program
 
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
@@ -201,7 +201,7 @@ def test_a_sharded_step_reads_the_same_numbers_and_talks_no_more(name):
     assert np.all(np.abs(np.subtract(losses, other_losses)) > 1e-5)
 
 
-def test_a_run_goes_on_bit_for_bit_with_stochastic_rounding_and_packed(run, tmp_path):  # noqa: F811
+def test_a_run_goes_on_bit_for_bit_with_stochastic_rounding_and_packed(run, tmp_path):
     packed = dataclasses.replace(
         run,
         steps=6,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_sharding import GPT2, LLAMA, T, V, make_program, place
+from helpers.tiny_models import GPT2, LLAMA, T, V, make_program, place
 
 from pjit_train.errors import UserError
 from pjit_train.sample import Sampler

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from helpers.processes import environment
 
 from pjit_train import signals
 
@@ -26,7 +27,7 @@ def started(code: str, **options) -> subprocess.Popen:
     code = START + "".join(f"    {line}\n" for line in code.strip().splitlines())
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

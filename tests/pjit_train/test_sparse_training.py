@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_collectives import collectives
-from test_loop import rows, run, text  # noqa: F401
-from test_sharding import LLAMA, make_batch, make_program
+from helpers.collectives import collectives
+from helpers.run_directories import rows
+from helpers.tiny_models import LLAMA, make_batch, make_program
 
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
@@ -182,7 +182,7 @@ def test_observed_figures_are_those_of_the_definitions():
 
 
 @pytest.mark.parametrize("name", ["mdgf_linear", "step", "sr_ste"])
-def test_a_run_resumed_in_any_phase_goes_on_bit_for_bit(name, run, tmp_path):  # noqa: F811
+def test_a_run_resumed_in_any_phase_goes_on_bit_for_bit(name, run, tmp_path):
     layers = {"(attention|feed_forward)/.*kernel": "2:4"}
     sparse = dataclasses.replace(
         run,
@@ -297,7 +297,7 @@ def test_a_step_that_is_not_finite_switches_no_autoswitch():
     assert [int(s["sparsity"].masked_from) for s in (before, skipped, after)] == [-1, -1, 2]
 
 
-def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path):  # noqa: F811
+def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path):
     """Clipping, momentum and weight decay at work; stopped and resumed before and after packing."""
     masked = dataclasses.replace(
         run,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_sharding import LLAMA, B, T, V, initial, make_batch, make_program, place
+from helpers.tiny_models import LLAMA, B, T, V, initial, make_batch, make_program, place
 
 from pjit_train.optimizers import SGD, Schedule
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.tiny_models import GPT2, LLAMA, T, V
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sharding import GPT2, LLAMA, T, V
 
 from pjit_train.errors import UserError
 from pjit_train.models.blocks import rotary_angles
