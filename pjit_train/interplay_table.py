@@ -21,7 +21,7 @@ from pjit_train.interplay_study import (
     InterplayStudy,
     Loss,
 )
-from pjit_train.study import markdown_table
+from pjit_train.markdown import markdown_table
 
 SHOWN = {
     (SPARSE, SPARSIFY_FIRST): "S→Q after training",

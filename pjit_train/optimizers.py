@@ -17,7 +17,16 @@ import optax
 from pjit_train.errors import UserError
 from pjit_train.models.roles import Role, Roles
 from sparsity.masks.layers import names
-from sparsity.ranges import Count, Decay, Fraction, NonNegative, Positive, Whole, check_fields
+from sparsity.ranges import (
+    Count,
+    Decay,
+    Fraction,
+    NonNegative,
+    Positive,
+    Whole,
+    check_choice,
+    check_fields,
+)
 from sparsity.recipes.autoswitch import scale_by_step_adam
 from sparsity.updater import Updater
 
@@ -40,10 +49,8 @@ class Schedule:
     final_fraction: Fraction = 0.1
 
     def __post_init__(self):
-        if self.shape not in ("cosine", "linear", "constant", "wsd"):
-            raise UserError(
-                f"schedule: shape={self.shape!r} is unknown; use cosine, linear, constant or wsd"
-            )
+        shapes = ("cosine", "linear", "constant", "wsd")
+        check_choice("schedule: shape", self.shape, shapes, UserError)
         check_fields(self, UserError)
 
     def notice(self, steps: int) -> str | None:

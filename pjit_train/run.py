@@ -15,7 +15,7 @@ from pjit_train.sharding import MeshShape, Rules
 from pjit_train.tasks.language_modelling import LanguageModelling
 from pjit_train.tasks.task import Task
 from sparsity.numbers.quantized import Quantization, Quantizer
-from sparsity.ranges import Count, NonNegative, Whole, check_fields
+from sparsity.ranges import Count, NonNegative, Whole, check_choice, check_fields
 from sparsity.updater import Sparsity, Updater
 
 
@@ -98,8 +98,7 @@ class Run:
                 f"run: sparsity={self.sparsity!r}; use a Sparsity, such as recipes.Recipe or "
                 "pruning.Pruning of the package sparsity, or None"
             )
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise UserError(f"run: on_nonfinite={self.on_nonfinite!r} is unknown; use stop or skip")
+        check_choice("run: on_nonfinite", self.on_nonfinite, ("stop", "skip"), UserError)
         if self.data.batch_size % self.accumulate:
             raise UserError(
                 f"run: accumulate={self.accumulate} does not divide batch_size="

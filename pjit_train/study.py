@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjit_train.errors import UserError
+from pjit_train.markdown import markdown_table
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.run import Run
 from pjit_train.sharding import Rules
 from pjit_train.step import new_params
 from pjit_train.tasks.language_modelling import language_model
-from sparsity.ranges import Count, check_fields
+from sparsity.ranges import Count, check_choice, check_fields
 from sparsity.recipes import Recipe
 from sparsity.recipes.patterns import Geometric, parse_pattern
 from sparsity.recipes.recipe_updater import RecipeState
@@ -64,8 +65,7 @@ class RecipeStudy:
     def __post_init__(self):
         check_fields(self, UserError)
         for name in self.recipes:
-            if name not in RECIPES:
-                raise UserError(f"study: recipe {name!r} is unknown; use {', '.join(RECIPES)}")
+            check_choice("study: recipe", name, RECIPES, UserError)
         for text in self.patterns:
             try:
                 parse_pattern(text)
@@ -325,16 +325,6 @@ def make_table(study: RecipeStudy, results: Sequence[Result], notes: Sequence[st
         *notes,
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Writes a table in Markdown, its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * max(width, 3) for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
 
 
 def draw(study: RecipeStudy, results: Sequence[Result], path: Path) -> None:

@@ -12,7 +12,7 @@ import functools
 import numbers
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -81,6 +81,16 @@ def check_number(name: str, value: Any, hint: Any, error: type[ValueError] = Val
             check_number(f"{name}[{i}]", item, of_item, error)
     elif not _fits(value, hint):
         raise error(f"{name}={_shown(value)}; use {_wanted(hint)}")
+
+
+def check_choice(
+    name: str, value: Any, choices: Iterable[str], error: type[ValueError] = ValueError
+) -> None:
+    """Raises `error` unless a value is one of the choices, which its message lists."""
+    *others, last = choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        said = f"{', '.join(others)} or {last}" if others else last
+        raise error(f"{name}={_shown(value)} is unknown; use {said}")
 
 
 def check_fields(instance: Any, error: type[ValueError] = ValueError) -> None:

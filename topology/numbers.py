@@ -1,7 +1,8 @@
-"""The checks of numbers that the library's functions are given, each in one place."""
+"""The checks of numbers and names that the library's functions are given, each in one place."""
 
 import math
 import sys
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -44,6 +45,18 @@ def number(
         low = f"{least:g} or more" if above is None else f"more than {above:g}"
         high = "" if math.isinf(most) else f", {most:g} at most"
         raise ValueError(f"{name} {shown(value)}: {unit}, {low}{high}")
+    return value
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """The value, which is one of the choices.
+
+    Raises:
+      ValueError: it is not; names the argument and lists the choices.
+    """
+    known = tuple(choices)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} {value!r}: one of {', '.join(known)}")
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from launch.study_files import compute_and_write
+from pjit_train.markdown import markdown_table
 from topology.accelerator import dataflow_curves as curves
 from topology.accelerator.accelerator import CLOUD, EDGE, Accelerator, MatrixArray
 from topology.accelerator.dataflow import Cost, least_full_buffer
@@ -306,7 +307,7 @@ def make_table(results: dict[str, Any]) -> str:
             ]  # fmt: skip
         sections.append(
             f"FLAT over FLEX, {what}: geometric means over {', '.join(results['models'])} and the "
-            "sequences, then times as fast at each sequence.\n\n" + _markdown(head, rows)
+            "sequences, then times as fast at each sequence.\n\n" + markdown_table(head, rows)
         )
     rows = [
         [row["platform"], str(row["sequence"]), row["softmax"], row["scope"],
@@ -318,7 +319,7 @@ def make_table(results: dict[str, Any]) -> str:
     head = ["platform", "sequence", "softmax", "of", "FLEX runs", "FLEX", "FLAT", "ratio", "paper"]
     sections.append(
         "The least buffer with 95 % of the utilisation that any buffer gives, BERT.\n\n"
-        + _markdown(head, rows)
+        + markdown_table(head, rows)
     )
     rows = list[list[str]]()
     for found in results["use"]:
@@ -331,7 +332,7 @@ def make_table(results: dict[str, Any]) -> str:
     head = ["platform", "sequence", "buffer", "naive", "flex", "head by head", "flat"]
     sections.append(
         "Utilisation of logit and attend, BERT, softmax's bytes charged: computed (read off the "
-        "paper's slide, which names no platform).\n\n" + _markdown(head, rows)
+        "paper's slide, which names no platform).\n\n" + markdown_table(head, rows)
     )
     rows = list[list[str]]()
     for name in PLATFORMS:
@@ -352,7 +353,7 @@ def make_table(results: dict[str, Any]) -> str:
     sections.append(
         "What the public facts leave open, one thing changed at a time; a layer: times as fast / "
         "energy saved.\n\n"
-        + _markdown(["platform", "changed", "softmax free", "its bytes charged"], rows)
+        + markdown_table(["platform", "changed", "softmax free", "its bytes charged"], rows)
     )
     return "\n\n".join(sections) + "\n"
 
@@ -364,16 +365,6 @@ def _published_ratio(scope: str, sequence: int) -> str:
 
 def _pair(published, ours) -> str:
     return f"{'-' if ours is None else format(ours, '.2f')} ({published:.2f})"
-
-
-def _markdown(head, rows) -> str:
-    rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
-    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-
-    def line(cells):
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
 
 
 def draw_use(results: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pjit_train.markdown import markdown_table
+
 
 def make_table(results: dict[str, Any]) -> str:
     """The results in Markdown, to be read on a terminal too."""
@@ -46,13 +48,13 @@ def _published(rows):
         for r in rows
     ]
     yield "Published and computed."
-    yield _markdown(("figure", "published", "computed", "difference", "source"), cells)
+    yield markdown_table(("figure", "published", "computed", "difference", "source"), cells)
     yield "\n".join(f"({n}) {why}." for why, n in numbered.items())
 
 
 def _failed_switches(rows):
     kept = ("optimum", "wild_first", "of_single_path", "of_dimension_order")
-    return _markdown(
+    return markdown_table(
         ("slice", "switch of", "optimum", "wild-first", "of single paths", "of plain order"),
         [
             (r["slice"], r["dimension"], *(f"{r[k]:.4f}" if k in r else "" for k in kept))
@@ -62,7 +64,7 @@ def _failed_switches(rows):
 
 
 def _twists(rows):
-    return _markdown(
+    return markdown_table(
         ("chips", "shape", "networks", "best", "GB/s", "regular", "gain"),
         [
             (
@@ -80,7 +82,7 @@ def _twists(rows):
 
 
 def _goodput(rows):
-    return _markdown(
+    return markdown_table(
         ("chips", "hosts up", "wiring", "closed form", "sampled", "error"),
         [
             (
@@ -97,7 +99,7 @@ def _goodput(rows):
 
 
 def _year(rows):
-    return _markdown(
+    return markdown_table(
         ("policy", "used", "goodput", "mean wait", "finished", "jobs hit", "how"),
         [
             (
@@ -122,7 +124,7 @@ def _checkpoints(found):
         f"optimum is {found['best'] / 60:.1f}. Part of its time that is work kept, over "
         f"{found['years']:g} years with {found['restarts']} restarts:"
     )
-    yield _markdown(
+    yield markdown_table(
         ("minutes", "closed form", "simulated"),
         [
             (f"{r['interval'] / 60:.1f}", f"{r['closed_form']:.5f}", f"{r['simulated']:.5f}")
@@ -133,17 +135,3 @@ def _checkpoints(found):
 
 def _short(value):
     return f"{value:.5f}" if 0.99 <= value < 0.99999 else f"{value:.4g}"
-
-
-def _markdown(head, rows):
-    """A Markdown table; numbers stand to the right."""
-    numbers = set("+-.%h 0123456789")
-    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-    right = [all(set(row[c]) <= numbers for row in rows) for c in range(len(head))]
-
-    def line(cells):
-        aligned = zip(cells, widths, right, strict=True)
-        return "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in aligned) + " |"
-
-    rule = [("-" * (w - 1) + ":") if r else "-" * w for w, r in zip(widths, right, strict=True)]
-    return "\n".join([line(head), line(rule), *map(line, rows)])

@@ -18,6 +18,7 @@ from pjit_train.attention.ring import attend_ring
 from pjit_train.attention.rows import attend_rows, tiles_for
 from pjit_train.errors import UserError
 from pjit_train.sharding import spec_axes, spec_of, varying
+from sparsity.ranges import check_choice
 
 Way = Literal["auto", "rows", "flat", "splash", "cudnn"]
 
@@ -113,8 +114,7 @@ def check_way(way: str, platform: str) -> None:
     """Raises a UserError where an implementation does not run on the devices of a platform."""
     if way in ("auto", "rows"):
         return
-    if way not in PLATFORMS:
-        raise UserError(f"attention={way!r} is unknown; use auto, rows, {', '.join(PLATFORMS)}")
+    check_choice("attention", way, ("auto", "rows", *PLATFORMS), UserError)
     if _family(platform) not in PLATFORMS[way]:
         places = " or ".join(PLATFORMS[way])
         raise UserError(

@@ -52,7 +52,7 @@ from pjit_train.step import new_state
 from pjit_train.tasks.language_modelling import LanguageModelling
 from sparsity.numbers.quantized_kernels import QuantizedKernel, unquantized
 from sparsity.post_training.gptq import Scales
-from sparsity.ranges import Count, Fraction, Whole, check_fields
+from sparsity.ranges import Count, Fraction, Whole, check_choice, check_fields
 from sparsity.recipes.kernels import dense_tree
 
 log = logging.getLogger("torsion")
@@ -94,10 +94,7 @@ class Compression:
     def __post_init__(self):
         check_fields(self, UserError)
         for name, known in (("method", METHODS), ("quantizer", QUANTIZERS), ("order", ORDERS)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"compress: {name}={getattr(self, name)} is unknown; use {', '.join(known)}"
-                )
+            check_choice(f"compress: {name}", getattr(self, name), known, UserError)
         if not self.patterns and not self.formats:
             raise UserError(
                 "compress: nothing is pruned or quantized; give a pattern such as 2:4, a format "

@@ -7,7 +7,7 @@ from typing import Literal
 from pjit_train.attention.dispatch import Way
 from pjit_train.errors import UserError
 from pjit_train.models.parameters import Dtype
-from sparsity.ranges import Count, NonNegative, Positive, check_fields
+from sparsity.ranges import Count, NonNegative, Positive, check_choice, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,7 @@ class BlockConfig:
             "param_dtype": ("float32", "bfloat16", "float16"),
         }
         for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise UserError(
-                    f"model: {name}={getattr(self, name)!r} is unknown; use {', '.join(values)}"
-                )
+            check_choice(f"model: {name}", getattr(self, name), values, UserError)
 
     @property
     def residual_std(self) -> float:

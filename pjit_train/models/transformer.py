@@ -23,7 +23,7 @@ from pjit_train.models.projection import straight_through
 from pjit_train.models.roles import Role
 from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
 from sparsity.numbers.quantized_kernels import QuantizedKernel
-from sparsity.ranges import Count, NonNegative, Positive, Whole
+from sparsity.ranges import Count, NonNegative, Positive, Whole, check_choice
 
 log = logging.getLogger("torsion")
 
@@ -51,8 +51,7 @@ class TransformerConfig(BlockConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.positions not in ("rope", "learned"):
-            raise UserError(f"model: positions={self.positions!r} is unknown; use rope or learned")
+        check_choice("model: positions", self.positions, ("rope", "learned"), UserError)
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.rope_scaling is not None:

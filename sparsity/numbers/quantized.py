@@ -22,6 +22,7 @@ from sparsity.numbers.native import Matmul, check_formats, check_matmul
 from sparsity.numbers.quantization import clipped
 from sparsity.numbers.quantized_kernels import Formats, Order, QuantizedKernel, figures, losses
 from sparsity.numbers.rounding import ROUNDINGS, Rounding
+from sparsity.ranges import check_choice
 from sparsity.recipes.kernel_plan import cuts, shards_of
 from sparsity.recipes.kernels import dense
 
@@ -65,13 +66,8 @@ class MatmulFormats:
         for format in filter(None, (self.weights, self.activations, self.gradients)):
             get_format(format)
         for name in ("rounding", "gradient_rounding"):
-            if getattr(self, name) not in ROUNDINGS:
-                raise ValueError(
-                    f"MatmulFormats: {name}={getattr(self, name)!r}; use one of "
-                    f"{', '.join(ROUNDINGS)}"
-                )
-        if self.matmul not in ("emulated", "native"):
-            raise ValueError(f"MatmulFormats: matmul={self.matmul!r}; use emulated or native")
+            check_choice(f"MatmulFormats: {name}", getattr(self, name), ROUNDINGS)
+        check_choice("MatmulFormats: matmul", self.matmul, ("emulated", "native"))
         if self.matmul == "native":
             check_formats(*(f and get_format(f) for f in (self.weights, self.activations)))
 
@@ -129,10 +125,7 @@ class Quantization:
 
     def __post_init__(self):
         orders = ("sparsify_then_quantize", "quantize_then_sparsify")
-        if self.order not in orders:
-            raise ValueError(
-                f"quantization: order={self.order!r} is unknown; use {' or '.join(orders)}"
-            )
+        check_choice("quantization: order", self.order, orders)
         for pattern, formats in self.layers.items():
             try:
                 _formats(formats)

@@ -10,6 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sparsity.ranges import check_choice
+
 Rounding = Literal["even", "away", "floor", "stochastic"]
 ROUNDINGS = ("even", "away", "floor", "stochastic")
 
@@ -121,8 +123,7 @@ def noise_of(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def check_rounding(rounding: str, key: jax.Array | None) -> None:
     """Raises a ValueError where there is no such rounding, or none without a key, or with it."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding!r}; use one of {', '.join(ROUNDINGS)}")
+    check_choice("rounding", rounding, ROUNDINGS)
     if (rounding == "stochastic") != (key is not None):
         with_key = "with no key; give it key=" if key is None else "with a key; only stochastic has"
         raise ValueError(f"rounding={rounding!r} {with_key} a jax.random key")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsity.ranges import Count, Fraction, Positive, check_fields
+from sparsity.ranges import Count, Fraction, Positive, check_choice, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,7 @@ class AutoSwitch:
     clip: bool = True
 
     def __post_init__(self):
-        if self.option not in ("arithmetic", "geometric"):
-            raise ValueError(
-                f"AutoSwitch: option={self.option!r} is unknown; use arithmetic or geometric"
-            )
+        check_choice("AutoSwitch: option", self.option, ("arithmetic", "geometric"))
         check_fields(self)
         if self.min_fraction > self.max_fraction:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsity.ranges import Count, Positive, check_fields
+from sparsity.ranges import Count, Positive, check_choice, check_fields
 
 Steps = int | jax.Array
 
@@ -90,8 +90,7 @@ class MaskDecay:
     variant: Literal["paper", "code"] = "paper"
 
     def __post_init__(self):
-        if self.variant not in ("paper", "code"):
-            raise ValueError(f"MaskDecay: variant={self.variant!r} is unknown; use paper or code")
+        check_choice("MaskDecay: variant", self.variant, ("paper", "code"))
         check_fields(self)
 
     def __call__(self, j: Steps, length: Steps) -> jax.Array:

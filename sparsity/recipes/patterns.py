@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from sparsity.ranges import Count, check_fields
+from sparsity.ranges import Count, check_choice, check_fields
 
 Stages = tuple[tuple[int, int], ...]
 """((n, m), ...), one for each stage."""
@@ -112,5 +112,4 @@ def _descending(counts: list[int], n: int, m: int) -> Stages:
 
 
 def _check_variant(name: str, variant: str) -> None:
-    if variant not in ("paper", "code"):
-        raise ValueError(f"{name}: variant={variant!r} is unknown; use paper or code")
+    check_choice(f"{name}: variant", variant, ("paper", "code"))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from sparsity.masks.layers import KERNELS, assign, names
-from sparsity.ranges import Count, Fraction, NonNegative, check_fields
+from sparsity.ranges import Count, Fraction, NonNegative, check_choice, check_fields
 from sparsity.recipes.autoswitch import AutoSwitch
 from sparsity.recipes.decay import Decay, Exponential, Hard, Linear, MaskDecay, check_decay
 from sparsity.recipes.kernel_plan import plan_kernel
@@ -93,10 +93,7 @@ class Recipe(Sparsity):
             "sr_ste_where": ("gradient", "decoupled"),
         }
         for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"recipe: {name}={getattr(self, name)!r} is unknown; use {' or '.join(values)}"
-                )
+            check_choice(f"recipe: {name}", getattr(self, name), values)
         check_fields(self)
         self._check_phases()
 
@@ -376,8 +373,7 @@ def _layers(layers: Layers | None) -> Layers:
 
 def _gradient_flow(layers, dense_fraction, fine_tune_fraction, variant, **options) -> Recipe:
     gradients: dict[str, Any] = {"paper": "masked", "code": "straight_through"}
-    if variant not in gradients:
-        raise ValueError(f"recipe: variant={variant!r} is unknown; use paper or code")
+    check_choice("recipe: variant", variant, gradients)
     return Recipe(
         layers=_layers(layers),
         gradient=gradients[variant],

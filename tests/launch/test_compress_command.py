@@ -91,7 +91,10 @@ def test_sparsegpt_by_default_and_a_table(dense_run, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--method", "wander"], "--method wander is unknown; use magnitude, wanda, sparsegpt"),
+        (
+            ["--method", "wander"],
+            "--method='wander' is unknown; use magnitude, wanda, sparsegpt or none",
+        ),
         (["--method", "none"], "nothing is pruned or quantized"),
         (["--method", "none", "--layers", "up=1:4"], "--layers: --method none prunes nothing"),
         (["--method", "none", "--pattern", "1:4"], "--pattern: --method none prunes nothing"),
@@ -114,10 +117,10 @@ def test_sparsegpt_by_default_and_a_table(dense_run, capsys):
         (["--format", "int8", "--transposable"], "--transposable without --pattern"),
         (["--format", "int8", "--finetune", "3"], "--finetune without --pattern"),
         (["--pattern", "2:4", "--order", "quantize_then_sparsify"], "is of both; give a --pat"),
-        (["--pattern", "2:4", "--format", "int4", "--order", "none"], "order=none is unknown"),
+        (["--pattern", "2:4", "--format", "int4", "--order", "none"], "order='none' is unknown"),
         (["--format", "int4", "--activations", "int9"], "--activations int9: unknown format"),
         (["--format", "int4", "--activations", "mxfp8_e4m3"], "are not cut into blocks of 32"),
-        (["--format", "int4", "--quantizer", "awq"], "quantizer=awq is unknown; use rtn, gptq"),
+        (["--format", "int4", "--quantizer", "awq"], "quantizer='awq' is unknown; use rtn or gptq"),
         (
             ["--pattern", "2:4", "--format", "int4", "--order", "quantize_then_sparsify"],
             "sparsegpt moves weights",

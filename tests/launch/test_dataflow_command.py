@@ -59,8 +59,8 @@ def test_the_picture_is_written_whole(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["GPT"], "no model 'GPT'; there are BERT, TrXL, FlauBERT, T5, XLM"),
-        (["--platform", "moon"], "no platform 'moon'; there are edge, cloud, independent-edge"),
+        (["GPT"], "model 'GPT': one of BERT, TrXL, FlauBERT, T5, XLM"),
+        (["--platform", "moon"], "platform 'moon': one of edge, cloud, independent-edge"),
         (["--buffer", "0"], "a buffer of 0 bytes is too small"),
         (
             ["--buffer", "8000"],

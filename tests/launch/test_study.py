@@ -199,7 +199,7 @@ def test_comparisons_are_paired_by_seed_and_interpolated():
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [
-        ("study.RecipeStudy.recipes = ('srste',)", (), r"recipe 'srste' is unknown.*sr_ste"),
+        ("study.RecipeStudy.recipes = ('srste',)", (), r"recipe='srste' is unknown.*sr_ste"),
         ("study.RecipeStudy.patterns = ('1:5',)", (), r"kernel.* groups of 5; use an M that div"),
         ("study.RecipeStudy.patterns = ('4:2',)", (), r"'4:2' keeps 4 of every 2"),
         ("study.RecipeStudy.patterns = ()", (), r"patterns.*one or more"),

@@ -229,7 +229,7 @@ def test_causal_ring_is_balanced():
     [
         ({"way": "splash"}, "runs on tpu and this is cpu"),
         ({"way": "cudnn"}, "runs on gpu and this is cpu"),
-        ({"way": "fast"}, "is unknown; use auto, rows, flat, splash, cudnn"),
+        ({"way": "fast"}, "is unknown; use auto, rows, flat, splash or cudnn"),
         ({"tile_rows": 0}, "tile_rows=0"),
         ({"window": 0}, "window=0"),
     ],

@@ -192,9 +192,12 @@ BOTH = {"patterns": {"head": "2:4"}, "formats": {"head": "int4"}}
     ("options", "says"),
     [
         ({}, "nothing is pruned or quantized"),
-        ({**BOTH, "method": "wander"}, "method=wander is unknown; use magnitude, wanda, sparsegpt"),
-        ({**BOTH, "quantizer": "awq"}, "quantizer=awq is unknown; use rtn, gptq"),
-        ({**BOTH, "order": "both"}, "order=both is unknown; use sparsify_then_quantize"),
+        (
+            {**BOTH, "method": "wander"},
+            "method='wander' is unknown; use magnitude, wanda, sparsegpt",
+        ),
+        ({**BOTH, "quantizer": "awq"}, "quantizer='awq' is unknown; use rtn or gptq"),
+        ({**BOTH, "order": "both"}, "order='both' is unknown; use sparsify_then_quantize"),
         ({**BOTH, "smooth": 2.0}, "smooth=2.0; use a number from 0 to 1"),
         ({**BOTH, "finetune": -1}, "finetune=-1; use a whole number from 0 to 2147483647"),
         ({**BOTH, "order": "quantize_then_sparsify"}, "sparsegpt moves weights"),

@@ -315,9 +315,9 @@ def test_flops_are_those_counted_by_hand():
             "positions='learned'; use rope_scaling=None",
         ),
         ({"positions": "alibi"}, "model: positions='alibi' is unknown; use rope or learned"),
-        ({"norm": "rms"}, "model: norm='rms' is unknown; use rmsnorm, layernorm"),
-        ({"remat": "all"}, "model: remat='all' is unknown; use none, dots, full"),
-        ({"dtype": "bf16"}, "model: dtype='bf16' is unknown; use float32, bfloat16, float16"),
+        ({"norm": "rms"}, "model: norm='rms' is unknown; use rmsnorm or layernorm"),
+        ({"remat": "all"}, "model: remat='all' is unknown; use none, dots or full"),
+        ({"dtype": "bf16"}, "model: dtype='bf16' is unknown; use float32, bfloat16 or float16"),
     ],
 )
 def test_mistakes_are_one_line(change, says):

@@ -433,7 +433,7 @@ def test_whole_blocks_on_a_device_need_no_collective(kind, name, axis):
     ("options", "message"),
     [
         (dict(format="fp4"), "unknown format 'fp4'; use one of int4"),
-        (dict(format="int8", rounding="up"), "rounding='up'; use one of even"),
+        (dict(format="int8", rounding="up"), "rounding='up' is unknown; use even"),
         (dict(format="int8", rounding="stochastic"), "rounding='stochastic' with no key"),
         (dict(format="int8", axis=2), "axis=2 of an array of 2 axes"),
         (dict(format="mxint8", scale=1.0), "takes no scale; Int, FP8"),

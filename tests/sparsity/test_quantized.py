@@ -288,7 +288,7 @@ def test_what_is_quantized_and_what_is_not_is_said():
         (lambda: Quantization(layers={"w": 8}), r"'w': 8; use the name of a format"),
         (lambda: Quantization(order="both"), r"order='both' is unknown; use sparsify_then"),
         (lambda: Quantization(attention="mx"), r"attention: unknown format 'mx'"),
-        (lambda: MatmulFormats(rounding="up"), r"rounding='up'; use one of even"),
+        (lambda: MatmulFormats(rounding="up"), r"rounding='up' is unknown; use even"),
         (lambda: build({"v": "int8"}), r"'v' matches no (parameter|matmul)"),
         (lambda: build({"w": "hbfp8"}), r"w: weights: 48 entries are not cut into blocks of 64"),
         (lambda: build({"w": "int8"}, attention="int8"), r"attention='int8' and no kernel"),

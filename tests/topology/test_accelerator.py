@@ -49,9 +49,9 @@ def test_shapes_of_an_array():
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match=r"no platform 'edg'; there are edge, cloud, .*tpu-v4"):
+    with pytest.raises(ValueError, match=r"platform 'edg': one of edge, cloud, .*tpu-v4"):
         accelerator("edg")
-    with pytest.raises(ValueError, match="no model 'GPT'; there are BERT, TrXL, FlauBERT, T5, XLM"):
+    with pytest.raises(ValueError, match="model 'GPT': one of BERT, TrXL, FlauBERT, T5, XLM"):
         model("GPT")
     assert model("xlm") is MODELS["XLM"]
     assert EDGE.replace(buffer=1).buffer == 1

@@ -147,5 +147,5 @@ def test_least_buffer_of_a_tile():
 
 
 def test_unknown_dataflow():
-    with pytest.raises(ValueError, match="no dataflow 'fast'; there are naive, flex, flat"):
+    with pytest.raises(ValueError, match="dataflow 'fast': one of naive, flex, flat"):
         attention_cost(EDGE, MODELS["BERT"].attention(512), "fast")

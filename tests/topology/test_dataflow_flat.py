@@ -199,7 +199,7 @@ def test_softmax_costs_what_the_lanes_take():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"granularity": "X"}, "no granularity 'X'"),
+        ({"granularity": "X"}, "granularity 'X': one of R, H, B, M"),
         ({"rows": 0}, "a tile of 0 rows"),
         ({"kept": "QX"}, "kept 'QX'"),
         ({"stationarity": ("row", "output")}, "no stationarity 'row'"),
@@ -217,5 +217,5 @@ def test_a_buffer_too_small_says_the_least():
         with pytest.raises(ValueError, match=f"a buffer of {buffer} bytes .* works is {least}"):
             search_flat(EDGE.replace(buffer=buffer), work)
     assert search_flat(EDGE.replace(buffer=least), work)[1].seconds > 0
-    with pytest.raises(ValueError, match="no softmax cost 'cheap'; there are free, overlapped"):
+    with pytest.raises(ValueError, match="softmax 'cheap': one of free, overlapped"):
         search_flat(EDGE, work, softmax="cheap")

@@ -17,6 +17,7 @@ from topology.accelerator.dataflow_cost import Cost, add, lower_bound
 from topology.accelerator.dataflow_flat import heads_of, search_flat
 from topology.accelerator.dataflow_unfused import best_matmul, naive, naive_matmul, search_flex
 from topology.accelerator.workloads import BATCH, Attention, Model
+from topology.numbers import choice
 
 __all__ = [
     "DATAFLOWS",
@@ -53,13 +54,11 @@ def attention_cost(
       ValueError: a name is unknown, or the buffer is too small; the message says the least that
         works.
     """
-    if dataflow == "naive":
+    if choice("dataflow", dataflow, DATAFLOWS) == "naive":
         return naive(accelerator, work, softmax=softmax)
     if dataflow == "flex":
         return search_flex(accelerator, work, softmax=softmax, granularity=granularity)
-    if dataflow == "flat":
-        return search_flat(accelerator, work, softmax=softmax)[1]
-    raise ValueError(f"no dataflow {dataflow!r}; there are {', '.join(DATAFLOWS)}")
+    return search_flat(accelerator, work, softmax=softmax)[1]
 
 
 def layer_cost(

@@ -7,6 +7,7 @@ from typing import TypeVar
 from topology.accelerator.accelerator import Accelerator
 from topology.accelerator.workloads import Attention
 from topology.arrays import Floats
+from topology.numbers import choice
 
 SOFTMAX = ("free", "overlapped", "in-turn")
 _SUMS = ("off_chip_bytes", "on_chip_bytes", "array_cycles", "vector_cycles")
@@ -46,8 +47,7 @@ Amount = TypeVar("Amount", float, Floats)
 
 
 def check_softmax(softmax: str) -> None:
-    if softmax not in SOFTMAX:
-        raise ValueError(f"no softmax cost {softmax!r}; there are {', '.join(SOFTMAX)}")
+    choice("softmax", softmax, SOFTMAX)
 
 
 def vector_cycles(accelerator: Accelerator, work: Attention, softmax: str) -> float:

@@ -44,6 +44,7 @@ from topology.accelerator.dataflow_cost import (
 )
 from topology.accelerator.workloads import Attention
 from topology.arrays import Booleans, Floats, Integers, Numbers
+from topology.numbers import choice
 
 TENSORS = "QKVOL"
 GRANULARITIES = "RHBM"
@@ -71,15 +72,13 @@ class FlatMapping:
     shapes: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES or len(self.granularity) != 1:
-            raise ValueError(f"no granularity {self.granularity!r}; there are R, H, B and M")
+        choice("granularity", self.granularity, GRANULARITIES)
         if self.rows < 1:
             raise ValueError(f"a tile of {self.rows} rows; it must have at least 1")
         if set(self.kept) - set(TENSORS):
             raise ValueError(f"kept {self.kept!r}: the tensors are Q, K, V, O and L")
         for name in self.stationarity:
-            if name not in STATIONARITIES:
-                raise ValueError(f"no stationarity {name!r}; there are {', '.join(STATIONARITIES)}")
+            choice("stationarity", name, STATIONARITIES)
 
     def __str__(self) -> str:
         one = "row" if self.rows == 1 else "rows"

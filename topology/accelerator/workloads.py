@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from topology.numbers import whole
+from topology.numbers import choice, whole
 
 BATCH = 64  # of the paper
 _MOST, _MOST_MACS = 2**40, 10**18  # of a size, and of an attention's work, that are counted exactly
@@ -168,7 +168,5 @@ def model(name: str) -> Model:
     Raises:
       ValueError: there is none of that name.
     """
-    for known in MODELS.values():
-        if known.name.lower() == name.lower():
-            return known
-    raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    names = {known.lower(): known for known in MODELS}
+    return MODELS[choice("model", names.get(name.lower(), name), MODELS)]

@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from topology.arrays import Integers
 from topology.collectives.groups import Groups, path_links, vectors_between, ways_between
 from topology.hardware import TPU_V4, Pod
-from topology.numbers import number
+from topology.numbers import choice, number
 from topology.routing.loads import lower_bounds as traffic_lower_bounds
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
@@ -131,10 +131,7 @@ class Cost:
     load: float
 
     def seconds(self, bytes: float, network: Network, strategy: str = "breadth_first") -> float:
-        efficiency = network.efficiencies.get(strategy)
-        if efficiency is None:
-            known = ", ".join(network.efficiencies)
-            raise ValueError(f"strategy {strategy!r}: its efficiency is not known; one of {known}")
+        efficiency = network.efficiencies[choice("strategy", strategy, network.efficiencies)]
         number("bytes", bytes)
         return self.hops * network.hop_latency + self.load * bytes / network.bandwidth / efficiency
 
@@ -149,8 +146,7 @@ class BroadcastRound:
 
 
 def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"collective {kind!r}: one of {', '.join(KINDS)}")
+    choice("collective", kind, KINDS)
 
 
 def collective_cost(kind: str, groups: Groups, *, to: npt.ArrayLike | None = None) -> Cost:

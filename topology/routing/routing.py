@@ -18,6 +18,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 
 from topology.arrays import Booleans, Floats, Integers
 from topology.collectives.prices import best_mix
+from topology.numbers import choice
 from topology.torus.shapes import three
 from topology.torus.slices import Slice
 
@@ -93,8 +94,7 @@ def dimension_order(
     Raises:
       ValueError: no such rule or order.
     """
-    if ties not in TIES:
-        raise ValueError(f"ties {ties!r}: one of {', '.join(TIES)}")
+    choice("ties", ties, TIES)
     if sorted(order) != [0, 1, 2]:
         raise ValueError(f"order {order}: the dimensions 0, 1 and 2, each once")
     if not slice.is_torus:
