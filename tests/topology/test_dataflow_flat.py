@@ -202,7 +202,7 @@ def test_softmax_costs_what_the_lanes_take():
         ({"granularity": "X"}, "granularity 'X': one of R, H, B, M"),
         ({"rows": 0}, "a tile of 0 rows"),
         ({"kept": "QX"}, "kept 'QX'"),
-        ({"stationarity": ("row", "output")}, "no stationarity 'row'"),
+        ({"stationarity": ("row", "output")}, "stationarity 'row': one of output"),
     ],
 )
 def test_wrong_mappings(wrong, message):
