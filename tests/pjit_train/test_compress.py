@@ -194,7 +194,7 @@ BOTH = {"patterns": {"head": "2:4"}, "formats": {"head": "int4"}}
         ({}, "nothing is pruned or quantized"),
         (
             {**BOTH, "method": "wander"},
-            "method='wander' is unknown; use magnitude, wanda, sparsegpt",
+            "method='wander' is unknown; use magnitude, wanda or",
         ),
         ({**BOTH, "quantizer": "awq"}, "quantizer='awq' is unknown; use rtn or gptq"),
         ({**BOTH, "order": "both"}, "order='both' is unknown; use sparsify_then_quantize"),

@@ -3,13 +3,13 @@
 import json
 import struct
 
-import gguf_files
 import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
-from gguf_files import HEADS, KV_HEADS, TOKENS, D, llama_tensors
+from helpers import gguf_files
+from helpers.gguf_files import HEADS, KV_HEADS, TOKENS, D, llama_tensors
 from huggingface_folders import stored
 
 from pjit_train.errors import UserError
