@@ -3,11 +3,11 @@
 import resource
 import struct
 
-import gguf_files
 import numpy as np
 import pytest
 from gguf import GGUFEndian, GGUFWriter
-from gguf_files import TOKENS, add_llama_keys, add_tokenizer, llama_tensors
+from helpers import gguf_files
+from helpers.gguf_files import TOKENS, add_llama_keys, add_tokenizer, llama_tensors
 
 from launch.cli import main
 from pjit_train.errors import UserError

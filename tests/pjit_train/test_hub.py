@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import gguf_files
 import pytest
+from helpers import gguf_files
 from hub_server import COMMIT, served
 from huggingface_folders import FIXTURES, stored
 from huggingface_hub import constants
