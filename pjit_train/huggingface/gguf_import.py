@@ -92,10 +92,6 @@ def import_gguf(
     found = set(dtypes.values())
     document["dtype"] = found.pop() if len(found) == 1 else "float32"
     rounding = Rounding() if dtype in ("float16", "bfloat16") else None
-    if rope := document.get("rope_parameters"):  # and where transformers 4 looks for it
-        document["rope_theta"] = rope["rope_theta"]
-        if rope["rope_type"] != "default":
-            document["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     with new_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
         if tokenizer is not None:
