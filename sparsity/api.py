@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optax
@@ -118,13 +118,13 @@ def create_updater_from_config(sparsity_config: Any) -> BaseUpdater:
     return updater_type(**config)
 
 
-def _as_dict(config) -> dict[str, Any]:
+def _as_dict(config: Any) -> dict[str, Any]:
     if isinstance(config, Mapping) or hasattr(config, "keys"):
         return {key: config[key] for key in config.keys()}  # noqa: SIM118 (not only mappings)
     return dict(vars(config))
 
 
-def _take_sparsity(config) -> float:
+def _take_sparsity(config: dict[str, Any]) -> float:
     """The sparsity, taken from a configuration; puts a parsed `sparsity_type` into it."""
     sparsity = config.pop("sparsity", None)
     sparsity_type = config.pop("sparsity_type", None)
@@ -147,7 +147,12 @@ def _take_sparsity(config) -> float:
     return float(sparsity)
 
 
-def _schedule(updater_type, update_freq, update_start_step, update_end_step):
+def _schedule(
+    updater_type: type[BaseUpdater],
+    update_freq: int | None,
+    update_start_step: int | None,
+    update_end_step: int | None,
+) -> sparsity_schedules.NoUpdateSchedule:
     if issubclass(updater_type, algorithms.TopKAST):
         return sparsity_schedules.PeriodicSchedule(
             100 if update_freq is None else update_freq, update_start_step or 0, update_end_step
@@ -163,7 +168,7 @@ def _schedule(updater_type, update_freq, update_start_step, update_end_step):
     return sparsity_schedules.PolynomialSchedule(update_freq, update_start_step, update_end_step)
 
 
-def _cycles(steps):
+def _cycles(steps: Mapping[str, int | None]) -> dict[str, int]:
     """AC/DC's fields as the keys of a schedule say them."""
     if steps["update_start_step"] is None or steps["update_end_step"] is None:
         return {}
@@ -175,7 +180,7 @@ def _cycles(steps):
     }
 
 
-def _drop_fraction(fraction, steps):
+def _drop_fraction(fraction: float, steps: Mapping[str, int | None]) -> optax.Schedule:
     if not 0 <= fraction <= 1:
         raise ValueError(f"drop_fraction={fraction}; use a fraction of 0 to 1")
     if steps["update_end_step"] is None:
@@ -183,7 +188,7 @@ def _drop_fraction(fraction, steps):
     return optax.cosine_decay_schedule(fraction, max(steps["update_end_step"], 1))
 
 
-def _is_number(text) -> bool:
+def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -191,6 +196,6 @@ def _is_number(text) -> bool:
     return True
 
 
-def _nearest(name, names) -> str:
+def _nearest(name: object, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(names), n=1)
     return f"did you mean {near[0]!r}? " if near else ""

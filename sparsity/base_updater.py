@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsity import mask_calculator
-from sparsity.mask_calculator import MASK_DTYPE
+from sparsity.mask_calculator import MASK_DTYPE, TopKFnType
 from sparsity.masks import bits, topk
 from sparsity.ranges import check_fields
 from sparsity.sparsity_distributions import (
@@ -48,7 +48,7 @@ __all__ = [
     "apply_mask",
 ]
 
-StackedFnType = Callable[[tuple, Any], int]
+StackedFnType = Callable[[tuple[Any, ...], Any], int]
 """(keys on the way to a parameter, the parameter) -> how many leading axes only stack layers."""
 
 
@@ -110,7 +110,8 @@ def unpack_mask(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def straight_through(param: jax.Array, mask: jax.Array | None) -> jax.Array:
     """The masked parameter, whose gradient goes to the parameter as if there were no mask."""
     # param + (0 - param) and param + (param - param): both exact.
-    return param + jax.lax.stop_gradient(apply_mask(param, mask) - param)
+    moved: jax.Array = jax.lax.stop_gradient(apply_mask(param, mask) - param)
+    return param + moved
 
 
 @dataclasses.dataclass
@@ -145,24 +146,28 @@ class BaseUpdater:
     )
     rng_seed: Any = 8
     use_packed_masks: bool = False
-    topk_fn: Callable[[jax.Array, Any], jax.Array] | None = None
+    topk_fn: TopKFnType | None = None
     stacked_fn: StackedFnType | None = None
-    axis_fn: Callable[[tuple, Any], int] | None = None
+    axis_fn: Callable[[tuple[Any, ...], Any], int] | None = None
     scored_fn: Callable[[Any], Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
-        if self.topk_fn is None:
-            self.topk_fn = self.get_topk_fn(self.sparsity_type)
+        self.topk_fn = self.mask_fn
+
+    @property
+    def mask_fn(self) -> TopKFnType:
+        """`topk_fn`, or where that is None the function of `sparsity_type`."""
+        return self.get_topk_fn(self.sparsity_type) if self.topk_fn is None else self.topk_fn
 
     # What an algorithm gives.
 
-    def get_topk_fn(self, sparsity_type: SparsityType) -> Callable[[jax.Array, Any], jax.Array]:
+    def get_topk_fn(self, sparsity_type: SparsityType) -> TopKFnType:
         """Returns the function (scores, sparsity) -> mask of a sparsity type."""
         return mask_calculator.get_topk_fn(sparsity_type)
 
     def calculate_scores(
-        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any
     ) -> Any:
         """A tree of scores; the largest are kept.
 
@@ -184,7 +189,9 @@ class BaseUpdater:
             what="target_sparsities",
         )
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """The state with new masks, for the parameters and dense gradients of a step."""
         sparsities = self.scheduler.get_sparsity_at_step(
             sparse_state.target_sparsities, sparse_state.count
@@ -218,7 +225,7 @@ class BaseUpdater:
           sparsities: a tree of numbers, and of None for parameters that are not pruned.
         """
 
-        def mask(path, score, sparsity):
+        def mask(path: tuple[Any, ...], score: jax.Array, sparsity: Any) -> jax.Array | None:
             if sparsity is None:
                 return None
             try:
@@ -239,9 +246,10 @@ class BaseUpdater:
         """
         is_packed = self.use_packed_masks if is_packed is None else is_packed
 
-        def apply(path, param, mask):
+        def apply(path: tuple[Any, ...], param: jax.Array, mask: jax.Array | None) -> jax.Array:
             try:
-                return apply_mask(param, mask, is_packed=is_packed)
+                masked: jax.Array = apply_mask(param, mask, is_packed=is_packed)
+                return masked
             except ValueError as error:
                 raise ValueError(f"{name_of(path)}: {error}") from None
 
@@ -263,7 +271,7 @@ class BaseUpdater:
             masks,
         )
 
-    def stacked(self, path: tuple, param: Any) -> int:
+    def stacked(self, path: tuple[Any, ...], param: Any) -> int:
         """Number of leading axes of a parameter that only stack layers."""
         if self.stacked_fn is None:
             return 0
@@ -274,7 +282,7 @@ class BaseUpdater:
             )
         return axes
 
-    def type_of(self, path: tuple, param: Any) -> SparsityType:
+    def type_of(self, path: tuple[Any, ...], param: Any) -> SparsityType:
         """Returns the sparsity type of a parameter, with its own axis for N:M."""
         if self.axis_fn is None or not isinstance(self.sparsity_type, NByM):
             return self.sparsity_type
@@ -286,7 +294,7 @@ class BaseUpdater:
             return None
         if self.stacked_fn is not None:
 
-            def layer(path, param):
+            def layer(path: tuple[Any, ...], param: Any) -> Stacked:
                 axes = self.stacked(path, param)
                 copies = math.prod(param.shape[:axes])
                 return Stacked(tuple(param.shape[axes:]), param.dtype, copies)
@@ -294,7 +302,7 @@ class BaseUpdater:
             params = jax.tree.map_with_path(layer, params)
         return self.sparsity_distribution_fn(params)
 
-    def _layers_mask(self, path, score, sparsity):
+    def _layers_mask(self, path: tuple[Any, ...], score: jax.Array, sparsity: Any) -> jax.Array:
         stacked = self.stacked(path, score)
         if isinstance(sparsity, int | float):
             check_sparsity(sparsity)
@@ -302,7 +310,7 @@ class BaseUpdater:
             size = math.prod(score.shape[stacked:])
             mask = _topk_mask(score, topk.keep_count(size, sparsity), stacked=stacked)
         else:
-            mask_fn = self.topk_fn
+            mask_fn = self.mask_fn
             if (sparsity_type := self.type_of(path, score)) != self.sparsity_type:
                 mask_fn = self.get_topk_fn(sparsity_type)
             for _ in range(stacked):
@@ -332,10 +340,12 @@ class BaseUpdater:
         """
         inner = optax.with_extra_args_support(inner)
 
-        def init(params):
+        def init(params: Any) -> SparseState:
             return self.init_state(params)._replace(inner_state=inner.init(params))
 
-        def update(updates, state, params=None, **extra):
+        def update(
+            updates: Any, state: SparseState, params: Any = None, **extra: Any
+        ) -> tuple[Any, SparseState]:
             if params is None:
                 raise ValueError("params=None; masks are made of the parameters: update needs them")
             due = self.scheduler.is_mask_update_iter(state.count)
@@ -359,7 +369,7 @@ class BaseUpdater:
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:
+    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """(masked parameters, masks) at the target sparsities, with no training.
 
         Args:
@@ -393,12 +403,14 @@ class NoPruning(BaseUpdater):
         del target_sparsities
         return jax.tree.map(lambda _: None, params)
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """Returns the sparse state unchanged: there are no masks."""
         del params, grads, kwargs
         return sparse_state
 
-    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:
+    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """Returns the parameters unchanged, and None for the mask of each."""
         del grads, kwargs
         return params, self.get_initial_masks(params, None)
@@ -408,7 +420,7 @@ class NoPruning(BaseUpdater):
 _topk_mask = jax.jit(topk.topk_mask, static_argnames="stacked")
 
 
-def _cond(condition, then: Callable, otherwise: Callable):
+def _cond(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
     """lax.cond, and a Python choice where the condition is known: nothing is traced for nothing."""
     if isinstance(condition, bool):
         return then() if condition else otherwise()

@@ -22,7 +22,7 @@ TopKFnType = Callable[[jax.Array, Any], jax.Array]
 """(scores, sparsity) -> mask."""
 
 
-def get_topk_fn(sparsity_type: SparsityType) -> Callable[..., jax.Array]:
+def get_topk_fn(sparsity_type: SparsityType | type[Unstructured]) -> TopKFnType:
     """The function (scores, sparsity) -> mask of a type of sparsity.
 
     Raises:
@@ -50,13 +50,13 @@ def get_topk_fn(sparsity_type: SparsityType) -> Callable[..., jax.Array]:
     )
 
 
-def topk_mask_calculator(scores, sparsity) -> jax.Array:
+def topk_mask_calculator(scores: jax.Array, sparsity: Any) -> jax.Array:
     """Keeps `topk.keep_count` of all scores, the largest; of equal ones the first."""
     scores = jnp.asarray(scores)
     return topk_mask(scores, keep_count(scores.size, sparsity)).astype(MASK_DTYPE)
 
 
-def topk_n_by_m_mask_calculator(scores, sparsity, sparsity_type: NByM) -> jax.Array:
+def topk_n_by_m_mask_calculator(scores: jax.Array, sparsity: Any, sparsity_type: NByM) -> jax.Array:
     """Keeps the max(n, ceil(m * (1 - sparsity))) largest of every m scores; of equal ones the last.
 
     So a sparsity that rises from 0 goes from dense through m-1:m to n:m, and stays there. (In
@@ -74,7 +74,7 @@ def topk_n_by_m_mask_calculator(scores, sparsity, sparsity_type: NByM) -> jax.Ar
 
 
 def topk_block_mask_calculator(
-    scores, sparsity, block_height: int, block_width: int, use_avg_pooling: bool
+    scores: jax.Array, sparsity: Any, block_height: int, block_width: int, use_avg_pooling: bool
 ) -> jax.Array:
     """Keeps blocks of height x width whole: the unstructured mask of their pooled scores.
 
@@ -96,7 +96,7 @@ def topk_block_mask_calculator(
     high, wide = -(-rows // block_height), -(-columns // block_width)
     padding = ((0, high * block_height - rows), (0, wide * block_width - columns), (0, 0))
 
-    def blocks(x, fill):
+    def blocks(x: jax.Array, fill: float) -> jax.Array:
         x = jnp.pad(x.reshape(rows, columns, depth), padding, constant_values=fill)
         return x.reshape(high, block_height, wide, block_width, depth)
 
@@ -112,7 +112,9 @@ def topk_block_mask_calculator(
     return jax.sharding.reshard(mask, spec) if any(spec) else mask
 
 
-def topk_channel_mask_calculator(scores, sparsity, sparsity_type: Channel) -> jax.Array:
+def topk_channel_mask_calculator(
+    scores: jax.Array, sparsity: Any, sparsity_type: Channel
+) -> jax.Array:
     """Keeps whole slices along an axis: the unstructured mask of the sums of their scores.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,11 +20,11 @@ from sparsity.masks.layers import KERNELS, assign, listed, names
 from sparsity.masks.nm import check_nm
 from sparsity.masks.validity import Validity, by_name, nm_validity, zeros
 from sparsity.ranges import Count, Decay, Fraction, check_fields
-from sparsity.recipes.kernel_plan import packing_axis, shards_of
+from sparsity.recipes.kernel_plan import Contraction, packing_axis, shards_of
 from sparsity.recipes.kernels import MaskedKernel, dense_tree
 from sparsity.sparsity_schedules import OneShotSchedule, PeriodicSchedule, PolynomialSchedule
 from sparsity.sparsity_types import NByM, parse_sparsity_type
-from sparsity.updater import Contraction, Scored, Sparsity, Updater
+from sparsity.updater import Scored, Sparsity, Updater
 
 DEFAULT_LAYERS = (KERNELS,)
 
@@ -57,7 +57,7 @@ class Pruning(Sparsity):
     packed_masks: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.start_fraction > self.end_fraction:
             raise ValueError(
@@ -91,25 +91,19 @@ class Pruning(Sparsity):
         Raises:
           ValueError: a pattern of `layers` matches no parameter, or an option is unknown or wrong.
         """
-        chosen = assign(params, dict.fromkeys(self.layers, True))
-        leaves = by_name(params)
-        chosen = {
-            name
-            for name, yes in by_name(chosen).items()
-            if yes and (contraction is None or contraction(name, leaves[name].shape) is not None)
-        }
+        leaves, chosen = by_name(params), dict[str, tuple[int, ...]]()  # by name, the input axes
+        for name in by_name(assign(params, dict.fromkeys(self.layers, True))):
+            axes = -2 if contraction is None else contraction(name, leaves[name].shape)
+            if axes is not None:
+                chosen[name] = (axes,) if isinstance(axes, int) else axes
         if not chosen:
             raise ValueError(
                 f"layers: {self.layers} match no kernel; use for example {DEFAULT_LAYERS}"
             )
 
-        def inputs(path, leaf) -> tuple[int, ...]:
-            axes = -2 if contraction is None else contraction("/".join(path), leaf.shape)
-            return (axes,) if isinstance(axes, int) else axes
-
-        def stacked(path, leaf):
-            pruned = "/".join(path) in chosen
-            return len(leaf.shape) + inputs(path, leaf)[0] if pruned and contraction else 0
+        def stacked(path: Sequence[str], leaf: Any) -> int:
+            inputs = chosen.get("/".join(path))
+            return len(leaf.shape) + inputs[0] if inputs and contraction else 0
 
         first = min(math.floor(self.start_fraction * steps), steps - 1)
         last = min(math.floor(self.end_fraction * steps), steps - 1)
@@ -124,20 +118,19 @@ class Pruning(Sparsity):
             "update_end_step": last,
             "use_packed_masks": self.packed_masks,
             "stacked_fn": stacked,
-            "axis_fn": lambda path, leaf: inputs(path, leaf)[-1],
+            "axis_fn": lambda path, _: chosen["/".join(path)][-1],
             "scored_fn": scored,
             **self.options,
         }
         updater = create_updater_from_config(config)
         if isinstance(kind := updater.sparsity_type, NByM):
             for name in sorted(chosen):
-                axis = inputs(name.split("/"), leaves[name])[-1]
-                check_nm(kind.n, kind.m, leaves[name].shape[axis], name=name)
+                check_nm(kind.n, kind.m, leaves[name].shape[chosen[name][-1]], name=name)
         masked = {}
         if scored is not None and updater.masks_forward:
-            for name in chosen:
-                shape, first = leaves[name].shape, inputs(name.split("/"), leaves[name])[0]
-                axis = packing_axis(name, shape, shards_of(leaves[name]), first)
+            for name, inputs in chosen.items():
+                shape = leaves[name].shape
+                axis = packing_axis(name, shape, shards_of(leaves[name]), inputs[0])
                 masked[name] = axis, shape[: stacked(name.split("/"), leaves[name])]
         given = f"{self.algorithm} to {self.sparsity:.4g}"
         given += f" ({self.sparsity_type}, {self.distribution})"
@@ -219,7 +212,7 @@ class PruningUpdater(Updater):
         """Returns the parameters, or masked kernels, that the forward pass reads."""
         read = self.updater.pre_forward_update(params, state)
 
-        def kernel(name, w, read):
+        def kernel(name: str, w: jax.Array, read: Any) -> Any:
             if name not in self.masked:
                 return read
             axis, stacked = self.masked[name]
@@ -246,13 +239,14 @@ class PruningUpdater(Updater):
         """Counts zeros: of each kernel for N:M, else of all pruned parameters together."""
         named = by_name(dense_tree(weights))
         named = {name: w for name, w in named.items() if name in self.chosen}
-        kind = self.updater.sparsity_type
-        if isinstance(kind, NByM):
+        if isinstance(self.updater.sparsity_type, NByM):
+            kinds = {
+                name: self.updater.type_of(tuple(name.split("/")), named[name]) for name in named
+            }
             return {
-                name: nm_validity(
-                    w, kind.n, kind.m, self.updater.axis_fn(tuple(name.split("/")), w)
-                )
-                for name, w in named.items()
+                name: nm_validity(named[name], kind.n, kind.m, kind.axis)
+                for name, kind in kinds.items()
+                if isinstance(kind, NByM)
             }
         kernels = list(named.values())
         size = sum(kernel.size for kernel in kernels)

@@ -16,23 +16,23 @@ import numpy as np
 from sparsity.ranges import Count, NonNegative, Whole, check_number
 from sparsity.utils import key_of
 
-FilterFnType = Callable[[tuple, Any], bool]
+FilterFnType = Callable[[tuple[Any, ...], Any], bool]
 """(keys on the way to a parameter, the parameter) -> whether it is pruned."""
 
-CustomSparsityMapType = Mapping[tuple, float | None]
+CustomSparsityMapType = Mapping[tuple[Any, ...], float | None]
 """Sparsity by keys; None leaves a parameter dense."""
 
 
-def KERNEL_FILTER_FN(key: tuple, param: Any) -> bool:
+def KERNEL_FILTER_FN(key: tuple[Any, ...], param: Any) -> bool:
     """Tells whether a parameter is named "kernel"."""
     del param
-    return key[-1] == "kernel"
+    return bool(key[-1] == "kernel")
 
 
-def NOT_DIM_ONE_FILTER_FN(key: tuple, param: Any) -> bool:
+def NOT_DIM_ONE_FILTER_FN(key: tuple[Any, ...], param: Any) -> bool:
     """Parameters of two axes or more: embeddings too, biases and norm scales not."""
     del key
-    return param.ndim > 1
+    return bool(param.ndim > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def uniform(
     check_sparsity(sparsity)
     custom = _checked(custom_sparsity_map)
 
-    def share(path, param):
+    def share(path: tuple[Any, ...], param: Any) -> float | None:
         key = key_of(path)
         if key in custom:
             return custom[key]
@@ -171,14 +171,14 @@ def get_sparsities_erdos_renyi(
             check_number(f"var_shape_dict[{key!r}]={shape}: size", size, Whole)
     sizes = {k: math.prod(shape) * copies.get(k, 1) for k, shape in var_shape_dict.items()}
 
-    def kept(key):
+    def kept(key: Any) -> int:
         size = math.prod(var_shape_dict[key])
         return (size - get_n_zeros(size, default_sparsity)) * copies.get(key, 1)
 
-    def proportion(shape):
+    def proportion(shape: tuple[int, ...]) -> float:
         if include_kernel:
             shape = shape or (1,)
-            return (sum(shape) / math.prod(shape)) ** erk_power_scale
+            return math.pow(sum(shape) / math.prod(shape), erk_power_scale)
         n_in, n_out = (1, 1, *shape)[-2:]
         return (n_in + n_out) / (n_in * n_out)
 
@@ -212,7 +212,7 @@ def check_sparsity(sparsity: Any, what: str = "sparsity") -> None:
         raise ValueError(f"{what}={sparsity!r}; use a fraction of zeros in [0, 1)")
 
 
-def _checked(custom_sparsity_map):
+def _checked(custom_sparsity_map: Mapping[Any, float | None] | None) -> Mapping[Any, float | None]:
     if custom_sparsity_map is not None and not hasattr(custom_sparsity_map, "items"):
         raise ValueError(
             f"custom_sparsity_map={custom_sparsity_map!r}; use a mapping of keys to sparsities"

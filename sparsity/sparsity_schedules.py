@@ -34,7 +34,7 @@ class OneShotSchedule(NoUpdateSchedule):
 
     target_step: Whole
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     def is_mask_update_iter(self, step: Any) -> Any:
@@ -59,7 +59,7 @@ class PeriodicSchedule(NoUpdateSchedule):
     update_start_step: Whole
     update_end_step: Whole | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         start, end = self.update_start_step, self.update_end_step
         if end is not None and end < start:
@@ -87,14 +87,15 @@ class PolynomialSchedule(PeriodicSchedule):
     target would never be reached.
     """
 
+    update_end_step: Whole
     power: Count = 3
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self) -> None:
         if self.update_end_step is None:
             raise ValueError(
                 "update_end_step=None; a polynomial schedule needs the step of its end"
             )
+        super().__post_init__()
 
     def is_mask_update_iter(self, step: Any) -> Any:
         """True at multiples of `update_freq` from the start to the end, and at the end."""

@@ -46,7 +46,7 @@ class Channel:
 SparsityType = Unstructured | NByM | Block | Channel
 
 
-def is_sparsity_type(instance_to_check) -> bool:
+def is_sparsity_type(instance_to_check: object) -> bool:
     """Tells whether an object is of one of the sparsity types."""
     return isinstance(instance_to_check, SparsityType)
 

@@ -13,9 +13,7 @@ import optax
 
 from sparsity.masks.validity import Validity
 from sparsity.recipes.autoswitch import AutoSwitch
-
-Contraction = Callable[[str, tuple[int, ...]], int | tuple[int, ...] | None]
-"""(name, shape) of a parameter -> the axes that its matmul sums over; see `Recipe.build`."""
+from sparsity.recipes.kernel_plan import Contraction
 
 Scored = Callable[[Any], Any]
 """Parameters -> a tree like them, which masks are made of; `Quantizer.scored` is one."""
@@ -81,7 +79,8 @@ class Updater(Protocol):
           count: int32 [], updates done.
         """
         del count
-        return optax.tree.norm(grads)
+        norm: jax.Array = optax.tree.norm(grads)
+        return norm
 
     def pack(self, params: Any, state: Any) -> tuple[Any, Any]:
         """The parameters and the state, of which only kept weights are held, from `packs_at` on.

@@ -1,6 +1,6 @@
 """Trees of masks beside trees of parameters, and summaries of how sparse a tree is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
-def key_of(path: tuple) -> tuple:
+def key_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """The keys on the way to a leaf, such as ("blocks", "query", "kernel").
 
     Dictionary keys as they are, attribute names, indices of sequences; ("kernel",) at the root.
@@ -22,12 +22,12 @@ def key_of(path: tuple) -> tuple:
     return tuple(_entry(entry) for entry in path) or ("kernel",)
 
 
-def name_of(path: tuple) -> str:
+def name_of(path: tuple[Any, ...]) -> str:
     """The keys on the way to a leaf, joined by "/"."""
     return "/".join(map(str, key_of(path)))
 
 
-def map_entries(f: Callable, params: Any, *trees: Any, what: str = "masks") -> Any:
+def map_entries(f: Callable[..., Any], params: Any, *trees: Any, what: str = "masks") -> Any:
     """f(path, leaf, *entries) for every leaf of `params` and what the other trees have there.
 
     Args:
@@ -90,7 +90,7 @@ def summarize_intersection(
     """
     common, ones, summary = [jnp.float32(0)], [jnp.float32(0)], {}
 
-    def count(path, first, second):
+    def count(path: tuple[Any, ...], first: jax.Array | None, second: jax.Array | None) -> None:
         if first is None or second is None:
             summary[name_of(path)] = None
             return
@@ -108,19 +108,22 @@ def summarize_intersection(
     return summary | {"_total_intersection": sum(common) / jnp.maximum(sum(ones), 1)}
 
 
-def _entry(entry) -> Any:
+def _entry(entry: Any) -> Any:
     for field in ("key", "name", "idx"):
         if hasattr(entry, field):
             return getattr(entry, field)
     return str(entry)
 
 
-def _entries(structure, tree, named, what: str) -> list:
+def _entries(
+    structure: jax.tree_util.PyTreeDef, tree: Any, named: Sequence[tuple[Any, Any]], what: str
+) -> list[Any]:
     """Lists the entries of `tree` at the leaves of `structure`, whose paths are in `named`."""
     if tree is None:
         return [None] * len(named)
     try:
-        return structure.flatten_up_to(tree)
+        entries: list[Any] = structure.flatten_up_to(tree)
+        return entries
     except ValueError:
         places = [name_of(path) for path, _ in named]
         given = [

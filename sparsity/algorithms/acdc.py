@@ -29,7 +29,7 @@ class CycleSchedule(NoUpdateSchedule):
         """Tells whether a phase, sparse or dense, begins at a step."""
         return self.begins_sparse(step) | self._within(step, self.cycle_sparse_steps)
 
-    def _within(self, step, offset):
+    def _within(self, step: Any, offset: int) -> Any:
         """Tells whether a step of the cycles is `offset` steps after the beginning of a cycle."""
         cycle = max(self.cycle_sparse_steps + self.cycle_dense_steps, 1)
         begun = (step >= self.init_dense_steps_end) & (step < self.final_sparse_steps_start)
@@ -60,7 +60,7 @@ class ACDC(MagnitudePruning):
     cycle_dense_steps: Whole = 0
     reset_optimizer: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         begin, end = self.init_dense_steps_end, self.final_sparse_steps_start
         if end < begin:
@@ -75,14 +75,16 @@ class ACDC(MagnitudePruning):
             )
         self.scheduler = CycleSchedule(begin, end, self.cycle_sparse_steps, self.cycle_dense_steps)
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """The state with the masks of the phase that begins."""
 
-        def sparse():
+        def sparse() -> Any:
             scores = self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
             return self.pack(self.create_masks(scores, sparse_state.target_sparsities))
 
-        def dense():
+        def dense() -> Any:
             return self.pack(self.get_initial_masks(params, sparse_state.target_sparsities))
 
         begins_sparse = self.scheduler.begins_sparse(sparse_state.count)
@@ -96,7 +98,7 @@ class ACDC(MagnitudePruning):
 def reset_optimizer(state: Any) -> Any:
     """Zeros for the arrays of an optax state; scalars (counts, hyperparameters) stay."""
 
-    def reset(x):
+    def reset(x: Any) -> Any:
         moment = jnp.ndim(x) > 0 and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
         return jnp.zeros_like(x) if moment else x
 

@@ -4,11 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from sparsity.mask_calculator import get_topk_fn
 from sparsity.sparsity_types import NByM, SparsityType, Unstructured, parse_sparsity_type
 
 
-def get_activation_context(sparsity_string: Any, allowlist: Sequence[str] = ("relu",)):
+def get_activation_context(
+    sparsity_string: Any, allowlist: Sequence[str] = ("relu",)
+) -> contextlib.AbstractContextManager[None]:
     """Reads a text such as "2:4" and returns the context of `add_activation_sparsity`.
 
     Args:
@@ -40,7 +44,7 @@ def add_activation_sparsity(
 
     originals = {name: getattr(linen, name) for name in allowlist}
 
-    def sparse(function):
+    def sparse(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda x: _pruned(function(x), sparsity_type, sparsity)
 
     try:
@@ -54,7 +58,9 @@ def add_activation_sparsity(
 
 @contextlib.contextmanager
 def add_activation_sparsity_layers(
-    sparsity_fn: Callable[[tuple, tuple], tuple[SparsityType | None, float | None]],
+    sparsity_fn: Callable[
+        [tuple[Any, ...], tuple[int, ...]], tuple[SparsityType | None, float | None]
+    ],
     allowlist: Sequence[str] = ("Dense",),
     score_fn: Callable[[Any], Any] = lambda x: x,
     getter_fn: Callable[[str], Any] | None = None,
@@ -76,9 +82,9 @@ def add_activation_sparsity_layers(
     put = setter_fn or (lambda name, layer: setattr(linen, name, layer))
     originals = {name: get(name) for name in allowlist}
 
-    def sparse(layer):
-        class Sparse(layer):
-            def __call__(self, inputs):
+    def sparse(layer: Any) -> Any:
+        class Sparse(layer):  # type: ignore[misc]  # a class that is not known here
+            def __call__(self, inputs: Any) -> Any:
                 output = super().__call__(inputs)
                 sparsity_type, sparsity = sparsity_fn(self.scope.path, output.shape)
                 if sparsity_type is None:
@@ -96,7 +102,12 @@ def add_activation_sparsity_layers(
             put(name, layer)
 
 
-def _pruned(x, sparsity_type, sparsity, score_fn=lambda x: x):
+def _pruned(
+    x: jax.Array,
+    sparsity_type: SparsityType,
+    sparsity: float | None,
+    score_fn: Callable[[Any], Any] = lambda x: x,
+) -> jax.Array:
     if sparsity is None and isinstance(sparsity_type, NByM):
         sparsity = 1 - sparsity_type.n / sparsity_type.m
     return get_topk_fn(sparsity_type)(score_fn(x), sparsity).astype(x.dtype) * x

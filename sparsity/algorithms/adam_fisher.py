@@ -41,7 +41,7 @@ class AdamBasedFisherPruning(BaseUpdater):
     reset_adam: bool = False
 
     def calculate_scores(
-        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any
     ) -> Any:
         """w^2 * nu; zero for a parameter that is not pruned and has no nu.
 
@@ -56,7 +56,9 @@ class AdamBasedFisherPruning(BaseUpdater):
             )
         moments = [state.nu for state in find_adamstates(sparse_state.inner_state)]
 
-        def score(path, param, mask, *nus):
+        def score(
+            path: tuple[Any, ...], param: jax.Array, mask: jax.Array | None, *nus: Any
+        ) -> jax.Array:
             nu = next((nu for nu in nus if isinstance(nu, jax.Array)), None)
             if nu is not None:
                 return jnp.square(param) * nu
@@ -76,24 +78,26 @@ class AdamBasedFisherPruning(BaseUpdater):
         read."""
         wrapped = super().wrap_optax(inner)
 
-        def init(params):
-            state = wrapped.init(params)
+        def init(params: Any) -> SparseState:
+            state: SparseState = wrapped.init(params)
             self.calculate_scores(params, sparse_state=state)
             return state
 
         return optax.GradientTransformationExtraArgs(init, wrapped.update)
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """The state with new masks, and zero moments where `reset_adam`."""
         sparse_state = super().update_state(sparse_state, params, grads, **kwargs)
         if not self.reset_adam:
             return sparse_state
 
-        def reset(x):
+        def reset(x: Any) -> Any:
             if not _is_adam(x):
                 return x
-            zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-            return x._replace(mu=zero(x.mu), nu=zero(x.nu))
+            mu, nu = jax.tree.map(jnp.zeros_like, (x.mu, x.nu))
+            return x._replace(mu=mu, nu=nu)
 
         inner_state = jax.tree.map(reset, sparse_state.inner_state, is_leaf=_is_adam)
         return sparse_state._replace(inner_state=inner_state)
@@ -103,5 +107,5 @@ def add_to_jaxpruner() -> None:
     """Does nothing, since the algorithm is registered: JaxPruner's users call this."""
 
 
-def _is_adam(x) -> bool:
+def _is_adam(x: Any) -> bool:
     return isinstance(x, optax.ScaleByAdamState)

@@ -42,13 +42,13 @@ class GlobalPruningMixin(BaseUpdater):
       ValueError: a sparsity outside [0, 1), or a structured type.
     """
 
-    custom_sparsity_map: Mapping[tuple, Decay | None] | None = None
+    custom_sparsity_map: Mapping[tuple[Any, ...], Decay | None] | None = None
     filter_fn: FilterFnType = NOT_DIM_ONE_FILTER_FN
     normalization_eps: NonNegative = 1e-8
     use_normalization: bool = True
     sparsity: Decay = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.sparsity_type, Unstructured):
             raise ValueError(
@@ -65,7 +65,7 @@ class GlobalPruningMixin(BaseUpdater):
         """Returns masks of ones, and None for parameters that are not pruned."""
         del target_sparsities
 
-        def ones(path, param):
+        def ones(path: tuple[Any, ...], param: Any) -> jax.Array | None:
             sparsity = (self.custom_sparsity_map or {}).get(key_of(path), self._pruned(path, param))
             return jnp.ones(param.shape, MASK_DTYPE) if sparsity else None
 
@@ -95,7 +95,7 @@ class GlobalPruningMixin(BaseUpdater):
             ]
         return structure.unflatten(masks)
 
-    def _pruned(self, path, param):
+    def _pruned(self, path: tuple[Any, ...], param: Any) -> bool:
         """Tells whether a parameter is in the common order."""
         key, stacked = key_of(path), self.stacked(path, param)
         if stacked:
@@ -103,7 +103,7 @@ class GlobalPruningMixin(BaseUpdater):
             param = Stacked(param.shape[stacked:], param.dtype, copies)
         return key not in (self.custom_sparsity_map or {}) and self.filter_fn(key, param)
 
-    def _normalized(self, score, stacked):
+    def _normalized(self, score: jax.Array, stacked: int) -> jax.Array:
         if not self.use_normalization:
             return score
         layer = self._normalized_layer
@@ -111,7 +111,7 @@ class GlobalPruningMixin(BaseUpdater):
             layer = jax.vmap(layer)
         return layer(score.astype(jnp.float32))
 
-    def _normalized_layer(self, score):
+    def _normalized_layer(self, score: jax.Array) -> jax.Array:
         unit, _ = to_unit(score)  # of which no square overflows
         norm = jnp.sqrt(jnp.sum(jnp.square(unit)))
         return unit / jnp.where(norm > 0, norm + self.normalization_eps, 1)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparsity.algorithms.pruners import MagnitudePruning
+from sparsity.mask_calculator import TopKFnType
 from sparsity.masks import nm, topk
-from sparsity.sparsity_types import NByM
+from sparsity.sparsity_types import NByM, SparsityType
 
 
-def iterative_nm_mask(scores: jax.Array, sparsity, sparsity_type: NByM) -> jax.Array:
+def iterative_nm_mask(scores: jax.Array, sparsity: Any, sparsity_type: NByM) -> jax.Array:
     """The entries of the N:M mask first, then the largest others, up to a total sparsity.
 
     At sparsities below 1 - N/M the groups keep N or more entries, at 1 - N/M exactly N, and above
@@ -39,7 +41,7 @@ class IterativeNMPruning(MagnitudePruning):
     1 - N/M. Other types are pruned as by magnitude.
     """
 
-    def get_topk_fn(self, sparsity_type):
+    def get_topk_fn(self, sparsity_type: SparsityType) -> TopKFnType:
         """Returns a function (scores, sparsity) -> mask; for N:M it is `iterative_nm_mask`."""
         if isinstance(sparsity_type, NByM):
             return functools.partial(iterative_nm_mask, sparsity_type=sparsity_type)

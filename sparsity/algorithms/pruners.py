@@ -15,7 +15,7 @@ class MagnitudePruning(BaseUpdater):
     """Keeps the largest |w| (Zhu and Gupta, 2017)."""
 
     def calculate_scores(
-        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any
     ) -> Any:
         """Scores parameters by |w|."""
         del sparse_state, grads, kwargs
@@ -27,7 +27,7 @@ class SaliencyPruning(BaseUpdater):
     """Keeps the largest |w * g|, the first-order change of the loss (Molchanov et al., 2016)."""
 
     def calculate_scores(
-        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any
     ) -> Any:
         """Scores parameters by |w * g|, with g their gradients."""
         del sparse_state, kwargs
@@ -64,7 +64,7 @@ class RandomPruning(BaseUpdater):
     """Keeps weights at random; what is pruned stays pruned."""
 
     def calculate_scores(
-        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any
     ) -> Any:
         """Random numbers in [0, 1), another draw at each step; -1 for what is pruned."""
         del grads, kwargs

@@ -15,7 +15,7 @@ from sparsity.base_updater import BaseUpdater, SparseState
 from sparsity.mask_calculator import MASK_DTYPE
 from sparsity.masks import nm, topk
 from sparsity.ranges import NonNegative
-from sparsity.sparsity_types import Block, Channel, NByM
+from sparsity.sparsity_types import Block, Channel, NByM, SparsityType
 from sparsity.utils import is_none, map_entries
 
 
@@ -25,7 +25,9 @@ class StaticRandomSparse(BaseUpdater):
 
     is_sparse_gradients: bool = True
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """Returns the sparse state unchanged: masks stay."""
         del params, grads, kwargs
         return sparse_state
@@ -34,7 +36,7 @@ class StaticRandomSparse(BaseUpdater):
         """Draws masks of the target sparsities at random."""
         return self.create_masks(generate_random_scores(params, self.rng_seed), target_sparsities)
 
-    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:
+    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """Refuses: this algorithm trains sparse from the start.
 
         Raises:
@@ -66,7 +68,9 @@ class SET(StaticRandomSparse):
     is_debug: bool = False
     skip_gradients: bool = True
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """The state with weights dropped and grown, and moments of zero for the grown ones."""
         del kwargs
         drop_scores = self._get_drop_scores(sparse_state, params, grads)
@@ -74,7 +78,13 @@ class SET(StaticRandomSparse):
         drop_fraction = self.drop_fraction_fn(sparse_state.count)
         old_masks = self.unpack(sparse_state.masks, params)
 
-        def update(path, param, mask, drop, grow):
+        def update(
+            path: tuple[Any, ...],
+            param: jax.Array,
+            mask: jax.Array | None,
+            drop: jax.Array,
+            grow: jax.Array,
+        ) -> jax.Array | None:
             if mask is None:
                 return None
             layer = functools.partial(self._update_masks, drop_fraction=drop_fraction)
@@ -94,16 +104,23 @@ class SET(StaticRandomSparse):
         inner_state = restart_inner_state(sparse_state.inner_state, grown)
         return sparse_state._replace(masks=self.pack(masks), inner_state=inner_state)
 
-    def _get_drop_scores(self, sparse_state, params, grads):
+    def _get_drop_scores(self, sparse_state: SparseState, params: Any, grads: Any) -> Any:
         del sparse_state, grads
         return jax.tree.map(jnp.abs, params)
 
-    def _get_grow_scores(self, sparse_state, params, grads):
+    def _get_grow_scores(self, sparse_state: SparseState, params: Any, grads: Any) -> Any:
         del grads
         key = jax.random.fold_in(as_key(self.rng_seed), sparse_state.count)
         return generate_random_scores(params, key)
 
-    def _update_masks(self, old_mask, drop_score, grow_score, drop_fraction, sparsity_type=None):
+    def _update_masks(
+        self,
+        old_mask: jax.Array,
+        drop_score: jax.Array,
+        grow_score: jax.Array,
+        drop_fraction: Any,
+        sparsity_type: SparsityType | None = None,
+    ) -> jax.Array:
         """The new mask of one layer, with as many ones as the old one.
 
         JaxPruner's users call and override it, without `sparsity_type`: None is the updater's.
@@ -126,9 +143,9 @@ class SET(StaticRandomSparse):
             survivors = topk.topk_mask(drop_score, stay)
             new = topk.topk_mask(jnp.where(survivors, jnp.inf, grow_score), count)
         else:
-            survivors = self.topk_fn(drop_score, 1 - stay / units.size) == 1
+            survivors = self.mask_fn(drop_score, 1 - stay / units.size) == 1
             score = jnp.where(survivors, jnp.inf, grow_score)
-            new = self.topk_fn(score, 1 - count / units.size) == 1
+            new = self.mask_fn(score, 1 - count / units.size) == 1
         if self.is_debug:
             wrong = jnp.any(survivors & ~(old & new)) | (jnp.sum(new) != count)
             jax.debug.callback(_assert_not, wrong)
@@ -139,7 +156,7 @@ class SET(StaticRandomSparse):
 class RigL(SET):
     """Drops the smallest |w| and grows where the dense gradient is largest (Evci et al., 2020)."""
 
-    def _get_grow_scores(self, sparse_state, params, grads):
+    def _get_grow_scores(self, sparse_state: SparseState, params: Any, grads: Any) -> Any:
         del sparse_state, params
         return jax.tree.map(jnp.abs, grads)
 
@@ -157,11 +174,12 @@ def restart_inner_state(state: Any, masks_activated: Any) -> Any:
       masks_activated: a tree like the parameters: 1 where a weight was grown; None where a
         parameter is not pruned.
     """
-    _, structure = jax.tree.flatten(masks_activated, is_leaf=is_none)
+    structure: Any = jax.tree.structure(masks_activated, is_leaf=is_none)
 
-    def restart(node):
+    def restart(node: Any) -> Any:
         if jax.tree.structure(node, is_leaf=_is_gap) == structure:
             return _restart_using_mask(node, masks_activated)
+        container: Any
         children, container = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
         if jax.tree_util.treedef_is_leaf(container):
             return node
@@ -170,10 +188,10 @@ def restart_inner_state(state: Any, masks_activated: Any) -> Any:
     return restart(state)
 
 
-def _restart_using_mask(target_tree, masks):
+def _restart_using_mask(target_tree: Any, masks: Any) -> Any:
     """Zeros where the mask is 1, in arrays that have the mask's shape."""
 
-    def zeroed(mask, x):
+    def zeroed(mask: Any, x: Any) -> Any:
         if mask is None or _is_gap(x) or jnp.shape(mask) != jnp.shape(x):
             return x
         if not jnp.issubdtype(jnp.result_type(x), jnp.number):
@@ -181,11 +199,12 @@ def _restart_using_mask(target_tree, masks):
         return jnp.where(jnp.asarray(mask, bool), jnp.zeros_like(x), x)
 
     masks, _ = jax.tree.flatten(masks, is_leaf=is_none)
+    structure: Any
     leaves, structure = jax.tree.flatten(target_tree, is_leaf=_is_gap)
     return structure.unflatten(map(zeroed, masks, leaves))
 
 
-def _units(mask, sparsity_type):
+def _units(mask: jax.Array, sparsity_type: SparsityType) -> jax.Array:
     """Reduces a mask to an entry for each group (block or channel) that is kept or pruned whole."""
     match sparsity_type:
         case Block((height, width)):
@@ -196,10 +215,10 @@ def _units(mask, sparsity_type):
     return mask
 
 
-def _is_gap(x) -> bool:
+def _is_gap(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _assert_not(wrong):
+def _assert_not(wrong: Any) -> None:
     if wrong:
         raise AssertionError("a dropped or grown mask keeps other weights, or another number")

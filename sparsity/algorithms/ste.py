@@ -33,7 +33,9 @@ class SteMixin(BaseUpdater):
         del target_sparsities
         return jax.tree.map(lambda _: None, params)
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """Returns the sparse state unchanged: it holds no masks."""
         del params, grads, kwargs
         return sparse_state

@@ -48,17 +48,21 @@ class TopKAST(MagnitudePruning):
             targets,
         )
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs):
+    def update_state(
+        self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any
+    ) -> SparseState:
         """The state with the sets of the parameters as they are."""
         sparsities = self.scheduler.get_sparsity_at_step(
             sparse_state.target_sparsities, sparse_state.count
         )
         return self._with_sets(sparse_state, params, sparsities, grads=grads, **kwargs)
 
-    def _with_sets(self, sparse_state, params, sparsities, **kwargs):
+    def _with_sets(
+        self, sparse_state: SparseState, params: Any, sparsities: Any, **kwargs: Any
+    ) -> SparseState:
         scores = self.calculate_scores(params, **kwargs)
 
-        def beyond(sparsity):
+        def beyond(sparsity: Any) -> Any:
             if isinstance(sparsity, float):
                 return max(sparsity - self.backward_extra_density, 0.0)
             return jnp.maximum(sparsity - self.backward_extra_density, 0.0)
@@ -77,7 +81,9 @@ class TopKAST(MagnitudePruning):
         """Wraps as `BaseUpdater.wrap_optax`; weights outside the backward masks do not move."""
         masked = super().wrap_optax(inner)
 
-        def update(updates, state, params=None, **extra):
+        def update(
+            updates: Any, state: SparseState, params: Any = None, **extra: Any
+        ) -> tuple[Any, SparseState]:
             if self.alpha and params is not None:
                 penalty = jax.grad(self.regularization)(params, state, self.alpha)
                 updates = jax.tree.map(jnp.add, updates, penalty)
@@ -116,13 +122,15 @@ class TopKAST(MagnitudePruning):
         if variant not in ("paper", "code"):
             raise ValueError(f"variant={variant!r}; use 'paper' or 'code'")
 
-        def term(path, param, forward, backward):
+        def term(
+            path: tuple[Any, ...], param: jax.Array, forward: jax.Array | None, backward: jax.Array
+        ) -> jax.Array:
             if forward is None:
                 return jnp.zeros(())
             axes = tuple(range(self.stacked(path, param), param.ndim))
             squares = jnp.square(param.astype(jnp.float32))
 
-            def norm(kept):
+            def norm(kept: jax.Array) -> jax.Array:
                 total = jnp.sum(jnp.where(kept, squares, 0), axis=axes)
                 if variant == "paper":
                     return jnp.sum(total)

@@ -41,7 +41,7 @@ def unpack_bits(bits: jax.Array, size: int, *, axis: int = -1) -> jax.Array:
     return jax.lax.slice_in_dim(mask, 0, size, axis=axis)
 
 
-def _places(axis: int, ndim: int):
+def _places(axis: int, ndim: int) -> jax.Array:
     shape = [1] * ndim
     shape[axis] = 8
     return jax.lax.broadcasted_iota(jnp.uint8, shape, axis)

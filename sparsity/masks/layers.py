@@ -46,21 +46,21 @@ def assign(params: Any, layers: Mapping[str, V | None]) -> Any:
                 + ", ".join(near)
             )
 
-    def value_of(name):
+    def value_of(name: str) -> V | None:
         value = next((value for pattern, value in patterns if pattern.search(name)), None)
         return None if value == "dense" else value
 
     return jax.tree.map(value_of, names(params))
 
 
-def _compiled(text: str) -> re.Pattern:
+def _compiled(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"layers: {text!r} is no regular expression: {error}") from None
 
 
-def _entry(entry) -> str:
+def _entry(entry: Any) -> str:
     for field in ("key", "name", "idx"):
         if hasattr(entry, field):
             return str(getattr(entry, field))

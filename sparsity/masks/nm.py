@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import operator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -17,11 +18,19 @@ from sparsity.numbers.rounding import INFINITY, MAGNITUDE, bits_of, lift, split
 
 Axis = int | tuple[int, ...]
 
+_Kept = tuple[jax.Array, jax.Array, Any]
+"""(rank, sum, bits of the pattern) of what a pattern keeps; see `_transposable`."""
+
 _PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
 
 
 def nm_mask(
-    scores: jax.Array, n, m: int, *, axis: Axis = -1, ties: Literal["first", "last"] = "first"
+    scores: jax.Array,
+    n: int | jax.Array,
+    m: int,
+    *,
+    axis: Axis = -1,
+    ties: Literal["first", "last"] = "first",
 ) -> jax.Array:
     """The mask of the n largest of every m consecutive scores.
 
@@ -44,6 +53,7 @@ def nm_mask(
     """
     scores = jnp.asarray(scores)
     groups, at = split_groups(scores, m, axis, n=n)
+    mask: jax.Array
     if isinstance(n, jax.Array):
         mask = _mask_of_traced(groups, n, at, ties)
     else:
@@ -51,7 +61,7 @@ def nm_mask(
     return _reshape(mask, scores.shape, _spec(scores))
 
 
-def nm_violations(weights: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Array:
+def nm_violations(weights: jax.Array, n: int | jax.Array, m: int, *, axis: Axis = -1) -> jax.Array:
     """int32 scalar: how many groups of m along the axis have more than n nonzero weights.
 
     Args and errors are those of `nm_mask`.
@@ -60,7 +70,7 @@ def nm_violations(weights: jax.Array, n, m: int, *, axis: Axis = -1) -> jax.Arra
     return jnp.sum(jnp.sum(groups != 0, axis=at, dtype=jnp.int32) > n, dtype=jnp.int32)
 
 
-def check_nm(n, m: int, size: int, *, ways: int = 1, name: str = "") -> None:
+def check_nm(n: int | jax.Array, m: int, size: int, *, ways: int = 1, name: str = "") -> None:
     """Raises a ValueError, beginning with the name, where n:m does not fit an axis.
 
     Args:
@@ -89,7 +99,9 @@ def check_nm(n, m: int, size: int, *, ways: int = 1, name: str = "") -> None:
         )
 
 
-def split_groups(x: jax.Array, m: int, axis: Axis, *, n=1) -> tuple[jax.Array, int]:
+def split_groups(
+    x: jax.Array, m: int, axis: Axis, *, n: int | jax.Array = 1
+) -> tuple[jax.Array, int]:
     """x with the axis in two, [.., groups, m, ..], and the number of the axis of m."""
     axes = tuple(positive(a, x.ndim) for a in (axis if isinstance(axis, tuple) else (axis,)))
     if not axes or axes != tuple(range(axes[0], axes[-1] + 1)):
@@ -140,16 +152,17 @@ def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) ->
     for axis in (row, column):
         ways = shards(scores, axis)
         check_nm(2, 4, scores.shape[axis], ways=ways, name=f"axis {axis} of {scores.shape}")
-    return _transposable(scores, row, column)
+    mask: jax.Array = _transposable(scores, row, column)
+    return mask
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _transposable(scores, row: int, column: int):
+def _transposable(scores: jax.Array, row: int, column: int) -> jax.Array:
     blocks, j = split_groups(scores, 4, column)
     blocks, i = split_groups(blocks, 4, row)
     j += 1
 
-    def entry(a, b):
+    def entry(a: int, b: int) -> jax.Array:
         x = jax.lax.slice_in_dim(jax.lax.slice_in_dim(blocks, a, a + 1, axis=i), b, b + 1, axis=j)
         return x.astype(jnp.float32)
 
@@ -178,19 +191,19 @@ def _transposable(scores, row: int, column: int):
     return mask
 
 
-def _finite_bits(x):
+def _finite_bits(x: jax.Array) -> jax.Array:
     """The bits of |x|; 0 of NaN and infinities."""
     bits = bits_of(x) & MAGNITUDE
     return jnp.where(bits < INFINITY, bits, 0)
 
 
-def _scaled(x, exponent):
+def _scaled(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """x / 2^exponent, subnormals too; 0 of NaN and infinities."""
     value = lift(_finite_bits(x), exponent)
     return jnp.where(bits_of(x) < 0, -value, value)
 
 
-def _rank(x):
+def _rank(x: jax.Array) -> jax.Array:
     """int32, of which a sum of eight tells first how many NaN, then how many -inf and +inf."""
     bits = bits_of(x)
     of_infinity = jnp.where(bits < 0, -9, 1)
@@ -198,20 +211,22 @@ def _rank(x):
     return jnp.where(magnitude > INFINITY, -81, jnp.where(magnitude == INFINITY, of_infinity, 0))
 
 
-def _best_of_two(first, second):
+def _best_of_two(
+    first: dict[tuple[int, int], _Kept], second: dict[tuple[int, int], _Kept]
+) -> dict[tuple[int, ...], _Kept]:
     """The best of two rows by how many each column keeps, of which the other two rows depend."""
-    found = {}
+    found: dict[tuple[int, ...], list[_Kept]] = {}
     for p, q in itertools.product(_PAIRS, _PAIRS):
         counts = tuple((k in p) + (k in q) for k in range(4))
         found.setdefault(counts, []).append(_together(first[p], second[q]))
     return {counts: _best(each) for counts, each in found.items()}
 
 
-def _together(x, y):
+def _together(x: _Kept, y: _Kept) -> _Kept:
     return x[0] + y[0], x[1] + y[1], x[2] | y[2]
 
 
-def _best(found):
+def _best(found: list[_Kept]) -> _Kept:
     """The greatest (rank, sum, code) by rank, then by sum; of equal ones the first."""
     while len(found) > 1:
         last = found[len(found) // 2 * 2 :]
@@ -219,12 +234,13 @@ def _best(found):
     return found[0]
 
 
-def _better(x, y):
+def _better(x: _Kept, y: _Kept) -> _Kept:
     second = (y[0] > x[0]) | ((y[0] == x[0]) & (y[1] > x[1]))
-    return tuple(jnp.where(second, b, a) for a, b in zip(x, y, strict=True))
+    rank, total, code = (jnp.where(second, b, a) for a, b in zip(x, y, strict=True))
+    return rank, total, code
 
 
-def _nm_mask(groups, n, at: int, ties: str):
+def _nm_mask(groups: jax.Array, n: int | jax.Array, at: int, ties: str) -> jax.Array:
     """The mask of the n largest along axis `at`, which is one group.
 
     A threshold for each group is found by a sorting network over its entries as m separate arrays,
@@ -233,11 +249,11 @@ def _nm_mask(groups, n, at: int, ties: str):
     m = groups.shape[at]
     place = _iota(m, at, groups.ndim)
     order = range(m) if ties == "first" else range(m)[::-1]
+    met: Any = 0  # ties met so far
     if m <= 32:
         entries = _entries(groups, at)
         threshold = _largest(entries, n)
         wanted = n - _total(key > threshold for key in entries)
-        met: Any = 0  # ties met so far
         pruned: Any = 0  # bits
         for j in order:
             tie = entries[j] == threshold
@@ -246,7 +262,8 @@ def _nm_mask(groups, n, at: int, ties: str):
             pruned |= jnp.where(kept, np.uint32(0), np.uint32(1 << j))
         code = jnp.uint8 if m <= 8 else jnp.uint16 if m <= 16 else jnp.uint32
         pruned = _computed_once(pruned.astype(code))  # all ones, its greatest, only where n is 0
-        return ((pruned >> place.astype(code)) & 1 == 0) & (n > 0)
+        kept = (pruned >> place.astype(code)) & 1 == 0
+        return jnp.asarray(kept & (n > 0))
     # Larger networks would take too long to compile.
     if (m <= 64 or (m <= 128 and isinstance(n, int))) and jnp.issubdtype(
         groups.dtype, jnp.floating
@@ -258,21 +275,22 @@ def _nm_mask(groups, n, at: int, ties: str):
     again, threshold = jax.lax.optimization_barrier((groups, threshold))
     entries = _entries(again, at)
     wanted = n - _total(key > threshold for key in entries)
-    met, last = 0, 0  # ties met so far, how far in the last tie stands that is wanted
+    last: Any = 0  # how far in the last tie stands that is wanted
     for j in order:
         met += (entries[j] == threshold).astype(jnp.int32)
         last += (met < wanted).astype(jnp.int32)
     last = _computed_once(last)
     first_ties = (place <= last) if ties == "first" else (place >= m - 1 - last)
     keys = _key(groups)
-    return ((keys > threshold) | ((keys == threshold) & first_ties)) & (n > 0)
+    mask = (keys > threshold) | ((keys == threshold) & first_ties)
+    return jnp.asarray(mask & (n > 0))
 
 
 _mask = jax.jit(_nm_mask, static_argnums=(1, 2, 3))
 _mask_of_traced = jax.jit(_nm_mask, static_argnums=(2, 3))
 
 
-def _largest(entries, n):
+def _largest(entries: list[jax.Array], n: int | jax.Array) -> jax.Array:
     """The n-th largest of the entries, elementwise; the largest where n is 0."""
     entries = list(entries)
     for i, j in _network(len(entries)):
@@ -290,7 +308,7 @@ def _largest(entries, n):
     return entries[0]
 
 
-def _network(size: int):
+def _network(size: int) -> Iterator[tuple[int, int]]:
     """The comparators of a sorting network: merge exchange (Knuth, vol. 3, algorithm 5.2.2M)."""
     top = 1 << max(0, (size - 1).bit_length() - 1)
     p = top
@@ -304,22 +322,24 @@ def _network(size: int):
         p >>= 1
 
 
-def _bisected(groups, n, at: int):
+def _bisected(groups: jax.Array, n: int | jax.Array, at: int) -> jax.Array:
     """Finds each group's n-th largest key as `_largest` does, bit by bit, by counting."""
     first = _entries(groups, at)[0]
     bits = 8 * first.dtype.itemsize
 
-    def body(i, found):
+    def body(i: jax.Array, found: jax.Array) -> jax.Array:
         # The barrier has XLA slice the scores in every pass, in place of keeping m slices.
         groups_now, found = jax.lax.optimization_barrier((groups, found))
         tried = found + (jnp.ones((), found.dtype) << (bits - 1 - i).astype(found.dtype))
         count = _total(key >= tried for key in _entries(groups_now, at))
         return jnp.where(count >= jnp.maximum(n, 1), tried, found)
 
-    return jax.lax.fori_loop(0, bits, body, jnp.full_like(first, jnp.iinfo(first.dtype).min))
+    lowest = jnp.full_like(first, jnp.iinfo(first.dtype).min)
+    found: jax.Array = jax.lax.fori_loop(0, bits, body, lowest)
+    return found
 
 
-def _computed_once(x):
+def _computed_once(x: jax.Array) -> jax.Array:
     """x, an integer less than the greatest of its dtype in magnitude.
 
     XLA's CPU backend repeats a cheap producer for each entry that it is broadcast to, so the whole
@@ -328,24 +348,24 @@ def _computed_once(x):
     return jax.lax.rem(x, jnp.full_like(x, jnp.iinfo(x.dtype).max))
 
 
-def _entries(groups, axis: int):
+def _entries(groups: jax.Array, axis: int) -> list[jax.Array]:
     """The keys of the slices of size 1 along an axis."""
     # Sliced first: keys of the whole array would be written to memory.
     slices = (jax.lax.slice_in_dim(groups, j, j + 1, axis=axis) for j in range(groups.shape[axis]))
     return [_key(part) for part in slices]
 
 
-def _key(scores):
+def _key(scores: jax.Array) -> jax.Array:
     key = order_key(scores)
     # One width throughout is what XLA's CPU backend vectorizes.
     return key.astype(jnp.int32) if key.dtype.itemsize < 4 else key
 
 
-def _total(masks):
-    return sum(mask.astype(jnp.int32) for mask in masks)
+def _total(masks: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, (mask.astype(jnp.int32) for mask in masks))
 
 
-def _iota(size: int, axis: int, ndim: int):
+def _iota(size: int, axis: int, ndim: int) -> jax.Array:
     shape = [1] * ndim
     shape[axis] = size
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

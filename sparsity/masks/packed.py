@@ -99,13 +99,13 @@ def decode_indices(code: jax.Array, m: int, size: int, *, axis: int) -> jax.Arra
     return indices
 
 
-def _join(groups, at: int):
+def _join(groups: jax.Array, at: int) -> jax.Array:
     """[.., groups, m, ..] -> [.., groups * m, ..]."""
     size = groups.shape[at - 1] * groups.shape[at]
     return groups.reshape(*groups.shape[: at - 1], size, *groups.shape[at + 1 :])
 
 
-def _iota(size: int, axis: int, ndim: int):
+def _iota(size: int, axis: int, ndim: int) -> jax.Array:
     shape = [1] * ndim
     shape[axis] = size
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

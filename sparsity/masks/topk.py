@@ -6,6 +6,8 @@ array, every device counts its own entries, and the counts alone go over the net
 
 import functools
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ def order_key(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), 1 - limits.max, key)
 
 
-def topk_mask(scores: jax.Array, keep, *, stacked: int = 0) -> jax.Array:
+def topk_mask(scores: jax.Array, keep: int | jax.Array, *, stacked: int = 0) -> jax.Array:
     """The mask of the `keep` largest scores; of equal ones the first in row-major order.
 
     -0 equals +0, and NaN is less than all else.
@@ -60,10 +62,11 @@ def topk_mask(scores: jax.Array, keep, *, stacked: int = 0) -> jax.Array:
     scores = jnp.asarray(scores)
     if not 0 <= stacked <= scores.ndim:
         raise ValueError(f"stacked={stacked} of {scores.ndim} axes; use 0 to {scores.ndim}")
-    return _topk([scores], _int32(keep), stacked)[0]
+    mask: jax.Array = _topk([scores], _int32(keep), stacked)[0]
+    return mask
 
 
-def global_topk_masks(scores: Any, keep) -> Any:
+def global_topk_masks(scores: Any, keep: int | jax.Array) -> Any:
     """The masks of the `keep` largest scores of all leaves together.
 
     Of equal scores those of the first leaf are kept first, and within it the first in row-major
@@ -86,7 +89,7 @@ def global_topk_masks(scores: Any, keep) -> Any:
     return jax.tree.unflatten(structure, _topk(leaves, _int32(keep), 0) if leaves else [])
 
 
-def keep_count(size: int, sparsity) -> Any:
+def keep_count(size: int, sparsity: Any) -> Any:
     """Number of entries of `size` that a sparsity keeps: max(1, round(size * (1 - sparsity))).
 
     Args:
@@ -117,7 +120,7 @@ def keep_count(size: int, sparsity) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
+def _topk(leaves: list[jax.Array], keep: int | jax.Array, stacked: int) -> list[jax.Array]:
     sizes = [math.prod(leaf.shape[stacked:]) for leaf in leaves]
     if sum(sizes) >= 1 << 31:
         raise ValueError(f"{sum(sizes)} scores; fewer than 2^31 can be compared with one another")
@@ -126,9 +129,10 @@ def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
     firsts = np.cumsum([0, *sizes[:-1]])
     keep = jnp.minimum(keep, sum(sizes))
 
-    def count(holds):
+    def count(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """int32 [*stack]: of how many keys `holds` is True."""
-        return sum(_count(lambda arrays: holds(*arrays), [key], stacked) for key in keys)
+        counts = (_count(lambda arrays: holds(*arrays), [key], stacked) for key in keys)
+        return functools.reduce(operator.add, counts)
 
     lowest = jnp.full(stack, jnp.iinfo(keys[0].dtype).min, keys[0].dtype)
     threshold = _bisect(
@@ -139,16 +143,17 @@ def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
     wanted = keep - count(lambda key: key > _spread(threshold, key))  # of those equal to it
     ties = count(lambda key: key == _spread(threshold, key))
 
-    def place_after_wanted():
-        def before(tried):
-            def holds(arrays):
+    def place_after_wanted() -> jax.Array:
+        def before(tried: jax.Array) -> jax.Array:
+            def holds(arrays: list[jax.Array]) -> jax.Array:
                 key, place = arrays
                 return (key == _spread(threshold, key)) & (place < _spread(tried, place))
 
-            return sum(
+            counts = (
                 _count(holds, [key, _places(key.shape, stacked, first)], stacked)
                 for key, first in zip(keys, firsts, strict=True)
             )
+            return functools.reduce(operator.add, counts)
 
         return _bisect(lambda tried: before(tried) <= wanted, jnp.zeros(stack, jnp.int32), 31)
 
@@ -156,7 +161,7 @@ def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
         jnp.any(ties > wanted), place_after_wanted, lambda: jnp.full(stack, (1 << 31) - 1)
     )
 
-    def mask(key, first):
+    def mask(key: jax.Array, first: int) -> jax.Array:
         first_ties = _places(key.shape, stacked, first) < _spread(end, key)
         limit = _spread(threshold, key)
         return (key > limit) | ((key == limit) & first_ties)
@@ -164,23 +169,26 @@ def _topk(leaves: list[jax.Array], keep, stacked: int) -> list[jax.Array]:
     return [mask(key, first) for key, first in zip(keys, firsts, strict=True)]
 
 
-def _int32(keep):
+def _int32(keep: int | jax.Array) -> int | jax.Array:
     if not isinstance(keep, jax.Array) and (not isinstance(keep, int | np.integer) or keep < 0):
         raise ValueError(f"keep={keep!r}; use an int from 0")
     return keep if isinstance(keep, jax.Array) else min(keep, (1 << 31) - 1)
 
 
-def _bisect(holds, lowest, bits: int):
+def _bisect(holds: Callable[[jax.Array], jax.Array], lowest: jax.Array, bits: int) -> jax.Array:
     """The greatest lowest + [0, 2^bits) that `holds`, as the lowest does and none above it."""
 
-    def body(i, found):
+    def body(i: jax.Array, found: jax.Array) -> jax.Array:
         tried = found + (jnp.ones((), found.dtype) << (bits - 1 - i).astype(found.dtype))
         return jnp.where(holds(tried), tried, found)
 
-    return jax.lax.fori_loop(0, bits, body, lowest)
+    found: jax.Array = jax.lax.fori_loop(0, bits, body, lowest)
+    return found
 
 
-def _count(holds, arrays, stacked: int):
+def _count(
+    holds: Callable[[list[jax.Array]], jax.Array], arrays: list[jax.Array], stacked: int
+) -> jax.Array:
     """int32 [*stack]: of how many entries of the arrays `holds` is True.
 
     XLA's CPU backend vectorizes a sum of slices, but no reduction of comparisons.
@@ -194,14 +202,14 @@ def _count(holds, arrays, stacked: int):
     else:
         arrays, at = [x[None] for x in arrays], 0
 
-    def part(i):
+    def part(i: int) -> jax.Array:
         return holds([jax.lax.index_in_dim(x, i, at, keepdims=False) for x in arrays])
 
-    hits = sum(part(i).astype(jnp.int32) for i in range(parts))
+    hits = functools.reduce(operator.add, (part(i).astype(jnp.int32) for i in range(parts)))
     return jnp.sum(hits, axis=tuple(range(stacked, hits.ndim)))
 
 
-def _slices(shape, stacked: int) -> tuple[int, int]:
+def _slices(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
     """An axis and the number, 1 to 16, of slices that it is to be cut into.
 
     Each has a multiple of 64 entries, so that up to 64 shards of the axis are those of a slice.
@@ -213,7 +221,7 @@ def _slices(shape, stacked: int) -> tuple[int, int]:
     return stacked + axis, 1 << max(0, min(4, twos[axis] - 6))
 
 
-def _places(shape, stacked: int, first: int):
+def _places(shape: tuple[int, ...], stacked: int, first: int) -> jax.Array:
     """int32 [1, ..., *shape[stacked:]]: row-major indices in one of the stack, from `first` on."""
     shape = (1,) * stacked + shape[stacked:]
     place = jnp.full(shape, first, jnp.int32)
@@ -223,6 +231,6 @@ def _places(shape, stacked: int, first: int):
     return place
 
 
-def _spread(value, like):
+def _spread(value: jax.Array, like: jax.Array) -> jax.Array:
     """[*stack] -> [*stack, 1, ...], to stand against an array."""
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))

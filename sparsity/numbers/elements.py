@@ -29,7 +29,7 @@ class FloatElement:
     largest: Positive
     nan: Whole | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         step = 2.0 ** (max(self.emax, self.emin) - self.mantissa_bits)
         if self.largest % step or self.emax > 2**self.exponent_bits - 1 - self.bias:
@@ -44,7 +44,7 @@ class FloatElement:
 
     @property
     def bias(self) -> int:
-        return 2 ** (self.exponent_bits - 1) - 1
+        return (1 << self.exponent_bits - 1) - 1
 
     @property
     def emin(self) -> int:
@@ -105,12 +105,12 @@ class FixedElement:
     bits: Annotated[int, Range(2, 16)]
     fraction_bits: Annotated[int, Range(0, 16)]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def limit(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     @property
     def emax(self) -> int:

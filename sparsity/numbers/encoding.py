@@ -71,11 +71,23 @@ def encode(
     check_rounding(rounding, key)
     check_given(x.shape, format, axis, scale, zero_point)
     _check_finite(x, format)
-    return _encode(x, key, scale, zero_point, format=format, axis=axis, rounding=rounding)
+    encoded: Encoded = _encode(
+        x, key, scale, zero_point, format=format, axis=axis, rounding=rounding
+    )
+    return encoded
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis", "rounding"))
-def _encode(x, key, scale, zero_point, *, format: Format, axis: int, rounding: Rounding) -> Encoded:
+def _encode(
+    x: jax.Array,
+    key: jax.Array | None,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    *,
+    format: Format,
+    axis: int,
+    rounding: Rounding,
+) -> Encoded:
     parts = parts_of(x, format, axis, scale, zero_point)
     noise = None if key is None else noise_of_blocks(key, parts, format, axis)
     magnitude, sign = format.elements(parts.blocks, parts.scale, rounding, noise)
@@ -156,7 +168,7 @@ def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     return jnp.sum(planes.astype(jnp.int32) << jnp.arange(bits), axis=-1)
 
 
-def _check_bytes(x, format: Format, axis: int) -> None:
+def _check_bytes(x: jax.Array, format: Format, axis: int) -> None:
     """Raises a ValueError where a shard ends within a byte of codes."""
     bits, ways = format.element_bits, shards(x, positive(axis, x.ndim))
     size = x.shape[axis] // ways
@@ -167,7 +179,7 @@ def _check_bytes(x, format: Format, axis: int) -> None:
         )
 
 
-def _check_finite(x, format: Format) -> None:
+def _check_finite(x: jax.Array, format: Format) -> None:
     if format.has_nan or isinstance(x, jax.core.Tracer):
         return
     bad = int((~np.isfinite(np.asarray(x, np.float32))).sum())

@@ -28,7 +28,7 @@ from sparsity.numbers.rounding import (
     lower,
     round_to_step,
 )
-from sparsity.numbers.scales import Scale, from_float, magnitude_bits, reduce_max, to_float
+from sparsity.numbers.scales import Scale, from_float, magnitude_bits, present, reduce_max, to_float
 
 Bits = Callable[[jax.Array], jax.Array]
 NO_NATIVE = "needs an integer or an 8-bit float with one scale to an output or a token"
@@ -130,7 +130,9 @@ class Format(abc.ABC):
         """The array of that shape which `split` made the blocks of."""
         return join_blocks(blocks, shape, axis)
 
-    def largest(self, blocks: jax.Array, axes: tuple[int, ...], of: Bits = magnitude_bits):
+    def largest(
+        self, blocks: jax.Array, axes: tuple[int, ...], of: Bits = magnitude_bits
+    ) -> jax.Array:
         """int32: the maximum, over all that share a scale, of `of` of the bits of each."""
         return reduce_max(blocks, axes, of)
 
@@ -310,9 +312,16 @@ class PowerOfTwoFormat(ElementFormat):
 
     def stored(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         code = scale.exponent + self.element.fraction_bits + 127
-        return jnp.where(scale.nan, self.nan_code, code).astype(jnp.uint8)
+        return jnp.where(present("nan", scale.nan), self.nan_code, code).astype(jnp.uint8)
 
-    def loaded(self, stored, zero_point, array_scale, blocks, axes) -> Scale:
+    def loaded(
+        self,
+        stored: jax.Array,
+        zero_point: jax.Array | None,
+        array_scale: jax.Array | None,
+        blocks: jax.Array,
+        axes: tuple[int, ...],
+    ) -> Scale:
         stored = self.spread(stored, blocks, axes)
         exponent = stored.astype(jnp.int32) - 127 - self.element.fraction_bits
         return Scale(exponent, nan=stored == self.nan_code)

@@ -152,7 +152,7 @@ def _named() -> dict[str, Format]:
     return _INTEGERS | FORMATS
 
 
-def _unknown(format) -> str:
+def _unknown(format: object) -> str:
     """Makes the error message for what is no format."""
     text = f"unknown format {format!r}; use one of {', '.join(FORMATS)}, int2 to int8, or an object"
     if isinstance(format, str) and format.upper() in SCHEMES:

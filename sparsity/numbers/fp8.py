@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparsity.numbers import exchange
@@ -31,7 +32,7 @@ class FP8(ElementFormat):
     element: FloatElement = E4M3
     block: Block | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.block is not None and self.element.largest >= 2**24:
             raise ValueError(
@@ -39,7 +40,9 @@ class FP8(ElementFormat):
                 "for elements below 2^24; use block=None or fewer exponent bits"
             )
 
-    def scale(self, blocks, axes, earlier=None) -> Scale | None:
+    def scale(
+        self, blocks: jax.Array, axes: tuple[int, ...], earlier: Scale | None = None
+    ) -> Scale | None:
         if self.block is None:
             return None
         denominator, numerator = self.element.largest.as_integer_ratio()
@@ -67,7 +70,7 @@ class FP8(ElementFormat):
             return exchange.weights(8, "float", self.block) | {"dynamic": True}
         return exchange.per_token(8, "float")
 
-    def as_stored_weights(self, inputs):
+    def as_stored_weights(self, inputs: dict[str, Any] | None) -> exchange.Layout | None:
         if self.element != E4M3 or isinstance(self.block, int):
             return None
         if inputs is None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from sparsity.numbers.blocks import Block
@@ -33,14 +34,16 @@ class HBFP(PowerOfTwoFormat):
 
     nan_code: ClassVar[int] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def element(self) -> FixedElement:
         return FixedElement(bits=self.mantissa_bits + 1, fraction_bits=self.mantissa_bits)
 
-    def scale(self, blocks, axes, earlier=None) -> Scale:
+    def scale(
+        self, blocks: jax.Array, axes: tuple[int, ...], earlier: Scale | None = None
+    ) -> Scale:
         largest = self.largest(blocks, axes)
         nan = largest >= INFINITY
         if self.epsilon:
@@ -48,10 +51,10 @@ class HBFP(PowerOfTwoFormat):
         exponent = (largest + 0x007FFFFF >> 23) - 127  # up to the next power of two
         return Scale(jnp.maximum(exponent, -126) - self.mantissa_bits, nan=nan)
 
-    def codes(self, magnitude, negative, scale):
+    def codes(self, magnitude: jax.Array, negative: jax.Array, scale: Scale | None) -> jax.Array:
         """Encodes elements as a sign bit and a magnitude."""
         return magnitude.astype(jnp.int32) | negative.astype(jnp.int32) << self.mantissa_bits
 
-    def magnitudes(self, codes, scale):
+    def magnitudes(self, codes: jax.Array, scale: Scale | None) -> tuple[jax.Array, jax.Array]:
         limit = self.element.limit
         return (codes & limit).astype(jnp.float32), codes > limit

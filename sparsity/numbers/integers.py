@@ -10,7 +10,7 @@ from sparsity.numbers import exchange
 from sparsity.numbers.blocks import Block
 from sparsity.numbers.elements import FixedElement
 from sparsity.numbers.format import Bits, ElementFormat, Format
-from sparsity.numbers.rounding import INFINITY, bits_of, divide, lift, power, split
+from sparsity.numbers.rounding import INFINITY, Rounding, bits_of, divide, lift, power, split
 from sparsity.numbers.scales import (
     Scale,
     divided,
@@ -18,6 +18,7 @@ from sparsity.numbers.scales import (
     magnitude_bits,
     negative_bits,
     positive_bits,
+    present,
     ratio_scale,
 )
 from sparsity.ranges import Range, check_fields
@@ -47,7 +48,7 @@ class Int(ElementFormat):
     symmetric: bool = True
     narrow: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.narrow and not self.symmetric:
             raise ValueError("Int: narrow=True with symmetric=False; a zero point needs every code")
@@ -68,7 +69,9 @@ class Int(ElementFormat):
     def scale_bits(self) -> int:
         return 32 if self.symmetric else 40
 
-    def scale(self, blocks, axes, earlier=None) -> Scale:
+    def scale(
+        self, blocks: jax.Array, axes: tuple[int, ...], earlier: Scale | None = None
+    ) -> Scale:
         if not self.symmetric:
             return self._asymmetric_scale(blocks, axes)
         denominator = (1, 2 ** (self.bits - 1) - 1) if self.narrow else (2, 2**self.bits - 1)
@@ -94,28 +97,30 @@ class Int(ElementFormat):
             )
         )
 
-    def limit(self, negative, scale):
+    def limit(self, negative: jax.Array, scale: Scale | None) -> jax.Array | float:
         least, greatest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         if self.narrow:
             return float(greatest)
         if self.symmetric:
             return jnp.where(negative, float(-least), float(greatest))
-        zero = scale.zero_point.astype(jnp.float32)
+        zero = _zero_point(scale).astype(jnp.float32)
         return jnp.where(negative, zero - least, greatest - zero)
 
-    def elements(self, blocks, scale, rounding, noise):
+    def elements(
+        self, blocks: jax.Array, scale: Scale | None, rounding: Rounding, noise: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         magnitude, sign = super().elements(blocks, scale, rounding, noise)
         return magnitude, jnp.where(magnitude == 0, 0, sign)  # integers have one zero
 
-    def codes(self, magnitude, negative, scale):
+    def codes(self, magnitude: jax.Array, negative: jax.Array, scale: Scale | None) -> jax.Array:
         whole = super().codes(magnitude, negative, scale)
-        return whole if self.symmetric else whole + scale.zero_point
+        return whole if self.symmetric else whole + _zero_point(scale)
 
-    def magnitudes(self, codes, scale):
+    def magnitudes(self, codes: jax.Array, scale: Scale | None) -> tuple[jax.Array, jax.Array]:
         if self.symmetric:
             return super().magnitudes(codes, scale)
         half = 2 ** (self.bits - 1)
-        whole = (codes ^ half) - half - scale.zero_point
+        whole = (codes ^ half) - half - _zero_point(scale)
         return jnp.abs(whole).astype(jnp.float32), whole < 0
 
     def native_dtype(self) -> Any:
@@ -130,12 +135,12 @@ class Int(ElementFormat):
             return None
         return exchange.per_token(8, "int") | {"symmetric": self.symmetric}
 
-    def as_stored_weights(self, inputs):
+    def as_stored_weights(self, inputs: dict[str, Any] | None) -> exchange.Layout | None:
         if inputs is not None and inputs["type"] != "int":
             return None
-        whole = isinstance(self.block, str)
-        weights = exchange.weights(self.bits, "int", None if whole else self.block)
-        both = inputs is not None and self.bits == 8 and whole
+        block = self.block if isinstance(self.block, int) else None
+        weights = exchange.weights(self.bits, "int", block)
+        both = inputs is not None and self.bits == 8 and block is None
         name = "int-quantized" if both else "pack-quantized"
         return exchange.Layout(name, weights | {"symmetric": self.symmetric})
 
@@ -149,3 +154,7 @@ class Int(ElementFormat):
             return super().options(base)
         options = dataclasses.replace(self, symmetric=True).options(base)
         return None if options is None else [*options, ZERO_POINT[0]]
+
+
+def _zero_point(scale: Scale | None) -> jax.Array:
+    return present("zero_point", present("blocks", scale).zero_point)

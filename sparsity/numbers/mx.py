@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from sparsity.numbers import exchange
@@ -34,10 +35,12 @@ class MX(PowerOfTwoFormat):
 
     nan_code: ClassVar[int] = 255
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
-    def scale(self, blocks, axes, earlier=None) -> Scale:
+    def scale(
+        self, blocks: jax.Array, axes: tuple[int, ...], earlier: Scale | None = None
+    ) -> Scale:
         largest = self.largest(blocks, axes)
         exponent = jnp.clip((largest >> 23) - 127 - self.element.emax, -127, 127)
         exponent = exponent - self.element.fraction_bits
@@ -52,7 +55,7 @@ class MX(PowerOfTwoFormat):
             return None
         return _arguments(self.element.bits) | {"dynamic": True}
 
-    def as_stored_weights(self, inputs):
+    def as_stored_weights(self, inputs: dict[str, Any] | None) -> exchange.Layout | None:
         if self.block != 32 or self.element not in _LAYOUTS:
             return None
         weights = _arguments(self.element.bits)

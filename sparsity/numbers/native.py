@@ -24,14 +24,15 @@ Matmul = Literal["emulated", "native"]
 _INSTEAD = "matmul='emulated'"
 
 
-def check_formats(weights: Format | None, activations: Format | None) -> None:
-    """Raises a ValueError where no hardware multiplies these operands by their codes."""
-    dtypes = []
+def check_formats(weights: Format | None, activations: Format | None) -> tuple[Format, Format]:
+    """Returns two formats; raises a ValueError where no hardware multiplies their codes."""
+    dtypes, formats = [], list[Format]()
     for name, format in (("weights", weights), ("activations", activations)):
         try:
             if format is None:
                 raise ValueError(NO_NATIVE)
             dtypes.append(jnp.dtype(format.native_dtype()))
+            formats.append(format)
         except ValueError as error:
             raise ValueError(
                 f"matmul='native' {error}, and {name} are {format and format_name(format)}; "
@@ -40,7 +41,7 @@ def check_formats(weights: Format | None, activations: Format | None) -> None:
     if jnp.int8 in dtypes and dtypes != [jnp.int8] * 2:
         raise ValueError(
             f"matmul='native' multiplies operands of one kind, and weights are "
-            f"{format_name(weights)}, activations {format_name(activations)}; "
+            f"{format_name(formats[0])}, activations {format_name(formats[1])}; "
             f"use int8 or fp8_e4m3 for both, or {_INSTEAD}"
         )
     if dtypes == [jnp.float8_e5m2] * 2:
@@ -48,6 +49,7 @@ def check_formats(weights: Format | None, activations: Format | None) -> None:
             "matmul='native' of E5M2 and E5M2 is on no GPU; use E4M3 for weights or activations, "
             f"or {_INSTEAD}"
         )
+    return formats[0], formats[1]
 
 
 def check_matmul(weights: Format, activations: Format, size: int, device: jax.Device) -> None:
@@ -81,7 +83,7 @@ def check_matmul(weights: Format, activations: Format, size: int, device: jax.De
 def _has(device: jax.Device, integers: bool) -> bool:
     kind = device.device_kind
     if device.platform == "tpu":
-        return kind.startswith(("TPU v5", "TPU v6") if integers else ("TPU7", "TPU8"))
+        return bool(kind.startswith(("TPU v5", "TPU v6") if integers else ("TPU7", "TPU8")))
     capability = str(getattr(device, "compute_capability", ""))
     numbers = capability.split(".")
     if not all(part.isdigit() for part in numbers):  # other makers' floats are not those of OFP8
@@ -91,7 +93,11 @@ def _has(device: jax.Device, integers: bool) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("format", "axes", "rounding"))
 def codes_of(
-    x: jax.Array, format: Format, axes: tuple[int, ...], rounding: Rounding = "even", key=None
+    x: jax.Array,
+    format: Format,
+    axes: tuple[int, ...],
+    rounding: Rounding = "even",
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(codes, scales) of an array: `quantize` gives their products, rounded to float32.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsity.numbers.blocks import Block
 from sparsity.numbers.format import Format
-from sparsity.numbers.rounding import MAGNITUDE, bits_of, float_of
+from sparsity.numbers.rounding import MAGNITUDE, Rounding, bits_of, float_of
 from sparsity.numbers.scales import Scale, ratio_scale
 from sparsity.ranges import check_fields
 
@@ -55,41 +55,50 @@ class NF4(Format):
 
     block: Block = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def element_bits(self) -> int:
         return 4
 
-    def scale(self, blocks, axes, earlier=None) -> Scale:
+    def scale(
+        self, blocks: jax.Array, axes: tuple[int, ...], earlier: Scale | None = None
+    ) -> Scale:
         return ratio_scale(self.largest(blocks, axes), 1, 1)
 
-    def limit(self, negative, scale):
+    def limit(self, negative: jax.Array, scale: Scale | None) -> float:
         return 1.0
 
-    def elements(self, blocks, scale, rounding, noise):
+    def elements(
+        self, blocks: jax.Array, scale: Scale | None, rounding: Rounding, noise: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         sign = bits_of(blocks) & ~MAGNITUDE
         x = float_of(bits_of(self.lifted(blocks, scale)) | sign)
         if rounding == "stochastic":
             below = _chosen(x, VALUES[1:])
             above = _chosen(x, VALUES[1:], (*VALUES[1:], VALUES[-1]))
+            if noise is None:
+                raise ValueError(f"rounding={rounding!r} needs noise")
             value = jnp.where(x - below > noise * (above - below), above, below)
         else:
             value = _chosen(x, _BOUNDS[rounding])
         bits = bits_of(jnp.where(jnp.isnan(x), x, value))
         return float_of(bits & MAGNITUDE), bits & ~MAGNITUDE
 
-    def codes(self, magnitude, negative, scale):
+    def codes(self, magnitude: jax.Array, negative: jax.Array, scale: Scale | None) -> jax.Array:
         value = jnp.where(negative, -magnitude, magnitude)
         return _chosen(value, VALUES[1:], range(16))
 
-    def magnitudes(self, codes, scale):
+    def magnitudes(self, codes: jax.Array, scale: Scale | None) -> tuple[jax.Array, jax.Array]:
         value = _chosen(codes, range(1, 16))
         return jnp.abs(value), value < 0
 
 
-def _chosen(x: jax.Array, bounds: Sequence, of: Sequence | np.ndarray = VALUES) -> jax.Array:
+Numbers = Sequence[float] | np.ndarray
+
+
+def _chosen(x: jax.Array, bounds: Numbers, of: Numbers = VALUES) -> jax.Array:
     """of[i], i the number of bounds, in ascending order, that x has reached."""
     found = jnp.full(x.shape, of[0])
     for bound, value in zip(bounds, of[1:], strict=True):

@@ -10,7 +10,7 @@ from sparsity.numbers import exchange
 from sparsity.numbers.elements import E2M1, E4M3, FloatElement
 from sparsity.numbers.format import ElementFormat
 from sparsity.numbers.rounding import INFINITY, bits_of, divide, float_of, round_to_step, split
-from sparsity.numbers.scales import Scale
+from sparsity.numbers.scales import Scale, present
 from sparsity.ranges import Count, check_fields
 
 _TENSOR_SCALE_LIMIT = 2.0**100  # with it every product of the two scales is normal
@@ -37,48 +37,65 @@ class NVFP4(ElementFormat):
     scale_bits: ClassVar[int] = 8
     has_nan: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def element(self) -> FloatElement:
         return E2M1
 
-    def scale(self, blocks, axes, earlier=None) -> Scale:
+    def scale(
+        self, blocks: jax.Array, axes: tuple[int, ...], earlier: Scale | None = None
+    ) -> Scale:
         tensor_scale = None if earlier is None else earlier.tensor_scale
         return _scale(self.largest(blocks, axes), tensor_scale)
 
-    def given_scale_shape(self, shape, axis):
+    def given_scale_shape(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
         """Shape of the scale that may be given, that of the whole tensor: ()."""
         return ()
 
-    def given_scale(self, blocks, axes, scale, zero_point) -> Scale:
+    def given_scale(
+        self,
+        blocks: jax.Array,
+        axes: tuple[int, ...],
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+    ) -> Scale:
         return _scale(self.largest(blocks, axes), scale)
 
-    def scale_to_give(self, scale, axes):
-        return scale.tensor_scale
+    def scale_to_give(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
+        return present("tensor_scale", scale.tensor_scale)
 
-    def multipliers(self, scale, axes):
+    def multipliers(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         """Block scales, before they are divided by the tensor scale."""
-        return scale.block_scale
+        return present("block_scale", scale.block_scale)
 
-    def stored(self, scale, axes):
-        block_scale = jnp.where(scale.nan, jnp.nan, scale.block_scale)
-        return E4M3.codes(block_scale, jnp.zeros(scale.nan.shape, bool)).astype(jnp.uint8)
+    def stored(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
+        nan = present("nan", scale.nan)
+        block_scale = jnp.where(nan, jnp.nan, present("block_scale", scale.block_scale))
+        return E4M3.codes(block_scale, jnp.zeros(nan.shape, bool)).astype(jnp.uint8)
 
-    def loaded(self, stored, zero_point, array_scale, blocks, axes) -> Scale:
+    def loaded(
+        self,
+        stored: jax.Array,
+        zero_point: jax.Array | None,
+        array_scale: jax.Array | None,
+        blocks: jax.Array,
+        axes: tuple[int, ...],
+    ) -> Scale:
         codes = self.spread(stored, blocks, axes).astype(jnp.int32)
         block_scale, _ = E4M3.values(codes)
-        return _joined(block_scale, array_scale, jnp.isnan(block_scale))
+        return _joined(block_scale, present("tensor_scale", array_scale), jnp.isnan(block_scale))
 
-    def limit(self, negative, scale):
-        return jnp.where(scale.block_scale == 0, 0.0, self.element.largest)
+    def limit(self, negative: jax.Array, scale: Scale | None) -> jax.Array:
+        block_scale = present("block_scale", present("blocks", scale).block_scale)
+        return jnp.where(block_scale == 0, 0.0, self.element.largest)
 
     def as_stored_inputs(self) -> dict[str, Any] | None:
         # The tensor scale is given: see `compressed_tensors_codes.input_scales`.
         return None if self.block != 16 else _arguments() | {"dynamic": "local"}
 
-    def as_stored_weights(self, inputs):
+    def as_stored_weights(self, inputs: dict[str, Any] | None) -> exchange.Layout | None:
         if self.block != 16 or inputs not in (None, _arguments() | {"dynamic": "local"}):
             return None
         return exchange.Layout("nvfp4-pack-quantized", _arguments())

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from sparsity.numbers.formats import Format, get_format
 from sparsity.numbers.rounding import Rounding, bits_of, check_rounding, noise_of
-from sparsity.numbers.scales import Scale
+from sparsity.numbers.scales import Scale, present
 
 
 def quantize(
@@ -55,7 +56,10 @@ def quantize(
     x, format = jnp.asarray(x, jnp.float32), get_format(format)
     check_rounding(rounding, key)
     check_given(x.shape, format, axis, scale, zero_point)
-    return _quantize(x, key, scale, zero_point, format=format, axis=axis, rounding=rounding)
+    values: jax.Array = _quantize(
+        x, key, scale, zero_point, format=format, axis=axis, rounding=rounding
+    )
+    return values
 
 
 def fake_quantize(
@@ -97,7 +101,8 @@ def clipped(
     """
     x, format = jnp.asarray(x, jnp.float32), get_format(format)
     check_given(x.shape, format, axis, scale, zero_point)
-    return _clipped(x, scale, zero_point, format=format, axis=axis)
+    above: jax.Array = _clipped(x, scale, zero_point, format=format, axis=axis)
+    return above
 
 
 def block_scales(
@@ -113,16 +118,19 @@ def block_scales(
     """
     format = get_format(format)
     _check_takes_scale(format)
-    return _block_scales(jnp.asarray(x, jnp.float32), format=format, axis=axis)
+    found: tuple[jax.Array, jax.Array | None]
+    found = _block_scales(jnp.asarray(x, jnp.float32), format=format, axis=axis)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis"))
-def _block_scales(x, *, format: Format, axis: int):
+def _block_scales(x: jax.Array, *, format: Format, axis: int) -> tuple[jax.Array, jax.Array | None]:
     parts = parts_of(x, format, axis, None, None)
     shape = format.given_scale_shape(parts.shape, axis)
-    zero_point = parts.scale.zero_point
+    scale = present("blocks", parts.scale)
+    zero_point = scale.zero_point
     return (
-        format.scale_to_give(parts.scale, parts.axes).reshape(shape),
+        format.scale_to_give(scale, parts.axes).reshape(shape),
         None if zero_point is None else zero_point.reshape(shape),
     )
 
@@ -136,7 +144,13 @@ class Parts(NamedTuple):
     shape: tuple[int, ...]
 
 
-def check_given(shape: tuple[int, ...], format: Format, axis: int, scale, zero_point) -> None:
+def check_given(
+    shape: tuple[int, ...],
+    format: Format,
+    axis: int,
+    scale: npt.ArrayLike | None,
+    zero_point: npt.ArrayLike | None,
+) -> None:
     """Raises a ValueError where a scale or zero point does not fit the format or the shape."""
     if scale is None:
         if zero_point is not None:
@@ -157,7 +171,9 @@ def check_given(shape: tuple[int, ...], format: Format, axis: int, scale, zero_p
             raise ValueError("scale has entries that are not positive finite numbers; use such")
 
 
-def parts_of(x: jax.Array, format: Format, axis: int, scale, zero_point) -> Parts:
+def parts_of(
+    x: jax.Array, format: Format, axis: int, scale: jax.Array | None, zero_point: jax.Array | None
+) -> Parts:
     """float32 x in blocks, with the scales that are given, or else taken from it."""
     blocks, axes = format.split(x, axis)
     if scale is None:
@@ -167,7 +183,16 @@ def parts_of(x: jax.Array, format: Format, axis: int, scale, zero_point) -> Part
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis", "rounding"))
-def _quantize(x, key, scale, zero_point, *, format: Format, axis: int, rounding: Rounding):
+def _quantize(
+    x: jax.Array,
+    key: jax.Array | None,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    *,
+    format: Format,
+    axis: int,
+    rounding: Rounding,
+) -> jax.Array:
     parts = parts_of(x, format, axis, scale, zero_point)
     noise = None if key is None else noise_of_blocks(key, parts, format, axis)
     magnitude, sign = format.elements(parts.blocks, parts.scale, rounding, noise)
@@ -175,7 +200,14 @@ def _quantize(x, key, scale, zero_point, *, format: Format, axis: int, rounding:
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis"))
-def _clipped(x, scale, zero_point, *, format: Format, axis: int):
+def _clipped(
+    x: jax.Array,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    *,
+    format: Format,
+    axis: int,
+) -> jax.Array:
     parts = parts_of(x, format, axis, scale, zero_point)
     value = format.lifted(parts.blocks, parts.scale)
     above = value > format.limit(bits_of(parts.blocks) < 0, parts.scale)
@@ -193,12 +225,14 @@ def _check_takes_scale(format: Format) -> None:
 
 
 @jax.custom_jvp
-def _straight_through(x, result, passed):
+def _straight_through(x: jax.Array, result: jax.Array, passed: jax.Array | None) -> jax.Array:
     return result
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
+def _straight_through_jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     _, result, passed = primals
     tangent = tangents[0]
     return result, tangent if passed is None else jnp.where(passed, tangent, 0.0)

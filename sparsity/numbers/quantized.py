@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import jax
 
@@ -23,13 +23,11 @@ from sparsity.numbers.quantization import clipped
 from sparsity.numbers.quantized_kernels import Formats, Order, QuantizedKernel, figures, losses
 from sparsity.numbers.rounding import ROUNDINGS, Rounding
 from sparsity.ranges import check_choice
-from sparsity.recipes.kernel_plan import cuts, shards_of
+from sparsity.recipes.kernel_plan import Contraction, cuts, shards_of
 from sparsity.recipes.kernels import dense
 
 DEFAULT_LAYERS = {KERNELS: "mxfp8_e4m3"}
 _PURPOSE = 3  # keeps random bits apart from those of parameters and samples
-
-Contraction = Callable[[str, tuple[int, ...]], int | tuple[int, ...] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,41 +60,30 @@ class MatmulFormats:
     gradient_rounding: Rounding = "even"
     matmul: Matmul = "emulated"
 
-    def __post_init__(self):
-        for format in filter(None, (self.weights, self.activations, self.gradients)):
-            get_format(format)
+    def __post_init__(self) -> None:
+        self.resolved()
         for name in ("rounding", "gradient_rounding"):
             check_choice(f"MatmulFormats: {name}", getattr(self, name), ROUNDINGS)
         check_choice("MatmulFormats: matmul", self.matmul, ("emulated", "native"))
         if self.matmul == "native":
-            check_formats(*(f and get_format(f) for f in (self.weights, self.activations)))
+            formats = self.resolved()
+            check_formats(formats.weights, formats.activations)
 
-    @property
-    def random(self) -> bool:
-        """Tells whether any operand is rounded stochastically."""
-        of_gradients = self.gradient_rounding if self.gradients is not None else None
-        return "stochastic" in (self.rounding, of_gradients)
-
-    def resolved(self) -> "MatmulFormats":
-        """Returns a copy with format objects in place of their names."""
-        fields = ("weights", "activations", "gradients")
-        given = {name: getattr(self, name) for name in fields}
-        found: dict[str, Any] = {
-            name: f if f is None else get_format(f) for name, f in given.items()
-        }
-        return dataclasses.replace(self, **found)
+    def resolved(self) -> Formats:
+        """Returns the format objects in place of their names."""
+        given = (self.weights, self.activations, self.gradients)
+        weights, activations, gradients = (f if f is None else get_format(f) for f in given)
+        return Formats(
+            weights=weights,
+            activations=activations,
+            gradients=gradients,
+            rounding=self.rounding,
+            gradient_rounding=self.gradient_rounding,
+            matmul=self.matmul,
+        )
 
     def __str__(self) -> str:
-        shown = [
-            f"{name} {format_name(format)}" + (f" ({rounding})" if rounding != "even" else "")
-            for name, format, rounding in (
-                ("weights", self.weights, self.rounding),
-                ("activations", self.activations, self.rounding),
-                ("gradients", self.gradients, self.gradient_rounding),
-            )
-            if format is not None
-        ]
-        return ", ".join(shown) + (" (native matmul)" if self.matmul == "native" else "")
+        return str(self.resolved())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +110,7 @@ class Quantization:
     order: Order = "sparsify_then_quantize"
     attention: str | Format | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         orders = ("sparsify_then_quantize", "quantize_then_sparsify")
         check_choice("quantization: order", self.order, orders)
         for pattern, formats in self.layers.items():
@@ -177,10 +164,10 @@ class Quantization:
             matmuls.append(name)
             axes = (axes,) if isinstance(axes, int) else tuple(axes)
             operand = products if name in attention_operands else None
-            formats = _formats(formats)
+            chosen = _formats(formats)
             plan = None
-            if formats is not None or operand is not None:
-                plan = _Plan(name, formats or MatmulFormats(), axes, operand)
+            if chosen is not None or operand is not None:
+                plan = _Plan(name, chosen or Formats(), axes, operand)
                 plan.check(leaf, activation_ways(name), tokens)
             plans.append(plan)
         for pattern in self.layers:
@@ -208,49 +195,46 @@ class _Plan:
     """Plan of the quantization of one kernel's matmul."""
 
     name: str
-    formats: MatmulFormats  # objects
+    formats: Formats
     axes: tuple[int, ...]  # of the contraction
     products: Format | None
-
-    @property
-    def objects(self) -> Formats:
-        """The formats, none of which is a name."""
-        return cast(Formats, self.formats)
 
     @property
     def rank(self) -> int:
         """Number of axes of one layer's kernel: its inputs lead, save in a transposed table."""
         return max(-self.axes[0], 2)
 
-    def clipped(self, w: jax.Array) -> jax.Array:
-        """bool, 1 where a weight of [stacked layers, ...] is clipped."""
+    def clipped(self, w: jax.Array, format: Format) -> jax.Array:
+        """bool, 1 where a weight of [stacked layers, ...] is clipped by its format."""
         first, inputs = w.ndim + self.axes[0], len(self.axes)
         flat = w.reshape(*w.shape[:first], -1, *w.shape[first + inputs :])
 
-        def of_layer(w):
-            return clipped(w, self.formats.weights, axis=self.axes[-1])
+        def of_layer(w: jax.Array) -> jax.Array:
+            return clipped(w, format, axis=self.axes[-1])
 
         return jax.vmap(of_layer)(flat) if w.ndim > self.rank else of_layer(flat)
 
-    def check(self, leaf, activation_ways: tuple[int, int], tokens: tuple[int, int] | None) -> None:
+    def check(
+        self, leaf: Any, activation_ways: tuple[int, int], tokens: tuple[int, int] | None
+    ) -> None:
         """Raises a ValueError where blocks do not divide what they lie along, or its shards."""
         shape, shards = tuple(leaf.shape), shards_of(leaf)
         outputs = tuple(axis for axis in range(-self.rank, 0) if axis not in self.axes)
         f = self.formats
         pieces = {axes: cuts(shape, shards, axes) for axes in (self.axes, outputs)}
 
-        def check(what, format, axes, ways):
+        def check(what: str, format: Format | None, axes: tuple[int, ...], ways: int) -> None:
             if format is not None:
                 size = math.prod(shape[a] for a in axes)
                 check_blocks(format, size, ways=ways, name=f"quantization: {self.name}: {what}")
 
-        def check_weights(what, along, across):
+        def check_weights(what: str, along: tuple[int, ...], across: tuple[int, ...]) -> None:
             check(what, f.weights, along, pieces[along])
-            tiles = f.weights is not None and f.weights.output_block > 1
-            if tiles and pieces[across] > 1:  # a last tile may be smaller, but none is cut
+            tile = 1 if f.weights is None else f.weights.output_block
+            if tile > 1 and pieces[across] > 1:  # a last tile may be smaller, but none is cut
                 size = math.prod(shape[a] for a in across)
                 name = f"quantization: {self.name}: {what}, tiles across"
-                check_block(f.weights.output_block, size, ways=pieces[across], name=name)
+                check_block(tile, size, ways=pieces[across], name=name)
 
         check_weights("weights", self.axes, outputs)
         check("activations", f.activations, self.axes, activation_ways[0])
@@ -258,7 +242,7 @@ class _Plan:
         if f.matmul == "native":
             size = math.prod(shape[a] for a in self.axes)
             try:
-                check_matmul(self.objects.weights, self.objects.activations, size, _device(leaf))
+                check_matmul(*check_formats(f.weights, f.activations), size, _device(leaf))
             except ValueError as error:
                 raise ValueError(f"quantization: {self.name}: {error}") from None
         if f.gradients is None:
@@ -288,7 +272,7 @@ class Quantizer:
     matmuls: tuple[str, ...]
     seed: int
 
-    def formats(self, name: str) -> MatmulFormats | None:
+    def formats(self, name: str) -> Formats | None:
         """Formats of the kernel `name`; None where its matmul is not quantized."""
         found = (plan.formats for plan in self.plans if plan is not None and plan.name == name)
         return next(found, None)
@@ -322,11 +306,11 @@ class Quantizer:
         """
         found = {}
 
-        def measure(plan, kernel):
-            if plan.formats.weights is not None:
+        def measure(plan: _Plan, kernel: Any) -> Any:
+            if (format := plan.formats.weights) is not None:
                 w = dense(kernel)
                 q = self._wrapped(plan, kernel, None).dense()
-                found[plan.name] = figures(losses(w, q, plan.clipped(w)))
+                found[plan.name] = figures(losses(w, q, plan.clipped(w, format)))
             return kernel
 
         self._map(measure, tree)
@@ -355,18 +339,20 @@ class Quantizer:
             dense.append("the probabilities of attention")
         return f"quantized: {'; '.join(parts) or 'nothing'}; in full precision: {', '.join(dense)}"
 
-    def _wrapped(self, plan: _Plan, kernel, clock) -> QuantizedKernel:
+    def _wrapped(self, plan: _Plan, kernel: Any, clock: jax.Array | None) -> QuantizedKernel:
         return QuantizedKernel(
             kernel=kernel,
             key=self._keys(plan, kernel.shape[: kernel.ndim - plan.rank], clock),
-            formats=plan.objects,
+            formats=plan.formats,
             axes=plan.axes,
             rank=plan.rank,
             order=self.quantization.order,
             products=plan.products,
         )
 
-    def _keys(self, plan: _Plan, stacked: tuple[int, ...], clock) -> jax.Array | None:
+    def _keys(
+        self, plan: _Plan, stacked: tuple[int, ...], clock: jax.Array | None
+    ) -> jax.Array | None:
         """Makes the `QuantizedKernel.key` of a forward pass."""
         if clock is None or not plan.formats.random:
             return None
@@ -374,7 +360,7 @@ class Quantizer:
         key = jax.random.fold_in(jax.random.fold_in(key, clock), zlib.crc32(plan.name.encode()))
         return jax.random.key_data(jax.random.split(key, stacked) if stacked else key)
 
-    def _map(self, function: Callable, tree: Any) -> Any:
+    def _map(self, function: Callable[[_Plan, Any], Any], tree: Any) -> Any:
         """`function(plan, leaf)` for the kernels that are quantized; other leaves stay."""
         leaves = [
             leaf if plan is None else function(plan, leaf)
@@ -383,13 +369,13 @@ class Quantizer:
         return self.treedef.unflatten(leaves)
 
 
-def _device(leaf) -> jax.Device:
+def _device(leaf: Any) -> jax.Device:
     """Device that holds a parameter, or will hold it: that of the least id."""
     sharding = getattr(leaf, "sharding", None)
     return jax.devices()[0] if sharding is None else min(sharding.device_set, key=lambda d: d.id)
 
 
-def _formats(given: str | MatmulFormats | None) -> MatmulFormats | None:
+def _formats(given: str | MatmulFormats | None) -> Formats | None:
     """The formats, as objects, that a value of `Quantization.layers` stands for."""
     if given is None or given == "dense":
         return None

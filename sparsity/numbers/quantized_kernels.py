@@ -7,13 +7,14 @@ holds one of them or an array. What is read is made anew wherever it is read, an
 import dataclasses
 import enum
 import functools
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from sparsity.numbers.formats import Format
-from sparsity.numbers.native import Matmul, codes_of
+from sparsity.numbers.formats import Format, format_name
+from sparsity.numbers.native import Matmul, check_formats, codes_of
 from sparsity.numbers.quantization import clipped, fake_quantize
 from sparsity.numbers.rounding import Rounding
 from sparsity.recipes.kernels import Kernel, MaskedKernel, dense
@@ -45,21 +46,34 @@ class _Purpose(enum.IntEnum):
         return self in (_Purpose.INPUTS_BY_TOKENS, _Purpose.GRADIENTS_BY_TOKENS)
 
 
-class Formats(Protocol):
-    """Number formats of a matmul's operands: what a resolved `quantized.MatmulFormats` has."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Formats:
+    """Number formats of a matmul's operands; see `quantized.MatmulFormats` for the fields."""
+
+    weights: Format | None = None
+    activations: Format | None = None
+    gradients: Format | None = None
+    rounding: Rounding = "even"
+    gradient_rounding: Rounding = "even"
+    matmul: Matmul = "emulated"
 
     @property
-    def weights(self) -> Format | None: ...
-    @property
-    def activations(self) -> Format | None: ...
-    @property
-    def gradients(self) -> Format | None: ...
-    @property
-    def rounding(self) -> Rounding: ...
-    @property
-    def gradient_rounding(self) -> Rounding: ...
-    @property
-    def matmul(self) -> Matmul: ...
+    def random(self) -> bool:
+        """Tells whether any operand is rounded stochastically."""
+        of_gradients = self.gradient_rounding if self.gradients is not None else None
+        return "stochastic" in (self.rounding, of_gradients)
+
+    def __str__(self) -> str:
+        shown = [
+            f"{name} {format_name(format)}" + (f" ({rounding})" if rounding != "even" else "")
+            for name, format, rounding in (
+                ("weights", self.weights, self.rounding),
+                ("activations", self.activations, self.rounding),
+                ("gradients", self.gradients, self.gradient_rounding),
+            )
+            if format is not None
+        ]
+        return ", ".join(shown) + (" (native matmul)" if self.matmul == "native" else "")
 
 
 @functools.partial(
@@ -121,10 +135,11 @@ class QuantizedKernel(Kernel):
         they are read as 0, where the mask is applied to the codes.
         """
         inner, axes = self.kernel, self.axes
+        format, _ = self._native_formats
         rounding = self._rounding(_Purpose.WEIGHTS)
         if self.order == "sparsify_then_quantize" or not isinstance(inner, MaskedKernel):
-            return [codes_of(dense(inner), self.formats.weights, axes, *rounding)]
-        codes, scale = codes_of(inner.weight, self.formats.weights, axes, *rounding)
+            return [codes_of(dense(inner), format, axes, *rounding)]
+        codes, scale = codes_of(inner.weight, format, axes, *rounding)
         zero = jnp.zeros_like(inner.decay)
         kept = dataclasses.replace(inner, weight=codes, decay=zero).dense()
         # Of floats a difference would make another sign of zero, and a select does as well.
@@ -133,10 +148,17 @@ class QuantizedKernel(Kernel):
 
     def input_codes(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(codes, scales) of the activations [batch, tokens, features...], a scale to a token."""
-        format = self.formats.activations
+        _, format = self._native_formats
         if format.block == "tensor":
             format = dataclasses.replace(format, block="channel")
-        return codes_of(x, format, tuple(range(2 - x.ndim, 0)), *self._rounding(_Purpose.INPUTS))
+        axes, rounding = tuple(range(2 - x.ndim, 0)), self._rounding(_Purpose.INPUTS)
+        found: tuple[jax.Array, jax.Array] = codes_of(x, format, axes, *rounding)
+        return found
+
+    @property
+    def _native_formats(self) -> tuple[Format, Format]:
+        """The formats of weights and activations, whose codes are multiplied."""
+        return check_formats(self.formats.weights, self.formats.activations)
 
     def inputs_by_tokens(self, x: jax.Array) -> jax.Array:
         """The activations with blocks along the tokens of a sequence, for the kernel's gradient."""
@@ -172,14 +194,14 @@ class QuantizedKernel(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
+        return tuple(self.kernel.shape)
 
     @property
     def ndim(self) -> int:
-        return self.kernel.ndim
+        return len(self.shape)
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def dtype(self) -> Any:
         return self.kernel.dtype
 
     @property
@@ -191,7 +213,7 @@ class QuantizedKernel(Kernel):
         if format is None:
             return dense(inner)
 
-        def read(w, key):
+        def read(w: jax.Array, key: jax.Array | None) -> jax.Array:
             return _quantized(w, format, axes, *self._rounding(purpose, key))
 
         for _ in range(self.ndim - self.rank):
@@ -223,7 +245,9 @@ class QuantizedKernel(Kernel):
             return None
         return losses(x, self._read(x, purpose), _clipped(x, format, axes, rows))
 
-    def _rounding(self, purpose: _Purpose, key=None) -> tuple[Rounding, jax.Array | None]:
+    def _rounding(
+        self, purpose: _Purpose, key: jax.Array | None = None
+    ) -> tuple[Rounding, jax.Array | None]:
         """Returns (rounding, random key or None) for a purpose."""
         formats = self.formats
         rounding = formats.gradient_rounding if purpose.of_gradient else formats.rounding
@@ -235,7 +259,7 @@ class QuantizedKernel(Kernel):
         return rounding, jax.random.fold_in(jax.random.wrap_key_data(key), purpose)
 
 
-def unquantized(leaf):
+def unquantized(leaf: Any) -> Any:
     """Returns the kernel inside a `QuantizedKernel`; any other leaf as it is."""
     return leaf.kernel if isinstance(leaf, QuantizedKernel) else leaf
 
@@ -253,33 +277,47 @@ def figures(losses: Losses) -> tuple[jax.Array, jax.Array]:
     return jnp.sqrt(lost / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)), over / count
 
 
-def _quantized(x, format: Format, axes: Axes, rounding, key, rows: int = 0) -> jax.Array:
+def _quantized(
+    x: jax.Array,
+    format: Format,
+    axes: Axes,
+    rounding: Rounding,
+    key: jax.Array | None,
+    rows: int = 0,
+) -> jax.Array:
     """x in a format, with blocks along adjacent axes taken as one; its gradient passes straight.
 
     Args:
       rows: number of leading axes whose entries share no scale.
     """
 
-    def read(x, key, axis):
+    def read(x: jax.Array, key: jax.Array | None, axis: int) -> jax.Array:
         y = fake_quantize(x, format, axis=axis, rounding=rounding, key=key)
         return y.astype(x.dtype)
 
     return _by_blocks(read, x, key, format, axes, rows)
 
 
-def _clipped(x, format: Format, axes: Axes, rows: int) -> jax.Array:
+def _clipped(x: jax.Array, format: Format, axes: Axes, rows: int) -> jax.Array:
     """Tells where `_quantized` clips x, bool like x."""
     return _by_blocks(
         lambda x, key, axis: clipped(x, format, axis=axis), x, None, format, axes, rows
     )
 
 
-def _by_blocks(function, x, key, format: Format, axes: Axes, rows: int) -> jax.Array:
+def _by_blocks(
+    function: Callable[[jax.Array, jax.Array | None, int], jax.Array],
+    x: jax.Array,
+    key: jax.Array | None,
+    format: Format,
+    axes: Axes,
+    rows: int,
+) -> jax.Array:
     """function(x, key, axis), elementwise, with the blocks of `_quantized` along one axis."""
     if rows and format.mixes:
         keys = None if key is None else jax.random.split(key, x.shape[:rows])
 
-        def one(x, key):
+        def one(x: jax.Array, key: jax.Array | None) -> jax.Array:
             return _by_blocks(function, x, key, format, axes, 0)
 
         for _ in range(rows):

@@ -113,6 +113,8 @@ def round_to_step(
         return below
     if rounding == "away":
         return below + jnp.where(value - below >= 0.5 * step, step, 0)
+    if noise is None:
+        raise ValueError(f"rounding={rounding!r} needs noise")
     return below + jnp.where(value - below > noise * step, step, 0)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from sparsity.numbers.rounding import (
     power,
     split,
 )
+
+T = TypeVar("T")
 
 
 class Scale(NamedTuple):
@@ -37,6 +39,17 @@ class Scale(NamedTuple):
     nan: jax.Array | None = None
     block_scale: jax.Array | None = None
     tensor_scale: jax.Array | None = None
+
+
+def present(what: str, part: T | None) -> T:
+    """A scale, or a part of one, that the format in question always has.
+
+    Raises:
+      ValueError: it is None: the scale is another format's.
+    """
+    if part is None:
+        raise ValueError(f"a scale without {what}, which the format has; use one that it made")
+    return part
 
 
 def ratio_scale(largest: jax.Array, numerator: int, denominator: int) -> Scale:
@@ -61,13 +74,14 @@ def kept(scale: Scale) -> Scale:
     XLA's CPU compiler computes cheap operands anew for every entry of a block; a quotient it keeps.
     """
 
-    def quotient(number):
+    def quotient(number: jax.Array) -> jax.Array:
         if number.dtype == jnp.float32:
             return divide(number, 1.0)
         whole = (number.astype(jnp.int32) + 512).astype(jnp.float32)
         return (divide(whole, 1.0).astype(jnp.int32) - 512).astype(number.dtype)
 
-    return jax.tree.map(quotient, scale)
+    written: Scale = jax.tree.map(quotient, scale)
+    return written
 
 
 def from_float(scale: jax.Array, zero_point: jax.Array | None = None) -> Scale:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from sparsity.masks.axes import positive
 from sparsity.numbers import exchange
 from sparsity.numbers.blocks import join_blocks, split_blocks
 from sparsity.numbers.elements import E4M3, FloatElement
-from sparsity.numbers.format import Format
+from sparsity.numbers.format import Bits, Format
 from sparsity.numbers.fp8 import FP8
-from sparsity.numbers.scales import magnitude_bits
+from sparsity.numbers.scales import Scale, magnitude_bits
 from sparsity.ranges import Count
 
 
@@ -43,15 +44,18 @@ class TiledFP8(FP8):
         blocks, _ = super().split(x, axis)
         return (blocks if blocks.ndim > x.ndim else jnp.expand_dims(x, axis)), (axis + 1,)
 
-    def largest(self, blocks, axes, of=magnitude_bits):
+    def largest(
+        self, blocks: jax.Array, axes: tuple[int, ...], of: Bits = magnitude_bits
+    ) -> jax.Array:
         rows = _rows(super().largest(blocks, axes, of), axes)
         tiles, tile = split_blocks(rows, self.output_block, 1)
         tiles = jnp.broadcast_to(jnp.max(tiles, tile, keepdims=True, initial=0), tiles.shape)
         largest = _unrows(join_blocks(tiles, rows.shape, 1), blocks.shape, axes)
         # Without it XLA:CPU moves reshapes of one lone tile back and forth until it gives up.
-        return jax.lax.optimization_barrier(largest)
+        barred: jax.Array = jax.lax.optimization_barrier(largest)
+        return barred
 
-    def scale_shape(self, shape, axis):
+    def scale_shape(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
         axis = positive(axis, len(shape))
         along = max(1, -(-shape[axis] // self.block))
         if len(shape) == 1:
@@ -59,25 +63,25 @@ class TiledFP8(FP8):
         across = -(-math.prod((*shape[:axis], *shape[axis + 1 :])) // self.output_block)
         return (across, along) if axis == len(shape) - 1 else (along, across)
 
-    def multipliers(self, scale, axes):
+    def multipliers(self, scale: Scale, axes: tuple[int, ...]) -> jax.Array:
         numbers = super().multipliers(scale, axes)
         tiles = _rows(numbers, axes)[:, :: self.output_block]
         return tiles.T if _last(numbers, axes) else tiles
 
-    def spread(self, stored, blocks, axes):
+    def spread(self, stored: jax.Array, blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         count = math.prod(_across(blocks.shape, axes))
         tiles = stored.T if _last(blocks, axes) else stored.reshape(blocks.shape[axes[0] - 1], -1)
         rows = jnp.repeat(tiles, self.output_block, axis=1)[:, :count]
         return _unrows(rows, blocks.shape, axes)
 
-    def as_stored_weights(self, inputs):
+    def as_stored_weights(self, inputs: dict[str, Any] | None) -> exchange.Layout | None:
         blocks = exchange.weights(8, "float", self.block) | {"dynamic": True}
         if self.element != E4M3 or inputs not in (None, blocks):
             return None
         weights = exchange.tiles(8, "float", self.output_block, self.block)
         return exchange.Layout("naive-quantized" if inputs is None else "float-quantized", weights)
 
-    def with_option(self, option: str):
+    def with_option(self, option: str) -> Self | None:
         sizes = re.fullmatch(r"([0-9]{1,10})x([0-9]{1,10})", option)
         if sizes is None:
             return None

@@ -7,11 +7,12 @@ Letters in names: I inputs, O outputs, G blocks along the inputs.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from sparsity.numbers.formats import Format, check_blocks, get_format
 from sparsity.numbers.scales import Scale
@@ -119,7 +120,7 @@ def gptq(
 QUANTIZERS = ("rtn", "gptq")
 
 
-def _checked(kernel_IO, format: str | Format) -> Format:
+def _checked(kernel_IO: jax.Array, format: str | Format) -> Format:
     format = get_format(format)
     check_kernel(kernel_IO)
     check_blocks(format, kernel_IO.shape[0])
@@ -127,24 +128,33 @@ def _checked(kernel_IO, format: str | Format) -> Format:
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _rtn(kernel_IO, format):
+def _rtn(kernel_IO: jax.Array, format: Format) -> tuple[jax.Array, Scale | None]:
     scale = _scales(kernel_IO, format)
     blocks = format.split(kernel_IO, 0)[0]
     return _rounded(blocks, scale, format).reshape(kernel_IO.shape), scale
 
 
 @functools.partial(jax.jit, static_argnames=("format", "size", "order"))
-def _gptq(kernel_IO, mask_IO, factor_II, visited_I, format, size, order):
+def _gptq(
+    kernel_IO: jax.Array,
+    mask_IO: jax.Array,
+    factor_II: jax.Array,
+    visited_I: jax.Array,
+    format: Format,
+    size: int,
+    order: bool,
+) -> tuple[jax.Array, Scale | None]:
     inputs = kernel_IO.shape[0]
     kernel_IO = jnp.where(mask_IO, kernel_IO, 0)
     scales = _scales(kernel_IO, format)
-    groups = isinstance(format.block, int) and format.block < inputs
-    group_I = visited_I // format.block if groups else jnp.zeros_like(visited_I)
+    length = format.block if isinstance(format.block, int) else inputs
+    group_I = visited_I // length if length < inputs else jnp.zeros_like(visited_I)
     weights, mask_IO = kernel_IO[visited_I], mask_IO[visited_I]
-    refresh = groups and not order
+    refresh = length if length < inputs and not order else None
 
-    def block(start, size, carry):
-        return _block(*carry, mask_IO, factor_II, group_I, start, size, format, refresh)
+    def block(start: int | jax.Array, size: int, carry: Any) -> Any:
+        weights, scales = carry
+        return _block(weights, scales, mask_IO, factor_II, group_I, start, size, format, refresh)
 
     whole, rest = divmod(inputs, size)
     carry = weights, scales
@@ -156,8 +166,22 @@ def _gptq(kernel_IO, mask_IO, factor_II, visited_I, format, size, order):
     return jnp.zeros_like(weights).at[visited_I].set(weights), scales
 
 
-def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format, refresh):
-    """Quantizes `size` inputs from `start` on, and moves the weights of all after them."""
+def _block(
+    weights_IO: jax.Array,
+    scales: Scale | None,
+    mask_IO: jax.Array,
+    factor_II: jax.Array,
+    group_I: jax.Array,
+    start: int | jax.Array,
+    size: int,
+    format: Format,
+    refresh: int | None,
+) -> tuple[jax.Array, Scale | None]:
+    """Quantizes `size` inputs from `start` on, and moves the weights of all after them.
+
+    Args:
+      refresh: inputs of a block whose scales are taken when it is begun; None: they are as given.
+    """
     inputs, outputs = weights_IO.shape
     block = jax.lax.dynamic_slice(weights_IO, (start, 0), (size, outputs))
     mask = jax.lax.dynamic_slice(mask_IO, (start, 0), (size, outputs))
@@ -165,7 +189,7 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
     local = jax.lax.dynamic_slice(rows, (0, start), (size, size))
     group = jax.lax.dynamic_slice(group_I, (start,), (size,))
 
-    def quantize_input(j, carry):
+    def quantize_input(j: jax.Array, carry: Any) -> Any:
         block, errors, scales = carry
         scale = jax.tree.map(lambda x: x[group[j]] if x.ndim else x, scales)
         new = jnp.where(mask[j], _rounded(block[j][None], scale, format)[0], 0)
@@ -173,21 +197,22 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
         block -= local[j][:, None] * error  # the factor is 0 for inputs before j
         return block.at[j].set(new), errors.at[j].set(error), scales
 
-    def quantize_group(g, carry):
+    def quantize_group(g: jax.Array, carry: Any, length: int) -> Any:
         block, errors, scales = carry
-        first = g * format.block
-        w = jax.lax.dynamic_slice(block, (first, 0), (format.block, outputs))
-        kept = jax.lax.dynamic_slice(mask, (first, 0), (format.block, outputs))
+        first = g * length
+        w = jax.lax.dynamic_slice(block, (first, 0), (length, outputs))
+        kept = jax.lax.dynamic_slice(mask, (first, 0), (length, outputs))
         new = _scales(jnp.where(kept, w, 0), format, scales)
         # `w` is one block: its scale has an axis of blocks only where there are several.
         new = jax.tree.map(lambda x: x.reshape(-1, outputs) if x.ndim else x, new)
         place = lambda old, x: old.at[group[first]].set(x) if x.ndim else old
         carry = block, errors, jax.tree.map(place, scales, new)
-        return jax.lax.fori_loop(first, first + format.block, quantize_input, carry)
+        return jax.lax.fori_loop(first, first + length, quantize_input, carry)
 
     carry = block, jnp.zeros_like(block), scales
-    if refresh:
-        carry = jax.lax.fori_loop(0, size // format.block, quantize_group, carry)
+    if refresh is not None:
+        each = functools.partial(quantize_group, length=refresh)
+        carry = jax.lax.fori_loop(0, size // refresh, each, carry)
     else:
         carry = jax.lax.fori_loop(0, size, quantize_input, carry)
     block, errors, scales = carry
@@ -196,13 +221,13 @@ def _block(weights_IO, scales, mask_IO, factor_II, group_I, start, size, format,
     return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0)), scales
 
 
-def _scales(kernel_IO, format: Format, earlier: Scale | None = None) -> Scale | None:
+def _scales(kernel_IO: jax.Array, format: Format, earlier: Scale | None = None) -> Scale | None:
     """Computes the scale of every block, [blocks, 1, outputs], or [1, outputs] or [1, 1] where
     there is but one."""
     return format.scale(*format.split(kernel_IO, 0), earlier)
 
 
-def _rounded(blocks, scale: Scale | None, format: Format):
+def _rounded(blocks: jax.Array, scale: Scale | None, format: Format) -> jax.Array:
     return format.values(*format.elements(blocks, scale, "even", None), scale)
 
 
@@ -211,7 +236,7 @@ def _host(scale: Scale | None, format: Format) -> Scales:
     if scale is None:
         return Scales(None)
 
-    def matrix(x):
+    def matrix(x: jax.Array) -> npt.NDArray[Any]:
         return np.asarray(x).reshape(-1, x.shape[-1])
 
     zero_point = None if scale.zero_point is None else matrix(scale.zero_point)

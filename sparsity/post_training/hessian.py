@@ -7,6 +7,7 @@ on it are done in a fixed one. Letters in names: T tokens, I inputs, O outputs.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from sparsity.numbers.rounding import MAGNITUDE, bits_of, float_of, lift, power, split
 from sparsity.ranges import Count, NonNegative, check_number
@@ -37,7 +38,9 @@ def gram(x_TI: jax.Array) -> tuple[jax.Array, jax.Array]:
     return transposed_product(x_TI, x_TI), exponent
 
 
-def add_grams(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]):
+def add_grams(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """The sum of two of `gram`, as it gives them."""
     exponent = jnp.maximum(a[1], b[1])
     first, second = (x * power(2 * (e - exponent)) for x, e in (a, b))
@@ -47,7 +50,7 @@ def add_grams(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]):
 def from_gram(found: tuple[jax.Array, jax.Array]) -> np.ndarray:
     """X^T X, float64 [I, I], of what `gram` or `add_grams` gives."""
     products_II, exponent = jax.device_get(found)
-    return np.ldexp(products_II.astype(np.float64), 2 * int(exponent))
+    return np.asarray(np.ldexp(products_II.astype(np.float64), 2 * int(exponent)))
 
 
 def to_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +66,7 @@ def to_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return float_of(bits_of(value) | (bits & ~MAGNITUDE)), exponent
 
 
-def check_finite(name: str, x) -> None:
+def check_finite(name: str, x: npt.ArrayLike) -> None:
     """Raises a ValueError, naming the first place, where a concrete array is not finite."""
     if isinstance(x, jax.core.Tracer):
         return
@@ -74,14 +77,14 @@ def check_finite(name: str, x) -> None:
         raise ValueError(f"{name}: entry {list(place)} is {value}; use finite numbers")
 
 
-def check_kernel(kernel_IO) -> None:
+def check_kernel(kernel_IO: npt.ArrayLike) -> None:
     """Raises a ValueError where a kernel is no finite matrix of numbers."""
     if np.ndim(kernel_IO) != 2:
         raise ValueError(f"kernel_IO: shape {np.shape(kernel_IO)}; use [inputs, outputs]")
     check_finite("kernel_IO", kernel_IO)
 
 
-def check_norms(name: str, norms_I, inputs: int) -> None:
+def check_norms(name: str, norms_I: npt.ArrayLike, inputs: int) -> None:
     """Raises a ValueError where numbers are not one to an input, finite and from 0."""
     if np.shape(norms_I) != (inputs,):
         raise ValueError(f"{name}: shape {np.shape(norms_I)}; use one to each of {inputs} inputs")
@@ -90,7 +93,7 @@ def check_norms(name: str, norms_I, inputs: int) -> None:
         raise ValueError(f"{name}: {float(np.min(norms_I)):.3g} is below 0; use 0 and more")
 
 
-def check_hessian(hessian_II, inputs: int) -> np.ndarray:
+def check_hessian(hessian_II: npt.ArrayLike, inputs: int) -> np.ndarray:
     """Checks a Hessian, and returns it as float64.
 
     Raises:

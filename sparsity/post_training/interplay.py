@@ -114,7 +114,7 @@ def tensor_interplay(
     *,
     axis: int = -1,
     order: float = 2,
-    rounding: str = "even",
+    rounding: Rounding = "even",
 ) -> TensorInterplay:
     """The errors of one array under sparsity, quantization and both (Definition 3.4).
 
@@ -169,7 +169,9 @@ def dot_interplay(
     return DotInterplay._make([*errors, violations, jnp.stack(excess)])
 
 
-def _arrays(x, mask_of: MaskOf, format: Format, axis: int, rounding) -> tuple[list, jax.Array]:
+def _arrays(
+    x: jax.Array, mask_of: MaskOf, format: Format, axis: int, rounding: Rounding
+) -> tuple[list[jax.Array], jax.Array]:
     """x sparse, quantized, sparse then quantized, quantized then sparse; and the mask of x."""
     mask = mask_of(x)
     sparse = jnp.where(mask, x, 0.0)

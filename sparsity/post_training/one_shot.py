@@ -34,9 +34,10 @@ from sparsity.post_training.hessian import (
     to_unit,
     transposed_product,
 )
+from sparsity.recipes.kernel_plan import Contraction
 from sparsity.recipes.kernels import dense_tree
 from sparsity.sparsity_types import NByM
-from sparsity.updater import Contraction, Scored, Sparsity, Updater
+from sparsity.updater import Scored, Sparsity, Updater
 
 Pattern = str | float | NByM
 
@@ -103,11 +104,12 @@ def magnitude_mask(
       ValueError: the pattern is unknown or does not fit the kernel, or this is no finite matrix.
     """
     check_kernel(kernel_IO)
-    return _magnitude_mask(jnp.asarray(kernel_IO), pattern, transposable)
+    mask: jax.Array = _magnitude_mask(jnp.asarray(kernel_IO), pattern, transposable)
+    return mask
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _magnitude_mask(kernel_IO, pattern, transposable):
+def _magnitude_mask(kernel_IO: jax.Array, pattern: Pattern, transposable: bool) -> jax.Array:
     return _select(jnp.abs(kernel_IO), pattern, transposable)
 
 
@@ -138,11 +140,14 @@ def wanda_mask(
     check_kernel(kernel_IO)
     check_norms("input_norms_I", input_norms_I, kernel_IO.shape[0])
     norms_I = jnp.asarray(input_norms_I, jnp.float32)
-    return _wanda_mask(jnp.asarray(kernel_IO), norms_I, pattern, transposable)
+    mask: jax.Array = _wanda_mask(jnp.asarray(kernel_IO), norms_I, pattern, transposable)
+    return mask
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _wanda_mask(kernel_IO, norms_I, pattern, transposable):
+def _wanda_mask(
+    kernel_IO: jax.Array, norms_I: jax.Array, pattern: Pattern, transposable: bool
+) -> jax.Array:
     unit_IO, _ = to_unit(kernel_IO.astype(jnp.float32))  # products neither over- nor underflow
     scores = wanda_scores(unit_IO, to_unit(norms_I)[0])
     return _select(scores, pattern, transposable, per_output=True)
@@ -197,11 +202,18 @@ def sparsegpt(
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "transposable", "size"))
-def _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size):
+def _sparsegpt(
+    kernel_IO: jax.Array,
+    factor_II: jax.Array,
+    dead_I: jax.Array,
+    pattern: Pattern,
+    transposable: bool,
+    size: int,
+) -> jax.Array:
     inputs = kernel_IO.shape[0]
     weights = jnp.where(dead_I[:, None], 0, kernel_IO)
 
-    def block(start, size, weights):
+    def block(start: int | jax.Array, size: int, weights: jax.Array) -> jax.Array:
         return _prune_block(weights, factor_II, start, size, pattern, transposable)
 
     whole, rest = divmod(inputs, size)
@@ -212,7 +224,14 @@ def _sparsegpt(kernel_IO, factor_II, dead_I, pattern, transposable, size):
     return weights
 
 
-def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
+def _prune_block(
+    weights_IO: jax.Array,
+    factor_II: jax.Array,
+    start: int | jax.Array,
+    size: int,
+    pattern: Pattern,
+    transposable: bool,
+) -> jax.Array:
     """Prunes `size` inputs from `start` on, and moves the weights of all after them."""
     outputs = weights_IO.shape[1]
     block = jax.lax.dynamic_slice(weights_IO, (start, 0), (size, outputs))
@@ -221,7 +240,7 @@ def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
     diagonal = jnp.diagonal(local)
     group = pattern.m if isinstance(pattern, NByM) else size  # inputs whose mask is chosen at once
 
-    def prune_input(i, carry):
+    def prune_input(i: jax.Array, carry: Any) -> Any:
         block, errors, kept, first = carry
         j = first + i
         error = jnp.where(kept[i], 0, block[j] / diagonal[j])
@@ -229,7 +248,7 @@ def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
         block = block.at[j].set(jnp.where(kept[i], block[j], 0))
         return block, errors.at[j].set(error), kept, first
 
-    def prune_group(g, carry):
+    def prune_group(g: jax.Array, carry: Any) -> Any:
         block, errors = carry
         first = g * group
         w = jax.lax.dynamic_slice(block, (first, 0), (group, outputs))
@@ -245,7 +264,9 @@ def _prune_block(weights_IO, factor_II, start, size, pattern, transposable):
     return jax.lax.dynamic_update_slice(weights_IO - moved, block, (start, 0))
 
 
-def _select(scores_IO, pattern, transposable, *, per_output=False):
+def _select(
+    scores_IO: jax.Array, pattern: Pattern, transposable: bool, *, per_output: bool = False
+) -> jax.Array:
     """The mask of the best scores by a pattern; a fraction counts per output, or over all."""
     check_pattern(pattern, *scores_IO.shape, transposable=transposable)
     pattern = parse_pattern(pattern)
@@ -320,7 +341,7 @@ class KeepZerosUpdater(Updater):
     ) -> optax.GradientTransformationExtraArgs:
         """The inner transformation, which sees no gradient of a zero and cannot move it."""
 
-        def update(grads, state, params, **extra):
+        def update(grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
             grads = self._where_nonzero(params, grads)
             updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
             return self._where_nonzero(params, updates), KeepZerosState(None, inner_state)
@@ -353,8 +374,10 @@ class KeepZerosUpdater(Updater):
         for name, pattern in by_name(self.chosen).items():
             kind, kernel = parse_pattern(pattern), kernels[name]
             if isinstance(kind, NByM):
-                axis = self.contraction(name, kernel.shape)
-                counted[name] = nm_validity(kernel, kind.n, kind.m, axis)
+                axes = self.contraction(name, kernel.shape)
+                if axes is None:
+                    raise ValueError(f"{name}: no axis that its matmul sums over; use fractions")
+                counted[name] = nm_validity(kernel, kind.n, kind.m, axes)
             else:
                 counted[name] = Validity(str(kind), zeros(kernel))
         return counted

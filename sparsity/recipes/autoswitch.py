@@ -7,7 +7,7 @@ moments alone.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class AutoSwitch:
     max_fraction: Fraction = 0.5
     clip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("AutoSwitch: option", self.option, ("arithmetic", "geometric"))
         check_fields(self)
         if self.min_fraction > self.max_fraction:
@@ -95,7 +95,7 @@ def scale_by_step_adam(
     threshold = eps if switch.threshold is None else switch.threshold
     first, last = switch.bounds(steps)
 
-    def init(params):
+    def init(params: Any) -> StepAdamState:
         zeros = optax.tree.zeros_like(params)
         return StepAdamState(
             count=jnp.zeros((), jnp.int32),
@@ -105,7 +105,7 @@ def scale_by_step_adam(
             switched_at=jnp.full((), -1, jnp.int32),
         )
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: StepAdamState, params: Any = None) -> tuple[Any, StepAdamState]:
         del params
         count = optax.safe_increment(state.count)
         switched = state.switched_at >= 0
@@ -125,7 +125,7 @@ def scale_by_step_adam(
     return optax.GradientTransformation(init, update)
 
 
-def _mean_change(new, old, option: str) -> jax.Array:
+def _mean_change(new: Any, old: Any, option: str) -> jax.Array:
     """Z_t: the mean over all coordinates of |new - old|, a float32 scalar."""
     changes = [
         jnp.abs(a - b).astype(jnp.float32)

@@ -38,7 +38,7 @@ class Linear:
 
     beta: Positive | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     def __call__(self, j: Steps, length: Steps) -> jax.Array:
@@ -59,7 +59,7 @@ class Exponential:
 
     beta: Positive | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     def __call__(self, j: Steps, length: Steps) -> jax.Array:
@@ -89,7 +89,7 @@ class MaskDecay:
     max_updates: Count = 16
     variant: Literal["paper", "code"] = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("MaskDecay: variant", self.variant, ("paper", "code"))
         check_fields(self)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ import jax.numpy as jnp
 from sparsity.masks.bits import pack_bits, unpack_bits
 from sparsity.masks.nm import check_nm, nm_mask
 from sparsity.recipes.patterns import Pattern, Stages, parse_pattern
+
+Contraction = Callable[[str, tuple[int, ...]], int | tuple[int, ...] | None]
+"""(name, shape) of a parameter -> the axes that its matmul sums over; see `Recipe.build`."""
 
 _MANY = 1024  # shards times eight, beyond which one axis is as good as another
 
@@ -35,6 +40,17 @@ class KernelPlan:
     stacked: tuple[int, ...]
 
     @property
+    def one_axis(self) -> int:
+        """The axis of the groups. ValueError where they go over several, taken as one."""
+        if isinstance(self.axis, int):
+            return self.axis
+        n, m = self.target
+        raise ValueError(
+            f"recipe: pack finds groups of {self.name} of {n}:{m} that go over the axes "
+            f"{self.axis}; use an M that divides the last of them, {self.shape[self.axis[-1]]}"
+        )
+
+    @property
     def target(self) -> tuple[int, int]:
         return self.stages[-1]
 
@@ -55,7 +71,7 @@ class KernelPlan:
         n = jnp.asarray([n for n, _ in self.stages], jnp.int32)[stage]
         sizes = list(dict.fromkeys(m for _, m in self.stages))
 
-        def of_size(m):
+        def of_size(m: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
             kept = {n for n, other in self.stages if other == m}
             fixed = kept.pop() if len(kept) == 1 else None
             return lambda n, scores: self.bits(
@@ -72,7 +88,12 @@ class KernelPlan:
 
 
 def plan_kernel(
-    name, leaf, text, pattern: Pattern, contraction=None, ways=None
+    name: str,
+    leaf: Any,
+    text: str,
+    pattern: Pattern,
+    contraction: Contraction | None = None,
+    ways: Callable[[str], int] | None = None,
 ) -> KernelPlan | None:
     """The plan for one parameter; None where it has no contraction axis.
 
@@ -125,13 +146,13 @@ def plan_kernel(
         shape=shape,
         axis=axes[0] if len(axes) == 1 else axes,
         bits_axis=packing_axis(name, shape, shards, axes[0]),
-        code_axis=packing_axis(name, values, shards, axes[0]),
+        code_axis=packing_axis(name, tuple(values), shards, axes[0]),
         stages=stages,
         stacked=shape[:1] if len(shape) + axes[0] > 0 else (),
     )
 
 
-def shards_of(leaf) -> list[int]:
+def shards_of(leaf: Any) -> list[int]:
     """Number of shards along each axis of an array, by its sharding."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
@@ -140,7 +161,7 @@ def shards_of(leaf) -> list[int]:
     return [-(-size // part) for size, part in zip(leaf.shape, local, strict=True)]
 
 
-def cuts(shape, shards, axes) -> int:
+def cuts(shape: tuple[int, ...], shards: Sequence[int], axes: tuple[int, ...]) -> int:
     """Pieces that shards cut the flattened axes into."""
     run = 1  # entries that follow each other on a device
     for axis in reversed(axes):
@@ -150,7 +171,7 @@ def cuts(shape, shards, axes) -> int:
     return math.prod(shape[axis] for axis in axes) // run
 
 
-def packing_axis(name: str, shape, shards, first: int) -> int:
+def packing_axis(name: str, shape: tuple[int, ...], shards: Sequence[int], first: int) -> int:
     """The axis, from `first` on, along which eight entries go to a byte.
 
     It depends on the shape alone, since a checkpoint moves between meshes: the axis that most

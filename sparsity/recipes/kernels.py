@@ -4,8 +4,10 @@ All are pytrees that stand as leaves in a tree of parameters. Where layers are s
 has the axis of layers in front, so that `jax.lax.scan` and `jax.tree.map` slice them like arrays.
 """
 
+import abc
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,12 @@ from sparsity.masks.bits import unpack_bits
 from sparsity.masks.packed import decode_indices, gather_nm, unpack_nm
 
 
-class Kernel:
-    """Base of what stands for a kernel in a tree of parameters; `dense()` is the array it reads
-    as."""
+class Kernel(abc.ABC):
+    """Base of what stands for a kernel in a tree of parameters."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The array that a matmul reads."""
 
 
 @functools.partial(
@@ -49,7 +54,8 @@ class MaskedKernel(Kernel):
 
         Differentiable in `weight` only; the backward pass keeps the bits and nothing else.
         """
-        return _masked(self.weight, self.bits, self.decay, self.gradient, self.axis)
+        read: jax.Array = _masked(self.weight, self.bits, self.decay, self.gradient, self.axis)
+        return read
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +96,9 @@ class PackedKernel(Kernel):
 
     def dense(self) -> jax.Array:
         """The kernel [..., groups * m, ...], zero where pruned. Differentiable in `values`."""
-        return _unpacked(self.values, self.code, self.n, self.m, self.axis, self.code_axis)
+        n, m, axis, code_axis = self.n, self.m, self.axis, self.code_axis
+        read: jax.Array = _unpacked(self.values, self.code, n, m, axis, code_axis)
+        return read
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,12 +115,13 @@ class PackedKernel(Kernel):
         return self.values.dtype
 
 
-def dense(leaf):
+def dense(leaf: Any) -> jax.Array:
     """The array that a matmul reads of a leaf: `leaf.dense()`, or the array itself."""
-    return leaf.dense() if isinstance(leaf, Kernel) else leaf
+    read: jax.Array = leaf.dense() if isinstance(leaf, Kernel) else leaf
+    return read
 
 
-def dense_tree(tree):
+def dense_tree(tree: Any) -> Any:
     """A tree of parameters with arrays in place of its kernels of any kind."""
     return jax.tree.map(dense, tree, is_leaf=lambda x: isinstance(x, Kernel))
 
@@ -127,22 +136,30 @@ def scale_pruned(mask: jax.Array, x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(mask | (scale == 1), x, jnp.where(scale == 0, 0, scale * x))
 
 
-def indices_of(code: jax.Array, values_shape: tuple[int, ...], m: int, axis: int, code_axis: int):
+def indices_of(
+    code: jax.Array, values_shape: tuple[int, ...], m: int, axis: int, code_axis: int
+) -> jax.Array:
     """uint8 places within the groups, in the shape of the values, of a `PackedKernel.code`."""
     planes = jnp.moveaxis(code, axis - 1, 0)
     return decode_indices(planes, m, values_shape[code_axis], axis=code_axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _masked(weight, bits, decay, gradient, axis):
+def _masked(
+    weight: jax.Array, bits: jax.Array, decay: jax.Array, gradient: jax.Array, axis: int
+) -> jax.Array:
     return scale_pruned(unpack_bits(bits, weight.shape[axis], axis=axis), weight, decay)
 
 
-def _masked_fwd(weight, bits, decay, gradient, axis):
+def _masked_fwd(
+    weight: jax.Array, bits: jax.Array, decay: jax.Array, gradient: jax.Array, axis: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _masked(weight, bits, decay, gradient, axis), (bits, gradient)
 
 
-def _masked_bwd(axis, residuals, d_out):
+def _masked_bwd(
+    axis: int, residuals: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, None, jax.Array, jax.Array]:
     bits, gradient = residuals
     mask = unpack_bits(bits, d_out.shape[axis], axis=axis)
     zeros = jnp.zeros_like(gradient)
@@ -153,19 +170,25 @@ _masked.defvjp(_masked_fwd, _masked_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _unpacked(values, code, n, m, axis, code_axis):
+def _unpacked(
+    values: jax.Array, code: jax.Array, n: int, m: int, axis: int, code_axis: int
+) -> jax.Array:
     indices = indices_of(code, values.shape, m, axis, code_axis)
     return unpack_nm(values, indices, n, m, axis=axis)
 
 
-def _unpacked_fwd(values, code, n, m, axis, code_axis):
+def _unpacked_fwd(
+    values: jax.Array, code: jax.Array, n: int, m: int, axis: int, code_axis: int
+) -> tuple[jax.Array, jax.Array]:
     return _unpacked(values, code, n, m, axis, code_axis), code
 
 
-def _unpacked_bwd(n, m, axis, code_axis, code, d_out):
+def _unpacked_bwd(
+    n: int, m: int, axis: int, code_axis: int, code: jax.Array, d_out: jax.Array
+) -> tuple[jax.Array, None]:
     shape = list(d_out.shape)
     shape[axis] = shape[axis] // m * n
-    indices = indices_of(code, shape, m, axis, code_axis)
+    indices = indices_of(code, tuple(shape), m, axis, code_axis)
     return gather_nm(d_out, indices, n, m, axis=axis), None
 
 

@@ -12,8 +12,8 @@ order; `global_norm` here sums in one that packing does not change.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import optax
 
 from sparsity.masks.nm import split_groups
 from sparsity.masks.packed import encode_indices, gather_nm, nm_indices, pack_nm, unpack_nm
+from sparsity.recipes.kernel_plan import KernelPlan
 from sparsity.recipes.kernels import PackedKernel, indices_of
 
 WEIGHT_BY_WEIGHT = (
@@ -36,6 +37,29 @@ WEIGHT_BY_WEIGHT = (
     "PartitionState",
 )
 """Optimizer states whose arrays may be packed, by the names of their types."""
+
+
+class Planned(Protocol):
+    """A recipe for the leaves of a tree of parameters: the part of a `RecipeUpdater` used here."""
+
+    @property
+    def treedef(self) -> jax.tree_util.PyTreeDef: ...
+    @property
+    def plans(self) -> tuple[KernelPlan | None, ...]: ...
+    def map_kernels(self, function: Callable[..., Any], tree: Any, *rest: Any) -> Any: ...
+
+
+class MaskedState(Protocol):
+    """The state that is packed: a `RecipeState`."""
+
+    @property
+    def count(self) -> jax.Array: ...
+    @property
+    def masks(self) -> Any: ...
+    @property
+    def masked_from(self) -> jax.Array: ...
+    @property
+    def inner_state(self) -> optax.OptState: ...
 
 
 class PackedState(NamedTuple):
@@ -55,7 +79,7 @@ class PackedState(NamedTuple):
     inner_state: optax.OptState
 
 
-def global_norm(updater, tree: Any, count: jax.Array) -> jax.Array:
+def global_norm(updater: Planned, tree: Any, count: jax.Array) -> jax.Array:
     """`optax.tree.norm`, with the same bits for packed gradients and for masked ones.
 
     Each group is summed by itself, in the order of its entries, where a zero changes nothing.
@@ -64,7 +88,7 @@ def global_norm(updater, tree: Any, count: jax.Array) -> jax.Array:
       count: of `rounded`.
     """
 
-    def squares(plan, x):
+    def squares(plan: KernelPlan | None, x: jax.Array) -> jax.Array:
         total = rounded(jnp.square(x.astype(jnp.float32)), count)
         if plan is not None and isinstance(plan.axis, int):
             size = plan.target[1] if x.shape == plan.shape else plan.target[0]
@@ -77,7 +101,7 @@ def global_norm(updater, tree: Any, count: jax.Array) -> jax.Array:
     return jnp.sqrt(sum(squares(plan, x) for plan, x in leaves))
 
 
-def pack(updater, params: Any, state) -> tuple[Any, PackedState]:
+def pack(updater: Planned, params: Any, state: MaskedState) -> tuple[Any, PackedState]:
     """The parameters and the `RecipeState` of an updater, packed; see `RecipeUpdater.pack`."""
     for name in _state_types(state.inner_state):
         if name not in WEIGHT_BY_WEIGHT:
@@ -85,27 +109,19 @@ def pack(updater, params: Any, state) -> tuple[Any, PackedState]:
                 f"recipe: pack needs an optimizer that works weight by weight, and {name} may not; "
                 "use adam, adamw, sgd or lion"
             )
-    for plan in filter(None, updater.plans):
-        if not isinstance(plan.axis, int):
-            n, m = plan.target
-            raise ValueError(
-                f"recipe: pack finds groups of {plan.name} of {n}:{m} that go over the axes "
-                f"{plan.axis}; use an M that divides the last of them, "
-                f"{plan.shape[plan.axis[-1]]}"
-            )
 
-    def indices(plan, bits):
-        return nm_indices(plan.mask(bits), *plan.target, axis=plan.axis)
+    def indices(plan: KernelPlan, bits: jax.Array) -> jax.Array:
+        return nm_indices(plan.mask(bits), *plan.target, axis=plan.one_axis)
 
-    def code(plan, bits):
+    def code(plan: KernelPlan, bits: jax.Array) -> jax.Array:
         planes = encode_indices(indices(plan, bits), plan.target[1], axis=plan.code_axis)
-        return jnp.moveaxis(planes, 0, plan.axis - 1)
+        return jnp.moveaxis(planes, 0, plan.one_axis - 1)
 
-    def values(plan, w, bits):
-        return pack_nm(w, plan.mask(bits), *plan.target, axis=plan.axis)
+    def values(plan: KernelPlan, w: jax.Array, bits: jax.Array) -> jax.Array:
+        return pack_nm(w, plan.mask(bits), *plan.target, axis=plan.one_axis)
 
-    def statistic(plan, x, bits):
-        return gather_nm(x, indices(plan, bits), *plan.target, axis=plan.axis)
+    def statistic(plan: KernelPlan, x: jax.Array, bits: jax.Array) -> jax.Array:
+        return gather_nm(x, indices(plan, bits), *plan.target, axis=plan.one_axis)
 
     codes = updater.map_kernels(code, state.masks)
     inner_state = _map_statistics(updater, statistic, params, state.inner_state, state.masks)
@@ -113,14 +129,14 @@ def pack(updater, params: Any, state) -> tuple[Any, PackedState]:
     return params, PackedState(state.count, codes, state.masked_from, inner_state)
 
 
-def unpack(updater, params: Any, state: PackedState) -> tuple[Any, Any, optax.OptState]:
+def unpack(updater: Planned, params: Any, state: PackedState) -> tuple[Any, Any, optax.OptState]:
     """(parameters, masks, inner optimizer state): the inverse of `pack`."""
 
-    def spread(plan, x, code):
+    def spread(plan: KernelPlan, x: jax.Array, code: jax.Array) -> jax.Array:
         places = _indices(plan, x.shape, code)
-        return unpack_nm(x, places, *plan.target, axis=plan.axis)
+        return unpack_nm(x, places, *plan.target, axis=plan.one_axis)
 
-    def bits(plan, code, w):
+    def bits(plan: KernelPlan, code: jax.Array, w: jax.Array) -> jax.Array:
         return plan.bits(spread(plan, jnp.ones(w.shape, jnp.uint8), code) > 0)
 
     masks = updater.map_kernels(bits, state.codes, params)
@@ -128,25 +144,25 @@ def unpack(updater, params: Any, state: PackedState) -> tuple[Any, Any, optax.Op
     return updater.map_kernels(spread, params, state.codes), masks, inner_state
 
 
-def weights(updater, params: Any, state: PackedState) -> Any:
+def weights(updater: Planned, params: Any, state: PackedState) -> Any:
     """The parameters with a `PackedKernel` for each kernel of the recipe."""
 
-    def packed(plan, w, code):
-        n, m = plan.target
-        return PackedKernel(values=w, code=code, n=n, m=m, axis=plan.axis, code_axis=plan.code_axis)
+    def packed(plan: KernelPlan, w: jax.Array, code: jax.Array) -> PackedKernel:
+        (n, m), axis = plan.target, plan.one_axis
+        return PackedKernel(values=w, code=code, n=n, m=m, axis=axis, code_axis=plan.code_axis)
 
     return updater.map_kernels(packed, params, state.codes)
 
 
-def masks(updater, state: PackedState) -> Any:
+def masks(updater: Planned, state: PackedState) -> Any:
     """A tree like the parameters of bool masks, None outside the recipe."""
 
-    def mask(plan, code):
-        n, m = plan.target
+    def mask(plan: KernelPlan, code: jax.Array) -> jax.Array:
+        (n, m), axis = plan.target, plan.one_axis
         shape = list(plan.shape)
-        shape[plan.axis] = shape[plan.axis] // m * n
+        shape[axis] = shape[axis] // m * n
         ones = jnp.ones(shape, jnp.uint8)
-        return unpack_nm(ones, _indices(plan, shape, code), n, m, axis=plan.axis) > 0
+        return unpack_nm(ones, _indices(plan, ones.shape, code), n, m, axis=axis) > 0
 
     return updater.map_kernels(mask, state.codes)
 
@@ -165,11 +181,17 @@ def rounded(x: jax.Array, count: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) ^ nothing, x.dtype)
 
 
-def _indices(plan, shape, code) -> jax.Array:
-    return indices_of(code, shape, plan.target[1], plan.axis, plan.code_axis)
+def _indices(plan: KernelPlan, shape: tuple[int, ...], code: jax.Array) -> jax.Array:
+    return indices_of(code, shape, plan.target[1], plan.one_axis, plan.code_axis)
 
 
-def _map_statistics(updater, function, params, inner_state, *rest) -> optax.OptState:
+def _map_statistics(
+    updater: Planned,
+    function: Callable[..., jax.Array],
+    params: Any,
+    inner_state: Any,
+    *rest: Any,
+) -> optax.OptState:
     """`function(plan, x, *leaves)` for the arrays of an optimizer state that go with a kernel.
 
     They are those whose path ends as the kernel's does, and that have its shape: whatever tree of
@@ -183,17 +205,18 @@ def _map_statistics(updater, function, params, inner_state, *rest) -> optax.OptS
         if plan is not None
     }
 
-    def convert(path, x):
+    def convert(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         for start in range(len(path) + 1):
-            plan, shape, other = kernels.get(path[start:], (None, None, None))
-            if plan is not None and shape == x.shape:
-                return function(plan, x, *other)
+            if path[start:] in kernels:
+                plan, shape, other = kernels[path[start:]]
+                if shape == x.shape:
+                    return function(plan, x, *other)
         return x
 
     return jax.tree.map_with_path(convert, inner_state)
 
 
-def _state_types(state) -> Iterator[str]:
+def _state_types(state: Any) -> Iterator[str]:
     """The names of the optimizer states within one."""
     if isinstance(state, tuple):
         if hasattr(state, "_fields"):

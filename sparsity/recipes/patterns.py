@@ -47,7 +47,7 @@ class Geometric:
     k: Count | None = None
     variant: Literal["paper", "code"] = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_variant("Geometric", self.variant)
         check_fields(self)
         if self.k is not None and self.k & (self.k - 1):
@@ -72,7 +72,7 @@ class StructureDecay:
 
     variant: Literal["paper", "code"] = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_variant("StructureDecay", self.variant)
 
     def stages(self, n: int, m: int) -> Stages:

@@ -142,32 +142,40 @@ class RecipeUpdater(Updater):
             AutoSwitch, and there is none.
         """
         recipe, inner = self.recipe, optax.with_extra_args_support(inner)
-        decoupled = recipe.sr_ste > 0 and recipe.sr_ste_where == "decoupled"
-        if decoupled and learning_rate is None:
-            raise ValueError(
-                "recipe: sr_ste_where='decoupled' is scaled by the learning rate; give "
-                "wrap_optax the learning_rate of its optimizer"
-            )
+        rate = None  # of a decay that is apart from the gradient
+        if recipe.sr_ste > 0 and recipe.sr_ste_where == "decoupled":
+            rate = learning_rate
+            if rate is None:
+                raise ValueError(
+                    "recipe: sr_ste_where='decoupled' is scaled by the learning rate; give "
+                    "wrap_optax the learning_rate of its optimizer"
+                )
 
-        def init(params):
+        def init(params: Any) -> RecipeState:
             inner_state = inner.init(params)
             count, masked_from = jnp.zeros((), jnp.int32), self._switched_at(inner_state)
             return RecipeState(count, self._first_masks(params), masked_from, inner_state)
 
-        def inner_update(updates, state, params, **extra):
+        def inner_update(
+            updates: Any, state: Any, params: Any, **extra: Any
+        ) -> tuple[Any, optax.OptState]:
             if self.freezes_at is None:
-                return inner.update(updates, state.inner_state, params, **extra)
+                found: tuple[Any, optax.OptState]
+                found = inner.update(updates, state.inner_state, params, **extra)
+                return found
 
             # Around the optimizer a packed run does other things than a masked one. Were they
             # compiled together with it, its products and sums would not be rounded alike.
-            def rounded(_, x):
+            def rounded(_: KernelPlan, x: jax.Array) -> jax.Array:
                 return packed_state.rounded(x, state.count)
 
             updates = self.map_kernels(rounded, updates)
             updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
             return self.map_kernels(rounded, updates), inner_state
 
-        def update(updates, state, params=None, **extra):
+        def update(
+            updates: Any, state: RecipeState | PackedState, params: Any = None, **extra: Any
+        ) -> tuple[Any, RecipeState | PackedState]:
             if params is None:
                 raise ValueError("recipe: update needs the parameters; pass params")
             if isinstance(state, PackedState):
@@ -176,20 +184,24 @@ class RecipeUpdater(Updater):
                 return updates, state._replace(count=count, inner_state=inner_state)
             frozen = self._settings(*self._clock(state)).frozen
 
-            def gradient(plan, g, w, bits):
+            def gradient(
+                plan: KernelPlan, g: jax.Array, w: jax.Array, bits: jax.Array
+            ) -> jax.Array:
                 mask = plan.mask(bits)
-                if recipe.sr_ste > 0 and not decoupled:
+                if recipe.sr_ste > 0 and rate is None:
                     g = g + (recipe.sr_ste * jnp.where(mask, 0, w)).astype(g.dtype)
                 return g if self.freezes_at is None else jnp.where(frozen & ~mask, 0, g)
 
             updates = self.map_kernels(gradient, updates, params, state.masks)
             updates, inner_state = inner_update(updates, state, params, **extra)
-            if decoupled:
-                rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-                scale = rate * recipe.sr_ste
+            if rate is not None:
+                scale = (rate(state.count) if callable(rate) else rate) * recipe.sr_ste
 
-                def shrink(plan, u, w, bits):
-                    return u - (scale * jnp.where(plan.mask(bits), 0, w)).astype(u.dtype)
+                def shrink(
+                    plan: KernelPlan, u: jax.Array, w: jax.Array, bits: jax.Array
+                ) -> jax.Array:
+                    pruned: jax.Array = scale * jnp.where(plan.mask(bits), 0, w)
+                    return u - pruned.astype(u.dtype)
 
                 updates = self.map_kernels(shrink, updates, params, state.masks)
             count = optax.safe_increment(state.count)
@@ -199,7 +211,9 @@ class RecipeUpdater(Updater):
             if self.freezes_at is not None:
                 frozen = self._settings(*self._clock(new)).frozen
 
-                def settle(plan, u, w, bits):  # w - w is exactly 0
+                def settle(
+                    plan: KernelPlan, u: jax.Array, w: jax.Array, bits: jax.Array
+                ) -> jax.Array:  # w - w is exactly 0
                     return jnp.where(frozen & ~plan.mask(bits), -w.astype(u.dtype), u)
 
                 updates = self.map_kernels(settle, updates, params, masks)
@@ -218,7 +232,7 @@ class RecipeUpdater(Updater):
         gradient = jnp.ones((), jnp.float32) if rule == "straight_through" else s.decay
         gradient = jnp.where(s.frozen, 0, gradient)
 
-        def masked(plan, w, bits):
+        def masked(plan: KernelPlan, w: jax.Array, bits: jax.Array) -> MaskedKernel:
             decay, scale = (jnp.broadcast_to(x, plan.stacked) for x in (s.decay, gradient))
             return MaskedKernel(
                 weight=w, bits=bits, decay=decay, gradient=scale, axis=plan.bits_axis
@@ -243,7 +257,7 @@ class RecipeUpdater(Updater):
             return params
         frozen = self._settings(*self._clock(state)).frozen
 
-        def settle(plan, w, bits):
+        def settle(plan: KernelPlan, w: jax.Array, bits: jax.Array) -> jax.Array:
             return jnp.where(frozen & ~plan.mask(bits), 0, w)
 
         return self.map_kernels(settle, params, state.masks)
@@ -348,7 +362,7 @@ class RecipeUpdater(Updater):
         params, masks, inner_state = packed_state.unpack(self, params, state)
         return params, RecipeState(state.count, masks, state.masked_from, inner_state)
 
-    def map_kernels(self, function: Callable, tree: Any, *rest: Any) -> Any:
+    def map_kernels(self, function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
         """`function(plan, *leaves)` for the kernels of the recipe; other leaves of `tree` stay."""
         trees = [self.treedef.flatten_up_to(t) for t in (tree, *rest)]
         leaves = [
@@ -357,11 +371,11 @@ class RecipeUpdater(Updater):
         ]
         return self.treedef.unflatten(leaves)
 
-    def _switched_at(self, inner_state) -> jax.Array:
+    def _switched_at(self, inner_state: Any) -> jax.Array:
         """Reads `RecipeState.masked_from` from the state of the optimizer."""
         if self.recipe.variance is None:
             return jnp.full((), -1, jnp.int32)
-        found = optax.tree_utils.tree_get(inner_state, "switched_at")
+        found: jax.Array | None = optax.tree_utils.tree_get(inner_state, "switched_at")
         if found is None:
             raise ValueError(
                 "recipe: variance=AutoSwitch(...) needs an optimizer that is built with "
@@ -369,7 +383,7 @@ class RecipeUpdater(Updater):
             )
         return found
 
-    def _clock(self, step) -> tuple[jax.Array, jax.Array | int]:
+    def _clock(self, step: Any) -> tuple[jax.Array, jax.Array | int]:
         """(updates done, first step of the decay phase) of a state, or of a number."""
         if isinstance(step, RecipeState | PackedState):
             return step.count, self._start(step.masked_from)
@@ -379,7 +393,7 @@ class RecipeUpdater(Updater):
             )
         return jnp.asarray(step, jnp.int32), self.dense_steps
 
-    def _start(self, masked_from) -> jax.Array | int:
+    def _start(self, masked_from: jax.Array) -> jax.Array | int:
         """Number of the first step of the decay phase."""
         if self.recipe.variance is None:
             return self.dense_steps
@@ -400,7 +414,7 @@ class RecipeUpdater(Updater):
         stage = jnp.minimum(s.elapsed * stages // jnp.maximum(s.length, 1), stages - 1)
         return jnp.where(s.phase == FINE_TUNE, stages - 1, stage)
 
-    def _first_masks(self, params) -> Any:
+    def _first_masks(self, params: Any) -> Any:
         dense_first = self.dense_steps > 0 or self.recipe.variance is not None
         if self.fine_tune_start == 0:
             stage = -1
@@ -409,7 +423,7 @@ class RecipeUpdater(Updater):
         else:
             stage = 0
 
-        def bits(plan, _, w):
+        def bits(plan: KernelPlan, _: Any, w: jax.Array) -> jax.Array:
             if stage is None:
                 return plan.bits(jnp.ones_like(w, bool))
             return plan.bits_at(stage, jnp.abs(w))
@@ -417,7 +431,9 @@ class RecipeUpdater(Updater):
         none = self.treedef.unflatten([None] * len(self.plans))
         return self.map_kernels(bits, none, params if self.scored is None else self.scored(params))
 
-    def _next_masks(self, params, updates, masks, count, masked_from) -> Any:
+    def _next_masks(
+        self, params: Any, updates: Any, masks: Any, count: jax.Array, masked_from: jax.Array
+    ) -> Any:
         """The masks of params + updates, where they are due; else those that are."""
         start = self._start(masked_from)
         s, before = self._settings(count, start), self._settings(count - 1, start)
@@ -428,13 +444,13 @@ class RecipeUpdater(Updater):
             due |= self._stage(s, n) != self._stage(before, n)
         due = (s.phase != DENSE) & jnp.where(s.frozen, since == 0, due)
 
-        def fresh(params, updates):
-            def updated(plan, w, u):
+        def fresh(params: Any, updates: Any) -> Any:
+            def updated(plan: KernelPlan, w: jax.Array, u: jax.Array) -> jax.Array:
                 # A step whose numbers are not finite is one that a trainer takes back.
                 new = optax.apply_updates(w, u)
                 return jnp.where(jnp.isfinite(new), new, w)
 
-            def bits(plan, _, w):
+            def bits(plan: KernelPlan, _: Any, w: jax.Array) -> jax.Array:
                 stage = self._stage(s, len(plan.stages)) if len(plan.stages) > 1 else 0
                 return plan.bits_at(stage, jnp.abs(w))
 

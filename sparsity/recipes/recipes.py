@@ -16,7 +16,7 @@ from sparsity.masks.layers import KERNELS, assign, names
 from sparsity.ranges import Count, Fraction, NonNegative, check_choice, check_fields
 from sparsity.recipes.autoswitch import AutoSwitch
 from sparsity.recipes.decay import Decay, Exponential, Hard, Linear, MaskDecay, check_decay
-from sparsity.recipes.kernel_plan import plan_kernel
+from sparsity.recipes.kernel_plan import Contraction, plan_kernel
 from sparsity.recipes.patterns import (
     Fixed,
     Geometric,
@@ -26,7 +26,7 @@ from sparsity.recipes.patterns import (
     parse_pattern,
 )
 from sparsity.recipes.recipe_updater import RecipeUpdater
-from sparsity.updater import Contraction, Scored, Sparsity
+from sparsity.updater import Scored, Sparsity
 
 Layers = Mapping[str, str | None]
 """Pattern such as "2:4" by regular expression over the names of parameters; see `layers.assign`."""
@@ -81,7 +81,7 @@ class Recipe(Sparsity):
     freeze: bool = True
     packed: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, text in self.layers.items():
             if text is not None and text != "dense":
                 try:
@@ -97,7 +97,7 @@ class Recipe(Sparsity):
         check_fields(self)
         self._check_phases()
 
-    def _check_phases(self):
+    def _check_phases(self) -> None:
         before, name = self.dense_fraction, "dense_fraction"
         if self.variance is not None:
             if self.dense_fraction:
@@ -371,7 +371,13 @@ def _layers(layers: Layers | None) -> Layers:
     return dict(DEFAULT_LAYERS if layers is None else layers)
 
 
-def _gradient_flow(layers, dense_fraction, fine_tune_fraction, variant, **options) -> Recipe:
+def _gradient_flow(
+    layers: Layers | None,
+    dense_fraction: float,
+    fine_tune_fraction: float,
+    variant: Variant,
+    **options: Any,
+) -> Recipe:
     gradients: dict[str, Any] = {"paper": "masked", "code": "straight_through"}
     check_choice("recipe: variant", variant, gradients)
     return Recipe(

@@ -138,9 +138,10 @@ def test_schemes_have_the_arguments_that_llm_compressor_gives_them():
         assert get_format(found[0]) == weights
         assert (None if found[1] is None else get_format(found[1])) == activations
         layers = {"kernel": name}
-        assert Quantization(layers=layers).build({"kernel": np.zeros((128, 128))}).plans[
-            0
-        ].formats == MatmulFormats(weights=weights, activations=activations)
+        assert (
+            Quantization(layers=layers).build({"kernel": np.zeros((128, 128))}).plans[0].formats
+            == MatmulFormats(weights=weights, activations=activations).resolved()
+        )
     for weights, activations in formats.SCHEMES.values():
         assert all(map(get_format, filter(None, (weights, activations))))
     assert formats.find_scheme("int8") is formats.find_scheme("nvfp4") is None
