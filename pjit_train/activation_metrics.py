@@ -4,6 +4,7 @@ The scales of these are made within a step. So a forward pass of its own, and wh
 quantized a backward one, goes over one sequence of every device.
 """
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pjit_train.compression.calibrate import enter, replace_dense
+from pjit_train.models.blocks import scan_layers
 from pjit_train.models.projection import WatchedDense, note_input_losses
 from pjit_train.run import Run
 from pjit_train.sharding import Rules
@@ -45,8 +47,7 @@ def observe_activations(
     x_BTD, inputs = enter(run.task, model, sample)
     whole = run.task.weight(batch) if run.accumulate == 1 else 1
 
-    @jax.checkpoint  # or the backward pass would keep what a step may not
-    def layer(x_BTD, of_layer):
+    def layer(x_BTD, of_layer, *, inputs):
         params, probes = of_layer
         block, found = nnx.merge(block_graph, params), {}
 
@@ -61,7 +62,7 @@ def observe_activations(
 
     def loss(probes):
         """The loss of the sample as a step has it, and what is noted on the way, by layer."""
-        out_BTD, found = jax.lax.scan(layer, x_BTD, (stacked, probes))
+        out_BTD, found = scan_layers(period, x_BTD, (stacked, probes), layers)
         found = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
         for name, (stored, read) in run.task.head_reads(model, out_BTD).items():
             note_input_losses(
@@ -70,6 +71,11 @@ def observe_activations(
         return run.task.head_loss(model, out_BTD, sample)[0] / whole, found
 
     layers = model.config.num_layers
+    # Checkpoints, or the backward pass would keep what a step may not.
+    period = [
+        jax.checkpoint(functools.partial(layer, inputs=of_kind))
+        for of_kind in inputs[: model.config.period]
+    ]
     probes = {
         kind(name): jnp.zeros((layers, 4), jnp.float32)
         for name in quantizer.matmuls

@@ -58,13 +58,20 @@ def check_number(name: str, value: Any, hint: Any, error: type[ValueError] = Val
     Args:
       name: of the value, for the message.
       hint: `Count` or another `Annotated[int or float, Range]`, or a union of one with None or
-        literals; or a sequence of these or a mapping to them, whose items are named one by one.
+        literals; or a sequence of these or a mapping to them, whose items are named one by one; or
+        a union of None and tuples of several lengths.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     many = (tuple, Sequence, Mapping)
     if origin not in many and any(typing.get_origin(part) in many for part in arguments):
         if value is not None:  # the other part of the union
-            check_number(name, value, arguments[0], error)
+            sequences = [part for part in arguments if typing.get_origin(part) in many]
+            lengths = [len(typing.get_args(part)) for part in sequences]
+            size = len(value) if isinstance(value, Sequence) else None
+            fits = [part for part, n in zip(sequences, lengths, strict=True) if n == size]
+            if len(sequences) > 1 and (not fits or isinstance(value, str)):
+                raise error(f"{name}={_shown(value)}; use {' or '.join(map(str, lengths))} numbers")
+            check_number(name, value, [*fits, *sequences][0], error)
     elif origin is Mapping:
         if not isinstance(value, Mapping):
             raise error(f"{name}={_shown(value)}; use a mapping to numbers")

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
+from pjit_train.attention.logits import Logits
 from pjit_train.attention.masks import Mask
 from pjit_train.attention.rows import LEAST, RowStats, backward, row_corrections, tiles_for
 from pjit_train.errors import UserError
@@ -104,7 +105,8 @@ def _bwd(mask, rows, target, interpret, residuals, d_out):
     q, k, v, segments, row_offset, out, stats = residuals
     delta = row_corrections(out, d_out)
     tiles = tiles_for(q.shape[1], k.shape[1])
-    gradients = backward(q, k, v, segments, row_offset[0], d_out, stats, delta, mask, tiles)
+    of_rows = d_out, stats, delta, mask, tiles, Logits.of(q.shape[-1])
+    gradients = backward(q, k, v, segments, row_offset[0], *of_rows)
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 

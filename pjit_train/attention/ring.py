@@ -10,17 +10,28 @@ Letters in names: B batch, t rows of a device, H heads, D size of a head.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
+from pjit_train.attention.logits import Logits
 from pjit_train.attention.masks import Mask
 from pjit_train.attention.rows import LEAST, RowStats, backward, forward, row_corrections, tiles_for
 from pjit_train.sharding import varying, varying_axes
 
 
-def attend_ring(q, k, v, segments, row_offset, *, axis, mask: Mask, tile_rows: int | None = None):
+def attend_ring(
+    q,
+    k,
+    v,
+    segments,
+    row_offset,
+    *,
+    axis,
+    mask: Mask,
+    tile_rows: int | None = None,
+    logits: Logits | None = None,
+):
     """Self-attention of the rows of this device over the columns of all, within a `shard_map`.
 
     Args:
@@ -34,28 +45,30 @@ def attend_ring(q, k, v, segments, row_offset, *, axis, mask: Mask, tile_rows: i
         segments = ()
     if zigzag:
         q, k, v, *segments = (_zigzag(x, axis) for x in (q, k, v, *segments))
-    out = _ring(q, k, v, tuple(segments), axis, mask.causal, mask.window, zigzag, tile_rows)
+    how = axis, mask.causal, mask.window, zigzag, tile_rows, logits or Logits.of(q.shape[-1])
+    out = _ring(q, k, v, tuple(segments), *how)
     return _zigzag(out, axis, back=True) if zigzag else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _ring(q, k, v, segments, axis, causal, window, zigzag, tile_rows):
-    return _ring_fwd(q, k, v, segments, axis, causal, window, zigzag, tile_rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8, 9))
+def _ring(q, k, v, segments, axis, causal, window, zigzag, tile_rows, logits):
+    return _ring_fwd(q, k, v, segments, axis, causal, window, zigzag, tile_rows, logits)[0]
 
 
-def _ring_fwd(q, k, v, segments, axis, causal, window, zigzag, tile_rows):
+def _ring_fwd(q, k, v, segments, axis, causal, window, zigzag, tile_rows, logits):
     pairs = functools.partial(_pairs, causal=causal, window=window, zigzag=zigzag)
     columns = (k, v, segments[1:])
     rows, size = (q, segments[:1]), jax.lax.axis_size(axis)
     nothing = RowStats(jnp.full(q.shape[:3], LEAST), jnp.full(q.shape[:3], -jnp.inf))
     total = jnp.zeros(q.shape, jnp.float32), nothing
     total = varying(total, varying_axes(q))
+    join = functools.partial(_join, unit=logits.unit)
 
     def add(total, rows, columns, turn):
         for (q, ids), (k, v, col_ids), offset, mask, put in pairs(rows, columns, axis, turn):
             some = (*ids, *col_ids) or None
             tiles = tiles_for(q.shape[1], k.shape[1], tile_rows)
-            total = put(_join, total, forward(q, k, v, some, offset, mask, tiles))
+            total = put(join, total, forward(q, k, v, some, offset, mask, tiles, logits))
         return total
 
     def turn(carry, i):
@@ -69,7 +82,7 @@ def _ring_fwd(q, k, v, segments, axis, causal, window, zigzag, tile_rows):
     return out, (q, k, v, segments, out, total[1])
 
 
-def _ring_bwd(axis, causal, window, zigzag, tile_rows, residuals, d_out):
+def _ring_bwd(axis, causal, window, zigzag, tile_rows, logits, residuals, d_out):
     q, k, v, segments, out, stats = residuals
     pairs = functools.partial(_pairs, causal=causal, window=window, zigzag=zigzag)
     rows = (q, d_out, stats, row_corrections(out, d_out), segments[:1])
@@ -83,7 +96,7 @@ def _ring_bwd(axis, causal, window, zigzag, tile_rows, residuals, d_out):
             (q, d_out, stats, delta, ids), (k, v, col_ids) = some_rows, some_columns
             some = (*ids, *col_ids) or None
             tiles = tiles_for(q.shape[1], k.shape[1], tile_rows)
-            parts = backward(q, k, v, some, offset, d_out, stats, delta, mask, tiles)
+            parts = backward(q, k, v, some, offset, d_out, stats, delta, mask, tiles, logits)
             d_q = put(_sum, d_q, parts[0])
             d_columns = put_columns(_sum, d_columns, parts[1:])
         return d_q, d_columns
@@ -107,10 +120,10 @@ def _sum(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
-def _join(one, other):
+def _join(one, other, unit: float):
     """Attention over two sets of columns, of (output, row statistics) of each."""
-    top, scale = jnp.maximum(one[1].top, other[1].top), 1 / math.sqrt(one[0].shape[-1])
-    logs = [stats.log_total + (stats.top - top) * scale for _, stats in (one, other)]
+    top = jnp.maximum(one[1].top, other[1].top)
+    logs = [stats.log_total + (stats.top - top) * unit for _, stats in (one, other)]
     log_total = jnp.logaddexp(*logs)
     shares = [jnp.exp(log - log_total)[..., None] for log in logs]
     return one[0] * shares[0] + other[0] * shares[1], RowStats(top, log_total)

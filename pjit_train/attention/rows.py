@@ -17,13 +17,13 @@ M = G R; x chunks of h pairs of a batch and a key-value head.
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pjit_train.attention.logits import Logits
 from pjit_train.attention.masks import Mask
 from pjit_train.sharding import varying, varying_axes
 
@@ -31,9 +31,10 @@ LEAST = float(jnp.finfo(jnp.float32).min)  # of the largest logit of a row
 
 
 class RowStats(NamedTuple):
-    """Statistics of a row, which give its weights: exp((logit - top) / sqrt(D) - log_total).
+    """Statistics of a row, which give its weights: exp((logit - top) * unit - log_total).
 
-    In two, since of a large top their sum would keep nothing of the other.
+    In two, since of a large top their sum would keep nothing of the other. A logit is here what
+    `Logits` gives, and the unit its `unit`.
 
     Attributes:
       top: [B, T, H], the largest logit, before scaling; LEAST of a row that sees nothing.
@@ -74,38 +75,41 @@ def tiles_for(rows: int, columns: int, tile_rows: int | None = None) -> Tiles:
     return Tiles(128, 2**19, 256, 2**18)
 
 
-def attend_rows(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
+def attend_rows(
+    q, k, v, segments, row_offset, mask: Mask, tiles: Tiles, logits: Logits | None = None
+):
     """Attention as `attention.attention` documents it, on the arrays of one device."""
-    return _attend(q, k, v, segments, row_offset, mask, tiles)
+    logits = logits or Logits.of(q.shape[-1])
+    return _attend(q, k, v, segments, row_offset, mask, tiles, logits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, segments, row_offset, mask, tiles):
-    return forward(q, k, v, segments, row_offset, mask, tiles)[0].astype(q.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, segments, row_offset, mask, tiles, logits):
+    return forward(q, k, v, segments, row_offset, mask, tiles, logits)[0].astype(q.dtype)
 
 
-def _fwd(q, k, v, segments, row_offset, mask, tiles):
-    out, stats = forward(q, k, v, segments, row_offset, mask, tiles)
+def _fwd(q, k, v, segments, row_offset, mask, tiles, logits):
+    out, stats = forward(q, k, v, segments, row_offset, mask, tiles, logits)
     out = out.astype(q.dtype)
     return out, (q, k, v, segments, row_offset, out, stats)
 
 
-def _bwd(mask, tiles, residuals, d_out):
+def _bwd(mask, tiles, logits, residuals, d_out):
     q, k, v, segments, row_offset, out, stats = residuals
     delta = row_corrections(out, d_out)
-    gradients = backward(q, k, v, segments, row_offset, d_out, stats, delta, mask, tiles)
+    gradients = backward(q, k, v, segments, row_offset, d_out, stats, delta, mask, tiles, logits)
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
 _attend.defvjp(_fwd, _bwd)
 
 
-def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
+def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles, logits: Logits):
     """The output [B, T, H, D], and the statistics of its rows; float32."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     R, n = _split(T, tiles.rows)
-    G, scale = H // K, 1 / math.sqrt(D)
+    G, scale = H // K, logits.unit
     width, groups = mask.row_groups(n, R, S)
     widths = mask.widths(n, S)
     h = _chunk(B * K, tiles.logits // (G * R * width))
@@ -122,24 +126,25 @@ def forward(q, k, v, segments, row_offset, mask: Mask, tiles: Tiles):
         def tile(x, pieces):
             i, q_hMD, row_ids_hM = x
             rows_M = row_offset + i * R + within
-            logits = []
+            made = []
             for piece in pieces:
                 low, high, masked = piece
                 if mask.slides:
                     low = jnp.clip(row_offset + i * R - mask.window + 1, 0, S - width)
                 kT, cols = _columns(kT_hDS, low, high, 2), low + jnp.arange(high)
                 s = jnp.einsum("hmd,hdc->hmc", q_hMD, kT, preferred_element_type=jnp.float32)
+                s = logits(s)
                 if masked:
                     ids = None
                     if segments is not None:
                         ids = row_ids_hM[:, :, None], _columns(col_ids_hS, low, high, 1)[:, None]
                     s = mask(s, rows_M[:, None], cols, ids)
-                logits.append((s, low, high))
-            tops = [jnp.max(s, axis=-1, keepdims=True) for s, _, _ in logits]
+                made.append((s, low, high))
+            tops = [jnp.max(s, axis=-1, keepdims=True) for s, _, _ in made]
             # The floor keeps a row that sees nothing free of inf - inf.
             top = jnp.maximum(functools.reduce(jnp.maximum, tops), LEAST)
             out, total = 0, 0
-            for s, low, high in logits:
+            for s, low, high in made:
                 # Not s * scale - top, which a compiler may round once or twice: a mask would change
                 # the bits of rows that it leaves alone.
                 weights = jnp.exp((s - top) * scale)
@@ -181,7 +186,17 @@ def row_corrections(out, d_out):
 
 
 def backward(
-    q, k, v, segments, row_offset, d_out, stats: RowStats, delta, mask: Mask, tiles: Tiles
+    q,
+    k,
+    v,
+    segments,
+    row_offset,
+    d_out,
+    stats: RowStats,
+    delta,
+    mask: Mask,
+    tiles: Tiles,
+    logits: Logits,
 ):
     """Gradients of q, k and v, float32, from the statistics of `forward` and row corrections.
 
@@ -193,7 +208,7 @@ def backward(
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     (R, n), (C, m) = _split(T, tiles.block), _split(S, tiles.block)
-    G, scale = H // K, 1 / math.sqrt(D)
+    G, scale = H // K, logits.unit
     h = _chunk(B * K, tiles.block_logits // (G * R * C))
     d_out = jnp.asarray(d_out)  # a cotangent may come from numpy
 
@@ -219,7 +234,7 @@ def backward(
             dqT_nhDM, dk_mhCD, dv_mhCD = sums
             q_hMD, d_out_hMD, k_hCD = q_nhMD[i], d_out_nhMD[i], k_mhCD[j]
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-            logits_hCM = product("hcd,hmd->hcm", k_hCD, q_hMD)
+            logits_hCM = called_hCM = logits(product("hcd,hmd->hcm", k_hCD, q_hMD))
             if masked:
                 cols_C1 = j * C + jnp.arange(C)[:, None]
                 ids = None if segments is None else (row_ids[i][:, None], col_ids[j][:, :, None])
@@ -231,7 +246,7 @@ def backward(
             weights_hCM = jnp.exp(below_hCM * scale - log_total_hM[:, None])
             d_weights_hCM = product("hcd,hmd->hcm", v_mhCD[j], d_out_hMD)
             d_logits_hCM = weights_hCM * (d_weights_hCM - delta_nhM[i][:, None])
-            d_logits_hCM = d_logits_hCM.astype(q.dtype)
+            d_logits_hCM = logits.by_products(d_logits_hCM, called_hCM).astype(q.dtype)
             weights_hCM = weights_hCM.astype(d_out.dtype)
             dqT_nhDM = dqT_nhDM.at[i].add(product("hdc,hcm->hdm", kT_mhDC[j], d_logits_hCM))
             dk_mhCD = dk_mhCD.at[j].add(product("hcm,hmd->hcd", d_logits_hCM, q_hMD))
@@ -248,8 +263,8 @@ def backward(
     xs = q_xnhMD, d_out_xnhMD, stats_xnhM, delta_xnhM, k_xmhCD
     xs = *xs, k_xmhCD.swapaxes(-1, -2), v_xmhCD, row_ids, col_ids
     dqT_xnhDM, dk_xmhCD, dv_xmhCD = _map(chunk, xs, len(q_xnhMD))
-    dq = _from_rows(dqT_xnhDM.swapaxes(-1, -2), B, T, K, R) * scale
-    return dq, _from_rows(dk_xmhCD, B, S, K, C) * scale, _from_rows(dv_xmhCD, B, S, K, C)
+    dq = _from_rows(dqT_xnhDM.swapaxes(-1, -2), B, T, K, R) * logits.scale
+    return dq, _from_rows(dk_xmhCD, B, S, K, C) * logits.scale, _from_rows(dv_xmhCD, B, S, K, C)
 
 
 def _go_over(step, sums, pairs, some):

@@ -126,8 +126,9 @@ def input_maxima(
     return maxima
 
 
-Hidden = list[tuple[jax.Array, dict[str, Any]]]
-"""By batch, what a block is given: the activations [batch, tokens, d_model], the other inputs."""
+Hidden = list[tuple[jax.Array, list[dict[str, Any]]]]
+"""By batch, what blocks are given: activations [batch, tokens, d_model], and each layer's inputs
+besides."""
 
 
 def walk(
@@ -145,17 +146,18 @@ def walk(
       The block, and the measurements by the name of a Dense, such as "attention/query".
     """
     graph = nnx.graphdef(model.blocks)
-    # One shape of a block, so each is compiled once.
-    forward = jax.jit(functools.partial(_forward, graph), static_argnames="causal")
-    look = jax.jit(functools.partial(_measured, graph, measure), static_argnames="causal")
+    # One shape of a block, so each kind is compiled once.
+    static = ("causal", "window")
+    forward = jax.jit(functools.partial(_forward, graph), static_argnames=static)
+    look = jax.jit(functools.partial(_measured, graph, measure), static_argnames=static)
     for layer in range(model.config.num_layers):
         block = jax.tree.map(lambda x, layer=layer: x[layer], stacked)  # views
         on_device = jax.tree.map(jnp.array, block)
-        measured = (look(on_device, x, **rest) for x, rest in hidden)
+        measured = (look(on_device, x, **rest[layer]) for x, rest in hidden)
         joined = functools.reduce(lambda a, b: {n: join(a[n], b[n]) for n in a}, measured)
         yield block, joined
         on_device = jax.tree.map(jnp.array, block)
-        hidden[:] = [(forward(on_device, x, **rest), rest) for x, rest in hidden]
+        hidden[:] = [(forward(on_device, x, **rest[layer]), rest) for x, rest in hidden]
 
 
 def num_inputs(dense: Dense) -> int:
@@ -209,7 +211,7 @@ def replace_dense(block: nnx.Module, replacement: Callable[[str, Dense], Any]) -
 
 
 class _Entrance(nnx.Module):
-    """Stands in place of a model's blocks and notes what the first one would be given."""
+    """Stands in place of a model's blocks and notes what each would be given."""
 
     def __init__(self, note: Callable):
         self.note = note
@@ -224,11 +226,11 @@ def enter_all(model, batches) -> Hidden:
     return [enter(LanguageModelling(), model, batch) for batch in batches]
 
 
-def enter(task: Task, model, batch) -> tuple[jax.Array, dict[str, Any]]:
-    """Inputs of the first block for a batch: the embedded row, and the other inputs."""
+def enter(task: Task, model, batch) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """The embedded row of a batch, for the first block, and the other inputs of each layer."""
     noted = []
     entrance = nnx.clone(model)
     entrance.blocks = _Entrance(lambda x, inputs: noted.append((x, inputs)))
-    entrance.config = dataclasses.replace(model.config, num_layers=1, layers="unroll", remat="none")
+    entrance.config = dataclasses.replace(model.config, layers="unroll", remat="none")
     task.body(entrance, jax.tree.map(jnp.asarray, dict(batch)))
-    return noted[0]
+    return noted[0][0], [inputs for _, inputs in noted]

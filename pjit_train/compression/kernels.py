@@ -161,7 +161,9 @@ def smooth(
         )
         for name in (f"{norm}/scale", f"{norm}/bias"):
             if name in smoothed:
-                smoothed[name] = (smoothed[name] / scales_LI).astype(np.float32)
+                offset = roles[name].offset
+                divided = (smoothed[name] + offset) / scales_LI - offset
+                smoothed[name] = divided.astype(np.float32)
         for name, matrix_LIO in zip(kernels, matrices, strict=True):
             scaled = (matrix_LIO * scales_LI[..., None]).astype(np.float32)
             smoothed[name] = scaled.reshape(smoothed[name].shape)

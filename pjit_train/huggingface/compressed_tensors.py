@@ -137,8 +137,7 @@ def save(
         or values are not those of their format.
     """
     shapes = {"/".join(path): x.shape for path, x in flatten_dict(dict(params)).items()}
-    patterns = {name: (shapes[name], pattern) for name, pattern in (patterns or {}).items()}
-    packing = _Packing(config, quantized, patterns)
+    packing = _Packing(config, quantized, patterns, shapes)
     huggingface.save(folder, config, params, packing=packing, **options)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return {"bytes": size, "violations": packing.violations}
@@ -251,7 +250,7 @@ class _Packing:
 
     Attributes:
       config: `quantization_config`, or None where nothing is quantized.
-      patterns: shape and N:M of a kernel, by its name.
+      patterns: N:M of a kernel, by its name.
       violations: see `save`.
     """
 
@@ -259,10 +258,12 @@ class _Packing:
         self,
         config: BlockConfig,
         quantized: Mapping[str, QuantizedWeights],
-        patterns: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+        patterns: Mapping[str, str] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         family, self._roles = write_config(config)[0], param_roles(config)
         self.quantized, self.patterns = quantized, patterns or {}
+        self._shapes = shapes or {}
         self.violations: dict[str, int] = {}
         self._written: dict[str, tuple[Tensor, bytes]] = {}  # with a digest of the values
         self._linear = {_kernels(t)[0]: t for t in family.tensors if _linear(t, self._roles)}
@@ -337,10 +338,10 @@ class _Packing:
                 module = name.removesuffix(".weight")
                 raise OSError(f"{module} is read back otherwise than it was written")
             for kernel in self.patterns.keys() & kernels:
-                shape, pattern = self.patterns[kernel]
-                of_layer = shape[1:] if "{}" in tensor.name else shape
+                stacked = "{}" in tensor.name
+                of_layer = [self._shapes[name][1 if stacked else 0 :] for name in kernels]
                 part = tensor.split(array, of_layer)[kernels.index(kernel)]
-                found = violations(self._roles[kernel], part, pattern)
+                found = violations(self._roles[kernel], part, self.patterns[kernel])
                 self.violations[kernel] = self.violations.get(kernel, 0) + found
 
 

@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face folders of Llama, OPT, GPT-2 and ViT: config.json, safetensors.
+"""Weights from and to Hugging Face folders: config.json and safetensors files.
 
 `families` says how names and layouts of Hugging Face pair with those of Torsion.
 """
@@ -102,8 +102,8 @@ def load(
         for name, tensor, layer in wanted:
             if layer in (None, 0):
                 arrays |= {p: np.empty(params[p].shape, params[p].dtype) for p in tensor.paths}
-            shape = _layer_shape(params[tensor.paths[0]].shape, layer)
-            for path, part in zip(tensor.paths, tensor.split(file.read(name), shape), strict=True):
+            shapes = _layer_shapes(tensor, params, layer)
+            for path, part in zip(tensor.paths, tensor.split(file.read(name), shapes), strict=True):
                 at = ... if layer is None else layer
                 with np.errstate(over="ignore"):
                     arrays[path][at] = part
@@ -214,7 +214,7 @@ def tensor_shapes(family: Family, config: BlockConfig) -> dict[str, tuple[int, .
     """The tensors of Hugging Face that a model has, by name, and the shape of each."""
     params = _abstract_params(config, Rules())
     return {
-        name: tensor.shape(_layer_shape(params[tensor.paths[0]].shape, layer))
+        name: tensor.shape(_layer_shapes(tensor, params, layer))
         for name, tensor, layer in _tensors(family, params)
     }
 
@@ -243,8 +243,11 @@ def _tensors(
             yield from ((tensor.name.format(layer), tensor, layer) for layer in layers)
 
 
-def _layer_shape(shape: tuple[int, ...], layer: int | None) -> tuple[int, ...]:
-    return shape if layer is None else shape[1:]
+def _layer_shapes(
+    tensor: Tensor, params: Mapping[str, nnx.Param], layer: int | None
+) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of a tensor, without the axis of layers."""
+    return [params[path].shape[0 if layer is None else 1 :] for path in tensor.paths]
 
 
 class _Stored(NamedTuple):
@@ -355,7 +358,7 @@ def _check_tensors(folder: Path, file: _Files, wanted, params, *, tied: bool) ->
     if unexpected := sorted(spare - ({"lm_head.weight"} if tied else set())):
         raise UserError(f"{folder}: tensors {some(unexpected)} are not of this model")
     for name, tensor, layer in wanted:
-        expected = tensor.shape(_layer_shape(params[tensor.paths[0]].shape, layer))
+        expected = tensor.shape(_layer_shapes(tensor, params, layer))
         shape, dtype = file.shape_and_dtype(name)
         if shape != expected:
             raise UserError(

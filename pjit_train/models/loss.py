@@ -15,11 +15,17 @@ CHUNK_LOGITS = 1 << 22  # logits held at a time on a device: 16 MiB in float32
 MIN_CHUNK_TOKENS = 512  # or more, so that a large vocabulary's head is not read for a few tokens
 
 
+def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """Logits capped softly, softcap * tanh(logits / softcap); as they are where it is None."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def cross_entropy(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
     weights: jax.Array | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Sum over tokens of weights * -log softmax(hidden @ head)[target].
 
@@ -32,6 +38,7 @@ def cross_entropy(
       head: [d_model, vocab]; may be split over the vocabulary, not over d_model.
       targets: int [batch, length].
       weights: float [batch, length]; ones where None.
+      softcap: caps logits softly, as softcap * tanh(logit / softcap); None for no cap.
 
     Returns:
       A float32 scalar, in nats.
@@ -41,7 +48,7 @@ def cross_entropy(
     batch, rows, _ = spec_of(hidden)
     _, vocab = spec_of(head).partitions
     if batch is rows is vocab is None:
-        return _summed(hidden, head, targets, weights, None)
+        return _summed(hidden, head, targets, weights, None, softcap)
     tokens, kernel = P(batch, rows), P(None, vocab, reduced=spec_of(head).reduced)
     arrays = (
         hidden,
@@ -52,23 +59,23 @@ def cross_entropy(
 
     def shard(hidden, head, targets, weights):
         hidden, head = varying((hidden, head), spec_axes(tokens, kernel))
-        loss = _summed(hidden, head, targets, weights, vocab)
+        loss = _summed(hidden, head, targets, weights, vocab, softcap)
         return jax.lax.psum(loss, spec_axes(tokens))
 
     specs = P(batch, rows, None), kernel, tokens, tokens
     return jax.shard_map(shard, in_specs=specs, out_specs=P())(*arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed(hidden, head, targets, weights, vocab_axis):
-    return _chunks(hidden, head, targets, weights, vocab_axis, with_gradients=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed(hidden, head, targets, weights, vocab_axis, softcap):
+    return _chunks(hidden, head, targets, weights, vocab_axis, softcap, with_gradients=False)
 
 
-def _summed_fwd(hidden, head, targets, weights, vocab_axis):
-    return _chunks(hidden, head, targets, weights, vocab_axis, with_gradients=True)
+def _summed_fwd(hidden, head, targets, weights, vocab_axis, softcap):
+    return _chunks(hidden, head, targets, weights, vocab_axis, softcap, with_gradients=True)
 
 
-def _summed_bwd(vocab_axis, gradients, d_loss):
+def _summed_bwd(vocab_axis, softcap, gradients, d_loss):
     d_hidden, d_head = gradients
     return (
         (d_hidden * d_loss).astype(d_hidden.dtype),
@@ -81,7 +88,7 @@ def _summed_bwd(vocab_axis, gradients, d_loss):
 _summed.defvjp(_summed_fwd, _summed_bwd)
 
 
-def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
+def _chunks(hidden, head, targets, weights, vocab_axis, softcap, *, with_gradients):
     D, V = head.shape
     hidden_ND, targets_N, weights_N = (
         hidden.reshape(-1, D),
@@ -93,6 +100,7 @@ def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
 
     def chunk(hidden_CD, targets_C, weights_C):
         logits_CV = jnp.einsum("cd,dv->cv", hidden_CD, head, preferred_element_type=jnp.float32)
+        logits_CV = capped(logits_CV, softcap)
         top_C = jnp.max(logits_CV, axis=-1)
         if vocab_axis is not None:
             top_C = jax.lax.pmax(top_C, vocab_axis)
@@ -106,6 +114,8 @@ def _chunks(hidden, head, targets, weights, vocab_axis, *, with_gradients):
         if not with_gradients:
             return loss
         d_logits_CV = (exp_CV / total_C[:, None] - hit_CV) * weights_C[:, None]
+        if softcap is not None:
+            d_logits_CV *= 1 - (logits_CV / softcap) ** 2
         d_logits_CV = d_logits_CV.astype(hidden.dtype)
         d_hidden_CD = jnp.einsum("cv,dv->cd", d_logits_CV, head)
         d_head_DV = jnp.einsum(

@@ -233,8 +233,9 @@ class Dense(nnx.Module):
         init: Initializer,
         norm: str | None = None,
         attends: bool = False,
+        bias: bool | None = None,
     ):
-        """Makes the kernel, and a bias where the configuration has one.
+        """Makes the kernel, and a bias where there is to be one.
 
         Args:
           equation: "btd,df->btf": batch (b) and tokens (t) lead in the activations and in the
@@ -244,6 +245,7 @@ class Dense(nnx.Module):
             "embed", over which activations are whole.
           std: of the normal distribution of a new kernel.
           norm: see `Role`; `attends` too.
+          bias: whether there is one; None for what the configuration says of all.
         """
         _, kernel_letters, y_letters = re.split(",|->", equation)
         features = tuple(None if axis == "embed" else axis for axis in axes)
@@ -261,8 +263,9 @@ class Dense(nnx.Module):
         self.equation, self.config, self.rules = equation, config, init.rules
         self.out_axes = (*leading, *role.output_axes)
         self.kernel = init.normal(shape, axes, role, std)
-        bias = shape[count:], role.output_axes, Role(kind="bias")
-        self.bias = init.constant(*bias, 0.0) if config.use_bias else None
+        made = shape[count:], role.output_axes, Role(kind="bias")
+        biased = config.use_bias if bias is None else bias
+        self.bias = init.constant(*made, 0.0) if biased else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rules, dtype = self.rules, self.config.dtype

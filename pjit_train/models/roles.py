@@ -35,6 +35,7 @@ class Role:
       norm: name of the norm, in the same block, that gives a kernel its inputs; None for another
         origin.
       attends: whether the products of attention read what the kernel gives.
+      offset: of a norm's scale, what the forward pass adds to it.
       stacked: whether its leading axis counts the layers of a stack.
     """
 
@@ -45,6 +46,7 @@ class Role:
     output_axes: Axes = ()
     norm: str | None = None
     attends: bool = False
+    offset: float = 0.0
     stacked: bool = False
 
     @property

@@ -1,8 +1,9 @@
-"""A decoder-only transformer whose configuration gives Llama, OPT and GPT-2.
+"""A decoder-only transformer whose configuration gives Llama, OPT, GPT-2 and their kin.
 
 Llama (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases.
 OPT (Zhang et al., 2022): LayerNorm, learned positions offset by two, ReLU, biases, tied head.
 GPT-2 (Radford et al., 2019): LayerNorm, learned positions, GELU, biases, tied head.
+What the families after Llama change of it, docs/models.md tells.
 """
 
 import dataclasses
@@ -12,18 +13,20 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from pjit_train.errors import UserError
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.blocks import Block, Norm, rotary_angles, run_layers
+from pjit_train.models.loss import capped
 from pjit_train.models.parameters import Initializer, gathered, gathered_for_tokens
 from pjit_train.models.projection import straight_through
 from pjit_train.models.roles import Role
 from pjit_train.sharding import Rules, out_sharding, spec_axes, spec_of, varying
 from sparsity.numbers.quantized_kernels import QuantizedKernel
-from sparsity.ranges import Count, NonNegative, Positive, Whole, check_choice
+from sparsity.ranges import Count, Fraction, NonNegative, Positive, Whole, check_choice
 
 log = logging.getLogger("torsion")
 
@@ -34,39 +37,102 @@ class TransformerConfig(BlockConfig):
 
     Attributes:
       max_len: longest sequence; with learned positions, the number of their embeddings.
-      rope_scaling: (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of
-        Llama 3.1's rotary frequencies; see `rotary_angles`.
+      rope_scaling: (factor,) of all rotary frequencies, or (factor, low_freq_factor,
+        high_freq_factor, original_max_position_embeddings) of Llama 3.1's; see `rotary_angles`.
+      partial_rotary_factor: the share of a head's dimensions, the first, that positions rotate.
+      window: how many tokens, the last of them itself, a token sees in a local layer (sliding
+        window, Beltagy et al., 2020); None for all before it.
+      local_layers: whether each layer is local, from the first on and then again from its
+        beginning: (True, False) alternates. It is kept as its shortest period.
+      rope_local_theta: theta of local layers, whose frequencies are not scaled then (Gemma 3); None
+        where they are rotated as the others.
       position_offset: index of the embedding of position 0 (OPT: 2, below it stand unused rows).
       tie_head: the head is the transposed token embedding.
+      scale_embedding: multiply token embeddings by sqrt(d_model), rounded to the activations' dtype
+        (Gemma).
+      logit_softcap: caps the logits of the head softly, as `attention_softcap` those of attention.
     """
 
     vocab_size: Count
     max_len: Count
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: Positive = 10_000.0
-    rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
+    rope_scaling: tuple[Positive] | tuple[Positive, Positive, Positive, Count] | None = None
+    rope_local_theta: Positive | None = None
+    partial_rotary_factor: Fraction = 1.0
+    window: Count | None = None
+    local_layers: tuple[bool, ...] = (True,)
     position_offset: Whole = 0
     position_init_std: NonNegative = 0.02
     tie_head: bool = False
+    scale_embedding: bool = False
+    logit_softcap: Positive | None = None
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("model: positions", self.positions, ("rope", "learned"), UserError)
+        self._check_rotation()
+        self._check_layers()
+
+    def _check_rotation(self) -> None:
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"model: head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
-            factor, low, high, _ = self.rope_scaling
-            if not (factor >= 1 and low < high):
+            factor, *rest = self.rope_scaling
+            if not (factor >= 1 and (not rest or rest[0] < rest[1])):
                 raise UserError(
                     f"model: rope_scaling={self.rope_scaling} must be (factor >= 1, low, "
-                    "high > low, original length)"
+                    "high > low, original length), or (factor >= 1,)"
                 )
-            if self.positions != "rope":
+        if self.positions == "rope" and (self.rotary_dim % 2 or not self.rotary_dim):
+            raise UserError(
+                f"model: partial_rotary_factor={self.partial_rotary_factor} rotates "
+                f"{self.rotary_dim} of head_dim={self.head_dim}; use one that rotates pairs"
+            )
+        for name, neutral in (
+            ("rope_scaling", None),
+            ("rope_local_theta", None),
+            ("partial_rotary_factor", 1.0),
+        ):
+            if self.positions != "rope" and (value := getattr(self, name)) != neutral:
                 raise UserError(
-                    f"model: rope_scaling={self.rope_scaling} is of rotary positions and "
-                    f"positions={self.positions!r}; use rope_scaling=None"
+                    f"model: {name}={value} is of rotary positions and "
+                    f"positions={self.positions!r}; use {name}={neutral}"
                 )
+
+    def _check_layers(self) -> None:
+        local = tuple(self.local_layers)
+        if not local or len(local) > self.num_layers or any(type(x) is not bool for x in local):
+            shown = f"{str(local)[:60]} of {len(local)}"
+            raise UserError(
+                f"model: local_layers={shown} for num_layers={self.num_layers}; use True or False "
+                "for each layer, or for the first ones, if the rest repeat them"
+            )
+        if not any(local):  # then nothing is said of local layers
+            if self.window is not None or self.rope_local_theta is not None:
+                raise UserError(
+                    f"model: no layer is local and window={self.window}, "
+                    f"rope_local_theta={self.rope_local_theta}; use None for both"
+                )
+        elif self.window is None and self.rope_local_theta is None and not all(local):
+            raise UserError(
+                "model: local_layers says that some layers are local, and window=None; say the "
+                "window"
+            )
+        # Two of the given periods show whether a shorter one gives the same layers.
+        local = (2 * local)[: self.num_layers]
+        shortest = next(n for n in range(1, len(local) + 1) if local[n:] == local[:-n])
+        object.__setattr__(self, "local_layers", local[:shortest])
+
+    @property
+    def period(self) -> int:
+        return len(self.local_layers)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that rotary positions rotate."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def check_data(self, *, vocab_size: int, seq_len: int) -> None:
         """Raises a UserError where text of this vocabulary and length does not fit the model."""
@@ -106,8 +172,23 @@ class TransformerConfig(BlockConfig):
         Matmuls only, with the causal half of the logits (as Chowdhery et al., 2022, appendix B,
         where the whole is counted).
         """
-        per_layer = self.block_products((seq_len + 1) / 2)
-        return 6.0 * (self.num_layers * per_layer + self.d_model * self.vocab_size)
+        windows = [self.window if local else None for local in self.local_layers]
+        layers = sum(
+            self.block_products(_columns_seen(seq_len, window)) * of_kind
+            for window, of_kind in zip(windows, self._layers_of_period(), strict=True)
+        )
+        return 6.0 * (layers + self.d_model * self.vocab_size)
+
+    def _layers_of_period(self) -> list[int]:
+        """Number of the layers of each entry of `local_layers`."""
+        period = len(self.local_layers)
+        return [len(range(i, self.num_layers, period)) for i in range(period)]
+
+
+def _columns_seen(rows: int, window: int | None) -> float:
+    """Columns that a row of causal attention sees, on average."""
+    wide = min(window or rows, rows)
+    return (wide * (wide + 1) / 2 + (rows - wide) * wide) / rows
 
 
 class Transformer(nnx.Module):
@@ -158,15 +239,23 @@ class Transformer(nnx.Module):
         positions_T = position + jnp.arange(tokens_BT.shape[1])
         table_VD = gathered_for_tokens(self.embedding, self.rules, c.dtype, exact=True)
         x_BTD = lookup(table_VD, tokens_BT)
-        angles = None
+        if c.scale_embedding:
+            x_BTD *= jnp.asarray(np.float32(math.sqrt(c.d_model)), c.dtype)
+        angles = local_angles = None
         if self.position_embedding is None:
-            angles = rotary_angles(positions_T, c.head_dim, c.rope_theta, c.rope_scaling)
+            angles = rotary_angles(positions_T, c.rotary_dim, c.rope_theta, c.rope_scaling)
+            local_angles = angles
+            if c.rope_local_theta is not None:
+                local_angles = rotary_angles(positions_T, c.rotary_dim, c.rope_local_theta)
         else:
             table = gathered(self.position_embedding, self.rules, c.dtype)
             first = position + c.position_offset
             x_BTD += jax.lax.dynamic_slice_in_dim(table, first, tokens_BT.shape[1])
-        inputs = dict(causal=True, angles=angles, segments=segments)
-        return run_layers(self.blocks, x_BTD, c, cache=cache, position=position, **inputs)
+        everywhere = dict(causal=True, segments=segments)
+        beyond = everywhere | dict(angles=angles, window=None)
+        within = everywhere | dict(angles=local_angles, window=c.window)
+        inputs = [within if local else beyond for local in c.local_layers]
+        return run_layers(self.blocks, x_BTD, c, inputs, cache=cache, position=position)
 
     def head_kernel(self) -> jax.Array:
         """The head [d_model, vocab], in the dtype of the activations."""
@@ -187,13 +276,14 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Computes logits, float32 [batch, tokens, vocab]."""
         kernel, spec = self.head_kernel(), self.rules.spec(("batch", "length", "vocab"))
-        return jnp.einsum(
+        logits_BTV = jnp.einsum(
             "btd,dv->btv",
             self.head_inputs(hidden_BTD),
             kernel,
             preferred_element_type=jnp.float32,
             out_sharding=out_sharding(spec),
         )
+        return capped(logits_BTV, self.config.logit_softcap)
 
     def __call__(self, tokens_BT: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Logits of the next token, float32 [batch, tokens, vocab]."""

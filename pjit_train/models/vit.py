@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from pjit_train.errors import UserError
-from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.block_config import Activation, BlockConfig
 from pjit_train.models.blocks import Block, Norm, run_layers
 from pjit_train.models.parameters import Initializer, gathered
 from pjit_train.models.projection import Dense
@@ -35,7 +35,7 @@ class ViTConfig(BlockConfig):
     channels: Count = 3
     norm: Literal["rmsnorm", "layernorm"] = "layernorm"
     norm_epsilon: Positive = 1e-12
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "gelu"
+    activation: Activation = "gelu"
     use_bias: bool = True
 
     def __post_init__(self):
@@ -117,7 +117,7 @@ class ViT(nnx.Module):
         table_TD = gathered(self.position_embedding, self.rules, c.dtype)
         table_TD = table_TD.at[0].add(gathered(self.class_token, self.rules, c.dtype))
         x_BTD = jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0))) + table_TD
-        return run_layers(self.blocks, x_BTD, c, causal=False)[0]
+        return run_layers(self.blocks, x_BTD, c, [{"causal": False}])[0]
 
 
 def split_patches(images_BHWC: jax.Array, patch_size: int) -> jax.Array:

@@ -65,7 +65,8 @@ class LanguageModelling(Task):
     def head_loss(self, model, x_BTD, batch):
         hidden_BTD = model.head_inputs(model.norm(x_BTD))
         head_DV, targets = model.head_kernel(), batch["targets"]
-        loss = cross_entropy(hidden_BTD, head_DV, targets, batch.get("weights"))
+        softcap = model.config.logit_softcap
+        loss = cross_entropy(hidden_BTD, head_DV, targets, batch.get("weights"), softcap)
         return loss, self.weight(batch)
 
     def weight(self, batch):

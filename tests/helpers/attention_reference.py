@@ -31,9 +31,11 @@ def seen_by(shape, segments=None, *, causal=False, window=None, row_offset=0):
     return seen
 
 
-def weights_of(q, k, seen):
+def weights_of(q, k, seen, scale=None, softcap=None):
     """Softmax of the logits [B, H, T, S]; zeros in rows that see nothing."""
-    logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    logits = np.einsum("bthd,bshd->bhts", q, k) * (scale or 1 / np.sqrt(q.shape[-1]))
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
     logits = np.where(seen[:, None], logits, -np.inf)
     top = np.max(logits, axis=-1, keepdims=True)
     weights = np.exp(logits - np.where(np.isfinite(top), top, 0))
@@ -48,10 +50,11 @@ def wide(q, k, v):
     return q, np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
 
 
-def reference(q, k, v, **options):
+def reference(q, k, v, scale=None, softcap=None, **options):
     """[B, T, H, D] by the definition, in float64."""
     q, k, v = wide(q, k, v)
-    weights = weights_of(q, k, seen_by((len(q), q.shape[1], k.shape[1]), **options))
+    seen = seen_by((len(q), q.shape[1], k.shape[1]), **options)
+    weights = weights_of(q, k, seen, scale, softcap)
     return np.einsum("bhts,bshd->bthd", weights, v)
 
 

@@ -13,7 +13,8 @@ from pjit_train.sharding import Rules
 from pjit_train.step import split_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "huggingface"
-NAMES = ("llama", "llama_tied", "opt", "gpt2", "vit")
+LATER = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
+NAMES = ("llama", "llama_tied", "opt", "gpt2", "vit", *LATER)
 LLAMA = TransformerConfig(
     d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, d_ff=24, vocab_size=8, max_len=8
 )

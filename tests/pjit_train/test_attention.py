@@ -86,6 +86,30 @@ def test_gradients_are_those_of_the_definition(
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(1, scale) ** 3)
 
 
+@pytest.mark.parametrize(
+    ("scale", "softcap"), [(0.7, None), (None, 0.5), (0.7, 1.5)], ids=["scale", "cap", "both"]
+)
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 5}, {}], ids=str)
+def test_scaled_and_capped_logits_are_the_definition(scale, softcap, options):
+    """Output and directional derivatives, these by differences of the definition in float64."""
+    options = options | {"scale": scale, "softcap": softcap}
+    q, k, v = random(3, (2, 21, 4, 8), *[(2, 21, 2, 8)] * 2, scale=2.0)
+    attend = functools.partial(attention, **options, tile_rows=6)
+    out, got = jax.jit(functools.partial(gradients, attend))(q, k, v)
+    np.testing.assert_allclose(out, reference(q, k, v, **options), rtol=1e-5, atol=1e-5)
+    (d_out,) = random(99, out.shape)
+    inputs = [np.asarray(x, np.float64) for x in (q, k, v)]
+    for i, gradient in enumerate(got):
+        step = np.asarray(random(i, inputs[i].shape)[0], np.float64)
+
+        def along(size, i=i, step=step):
+            moved = [x + size * step if j == i else x for j, x in enumerate(inputs)]
+            return np.sum(reference(*moved, **options) * np.asarray(d_out, np.float64))
+
+        want = (along(1e-5) - along(-1e-5)) / 2e-5
+        np.testing.assert_allclose(np.sum(gradient * step), want, rtol=2e-4, atol=1e-3)
+
+
 def absolute_terms(q, k, v, d_out, **options):
     """The gradients with every term of their sums taken positive, in float64."""
     weights = weights_of(*wide(q, k, v)[:2], seen_by((*q.shape[:2], k.shape[1]), **options))

@@ -156,6 +156,7 @@ RING = [
     (dict(sequence=4), 2, {}),
     (dict(sequence=2, tensor=2), 2, {"causal": True, "segments": (ids(32), ids(32))}),
     (dict(sequence=4), 2, {"causal": True, "window": 11}),
+    (dict(sequence=4), 2, {"causal": True, "softcap": 0.8, "scale": 0.9}),
 ]
 
 
@@ -232,6 +233,9 @@ def test_causal_ring_is_balanced():
         ({"way": "fast"}, "is unknown; use auto, rows, flat, splash or cudnn"),
         ({"tile_rows": 0}, "tile_rows=0"),
         ({"window": 0}, "window=0"),
+        ({"softcap": 0.0}, "softcap=0.0; use a number above 0"),
+        ({"scale": float("nan")}, "scale=nan; use a number above 0"),
+        ({"way": "flat", "softcap": 3.0}, "'flat' does not cap logits, and has softcap=3.0; use"),
     ],
 )
 def test_what_cannot_run_is_one_line(options, says):

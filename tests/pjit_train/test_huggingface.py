@@ -194,18 +194,18 @@ def test_rotary_scaling_is_written_in_both_spellings_and_read_again(scaling, tmp
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("llama", {"model_type": "mamba"}, "model_type='mamba' is unknown; use llama, opt, gpt2"),
+        ("llama", {"model_type": "mamba"}, "model_type='mamba' is unknown; use llama, mistral"),
         ("llama", {"attention_bias": True}, "attention_bias=True is not supported; only False"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (
             "llama",
-            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type='linear' is not supported; default, llama3 are",
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type='dynamic' is not supported; default, linear, llama3 are",
         ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}},
-            "rope_type='yarn' is not supported; default, llama3 are",
+            "rope_type='yarn' is not supported; default, linear, llama3 are",
         ),
         (
             "llama",

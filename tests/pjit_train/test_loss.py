@@ -27,6 +27,22 @@ def plain(hidden, head, targets, weights):
     return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
 
 
+def capped(hidden, head, targets, weights):
+    log_p = jax.nn.log_softmax(2.0 * jnp.tanh((hidden @ head) / 2.0), axis=-1)
+    return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+
+
+@pytest.mark.parametrize("chunk_logits", [1 << 22, 4 * V])
+def test_capped_loss_and_gradients_are_those_of_capped_logits(monkeypatch, chunk_logits):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 4)
+    want, want_grads = jax.value_and_grad(capped, (0, 1))(*inputs())
+    got, got_grads = jax.value_and_grad(cross_entropy, (0, 1))(*inputs(), softcap=2.0)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_logits", [1 << 22, 4 * V, V])
 def test_loss_and_gradients_are_those_of_all_logits(monkeypatch, chunk_logits):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)

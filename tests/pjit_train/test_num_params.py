@@ -25,8 +25,11 @@ def blocks(draw):
         head_dim=2 * draw(SMALL),
         d_ff=draw(st.integers(1, 40)),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
-        activation=draw(st.sampled_from(["swiglu", "gelu", "gelu_tanh", "relu"])),
+        norm_placement=draw(st.sampled_from(["pre", "post", "both"])),
+        qk_norm=draw(st.sampled_from(["none", "head", "all"])),
+        activation=draw(st.sampled_from(["swiglu", "geglu", "gelu", "gelu_tanh", "relu"])),
         use_bias=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
     )
 
 
