@@ -107,7 +107,7 @@ def test_a_run_trains_validates_samples_and_says_so(undisturbed):
 def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, undisturbed):
     """SIGKILL at moments that fall between steps, in steps and in saves, again and again."""
     moments = random.Random(1)
-    for kill in (2, 8, 14, 22):
+    for kill in (2, 11, 22):
         process = start(folder, "killed")
         resumed_rows = len(rows(folder, "killed")) if kill > 2 else 0
         until_step(folder, "killed", max(kill, resumed_rows - 3), process)
@@ -120,7 +120,8 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+# SIGHUP is in the test of the terminal, below.
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_it_saves_exits_cleanly_and_says_how_to_resume(folder, undisturbed, number):
     out = f"stopped{number}"
     process = start(folder, out)
@@ -163,7 +164,7 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
     moments, numbers = random.Random(2), signals.NUMBERS
 
     def end(case: int) -> tuple[str, int, int, str]:
-        command, number = COMMANDS[case // 2], numbers[case % len(numbers)]
+        command, number = COMMANDS[case], numbers[case % len(numbers)]
         process = subprocess.Popen(
             [*TORSION, *command.split()],
             env=environment(),
@@ -183,9 +184,9 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
         caught = int(status.split("SigCgt:")[1].split()[0], 16)
         return bool(caught >> (signal.SIGHUP - 1) & 1)
 
-    delays = [moments.uniform(0, 2.5) for _ in range(2 * len(COMMANDS))]
+    delays = [moments.uniform(0, 2.5) for _ in COMMANDS]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(end, range(2 * len(COMMANDS))))
+        found = list(pool.map(end, range(len(COMMANDS))))
     for command, number, code, said in found:
         if code != 0:  # it was done before
             text = {2: "interrupted", 15: "terminated", 1: "hung up"}[number]

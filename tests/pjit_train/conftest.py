@@ -1,12 +1,16 @@
 """A short run that several modules train, each in its own way."""
 
+import functools
+
 import pytest
 from helpers.tiny_models import BYTES_MODEL
 
+from pjit_train import evaluate, loop
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.sources import TextFiles
 from pjit_train.data.text import TextData
 from pjit_train.optimizers import AdamW, Schedule
+from pjit_train.program import Program
 from pjit_train.run import Run, Samples
 from pjit_train.sharding import MeshShape
 
@@ -37,3 +41,37 @@ def run(text):
         eval_every=12,
         eval_batches=3,
     )
+
+
+class Reused(Program):
+    """A program that compiles a step once for all that train with it."""
+
+    @functools.cached_property
+    def steps(self) -> dict:
+        return {}
+
+    def compile_step(self, batch, step=1):
+        packed = self.abstract_state_after(step) is not self.abstract_state
+        if packed not in self.steps:
+            self.steps[packed] = super().compile_step(batch, step)
+        return self.steps[packed]
+
+
+@pytest.fixture
+def reused(monkeypatch):
+    """Makes a run that is trained again, or evaluated, use the program that was compiled first.
+
+    What a resumed run reads, it reads from its directory all the same. Processes that begin anew
+    are in `tests/launch/test_end_to_end.py`.
+    """
+    programs = []
+
+    def program(run, mesh):
+        for known in programs:
+            if (known.run, known.mesh) == (run, mesh):
+                return known
+        programs.append(Reused(run, mesh))
+        return programs[-1]
+
+    for module in (loop, evaluate):
+        monkeypatch.setattr(module, "Program", program)

@@ -182,24 +182,24 @@ def test_observed_figures_are_those_of_the_definitions():
 
 
 @pytest.mark.parametrize("name", ["mdgf_linear", "step", "sr_ste"])
-def test_a_run_resumed_in_any_phase_goes_on_bit_for_bit(name, run, tmp_path):
+def test_a_run_resumed_in_any_phase_goes_on_bit_for_bit(name, run, tmp_path, reused):
     layers = {"(attention|feed_forward)/.*kernel": "2:4"}
     sparse = dataclasses.replace(
         run,
         sparsity=recipe(name, layers),
-        steps=20,
-        eval_every=10,
+        steps=12,
+        eval_every=6,
         checkpoints=CheckpointConfig(every_steps=1, keep_last=30, keep_best=0),
     )
     whole = tmp_path / "whole"
     train(sparse, whole, config_text="")
     found = rows(whole)
-    assert [row["step"] for row in found] == list(range(1, 21))
+    assert [row["step"] for row in found] == list(range(1, 13))
     assert {"mask_flips", "gradient_noise/kept", "sparsity/feed_forward/up"} <= found[-1].keys()
     assert ("autoswitch_z" in found[-1]) == (name == "step")
     assert evaluate(sparse, whole)["val_loss"] == found[-1]["val_loss"]
     # Before, at and after each change of phase: back to that checkpoint, and on from there.
-    for step in (1, 8, 17):
+    for step in (1, 5, 10):
         for path in (whole / "checkpoints").iterdir():
             if path.name.isdigit() and int(path.name) > step:
                 path.rename(tmp_path / f"{step}_{path.name}")
@@ -297,7 +297,7 @@ def test_a_step_that_is_not_finite_switches_no_autoswitch():
     assert [int(s["sparsity"].masked_from) for s in (before, skipped, after)] == [-1, -1, 2]
 
 
-def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path):
+def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path, reused):
     """Clipping, momentum and weight decay at work; stopped and resumed before and after packing."""
     masked = dataclasses.replace(
         run,

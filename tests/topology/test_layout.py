@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import shortest_path
 
 from topology import Slice
 from topology.collectives import KINDS, Network, layout
@@ -290,6 +292,55 @@ def jobs(draw):
         size = draw(st.sampled_from([1e3, 1e6, 1e9]))
         traffic.append(Traffic(kind=kind, axes=tuple(axes), bytes=size))
     return slice, dict(zip(AXES, sizes, strict=True)), traffic
+
+
+def least_seconds(slice, mesh, devices, entry, bandwidth=1.0) -> float:
+    """A time that no schedule is below, by counting: no price of `topology` has a part in it.
+
+    A chip takes what its group has and it has not, by its links; in an all-reduce twice, once to
+    be summed and once summed. In an all-to-all, every byte passes as many links as its two chips
+    are apart.
+    """
+    neighbours = slice.neighbours
+    sources = np.repeat(np.arange(len(neighbours)), neighbours.shape[1])
+    there = neighbours.ravel() >= 0
+    ones = np.ones(there.sum())
+    graph = csr_array(
+        (ones, (sources[there], neighbours.ravel()[there])), shape=[len(neighbours)] * 2
+    )
+    last = [list(mesh).index(axis) for axis in entry.axes]
+    groups = np.moveaxis(devices, last, range(-len(last), 0)).reshape(
+        -1, math.prod(mesh[axis] for axis in entry.axes)
+    )
+    n = groups.shape[1]
+    if entry.kind == "all_to_all":
+        hops = shortest_path(graph, unweighted=True)
+        passed = sum(hops[np.ix_(group, group)].sum() for group in groups) * entry.bytes / n
+        return passed / len(ones) / bandwidth
+    times = 2 if entry.kind == "all_reduce" else 1
+    fewest = (neighbours >= 0).sum(axis=1).min()
+    return times * (n - 1) / n * entry.bytes / fewest / bandwidth
+
+
+@pytest.mark.parametrize("name", ["4x4x4", "4x4x8", "4x4x8_twisted"])
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"])
+def test_prices_are_those_that_counting_bytes_and_links_allows(name, kind):
+    """On part of a slice no less; on the whole of it just as much, where it is a cube."""
+    slice, network = Slice.parse(name), Network(bandwidth=1.0, hop_latency=0.0)
+    for sizes in ((slice.num_chips // 8, 8), (slice.num_chips // 16, 16)):
+        mesh = dict(zip(("a", "b"), sizes, strict=True))
+        for axes in (("a",), ("b",), ("a", "b")):
+            entry = Traffic(kind=kind, axes=axes, bytes=960.0)
+            layout = lay_mesh(slice, mesh, [entry], network)
+            for devices in (layout.devices, np.arange(slice.num_chips).reshape(sizes)):
+                try:
+                    (priced,) = traffic_seconds(slice, mesh, devices, [entry], network)
+                except ValueError:  # groups of different kinds
+                    continue
+                assert priced >= least_seconds(slice, mesh, devices, entry) * (1 - 1e-6)
+            if name == "4x4x4" and len(axes) == 2:
+                least = least_seconds(slice, mesh, layout.devices, entry)
+                assert layout.seconds == pytest.approx(least, rel=1e-3)
 
 
 @settings(max_examples=20, deadline=None)
