@@ -164,7 +164,7 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
     moments, numbers = random.Random(2), signals.NUMBERS
 
     def end(case: int) -> tuple[str, int, int, str]:
-        command, number = COMMANDS[case], numbers[case % len(numbers)]
+        command, number = COMMANDS[case // 2], numbers[case % len(numbers)]
         process = subprocess.Popen(
             [*TORSION, *command.split()],
             env=environment(),
@@ -184,9 +184,9 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
         caught = int(status.split("SigCgt:")[1].split()[0], 16)
         return bool(caught >> (signal.SIGHUP - 1) & 1)
 
-    delays = [moments.uniform(0, 2.5) for _ in COMMANDS]
+    delays = [moments.uniform(0, 2.5) for _ in range(2 * len(COMMANDS))]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(end, range(len(COMMANDS))))
+        found = list(pool.map(end, range(2 * len(COMMANDS))))
     for command, number, code, said in found:
         if code != 0:  # it was done before
             text = {2: "interrupted", 15: "terminated", 1: "hung up"}[number]
