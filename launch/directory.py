@@ -49,14 +49,15 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, tokenize.TokenError)
 def check_is_run(directory: Path) -> None:
     """Raises a UserError where there is no configuration of a run, and says what there is."""
     try:
-        what = None if _is_run(directory) else _what_it_is(directory)
+        what = None if is_run(directory) else _what_it_is(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}; {_WAY}") from error
     if what is not None:
         raise UserError(f"{directory} {what}")
 
 
-def _is_run(directory: Path) -> bool:
+def is_run(directory: Path) -> bool:
+    """Tells whether a directory holds the configuration of a run."""
     return any((directory / name).is_file() for name in ("config.gin", record.FILE))
 
 
@@ -64,7 +65,7 @@ def _what_it_is(path: Path) -> str:
     """Says what a path is that is no run directory, and what would be right."""
     if not path.exists():
         return f"does not exist; {_WAY}"
-    if around := next((folder for folder in path.absolute().parents if _is_run(folder)), None):
+    if around := next((folder for folder in path.absolute().parents if is_run(folder)), None):
         shown = next((folder for folder in path.parents if folder.absolute() == around), around)
         return f"is a part of the run {shown}; give that"
     if path.is_file():
@@ -78,7 +79,7 @@ def _what_it_is(path: Path) -> str:
         )
     if _has_checkpoints(path):
         return "has no config.gin; the command that trained it writes it again"
-    if runs := sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child)):
+    if runs := sorted(child for child in path.iterdir() if child.is_dir() and is_run(child)):
         more = ", ..." if len(runs) > 3 else ""
         return (
             f"has no config.gin: it is a folder of runs; give one of them: "

@@ -147,6 +147,10 @@ class Rules:
             )
         return PartitionSpec(*map(_present, parts))
 
+    def with_whole_rows(self) -> "Rules":
+        """The rules with the tokens of a row kept on one device."""
+        return dataclasses.replace(self, length=())
+
     def shards(self, sizes: Mapping[str, int], axis: str | None) -> int:
         """Shards that a logical axis is cut into on a mesh of these sizes; 1 for None."""
         return 1 if axis is None else math.prod(sizes[a] for a in getattr(self, axis))

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
+import sys
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,50 @@ def add_machine(sub: argparse.ArgumentParser, default: str = "as configured") ->
     sub.add_argument("--devices", type=whole(1, 4096), metavar="N", help="emulate N CPU devices")
 
 
+def add_model(sub: argparse.ArgumentParser) -> None:
+    """The options that say a language model, for `opened_model`."""
+    sub.add_argument("run", metavar="RUN_OR_FOLDER", help="run directory, or Hugging Face folder")
+    add_step(sub)
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of a folder's parameters and matmuls (default: float32)",
+    )
+    add_machine(sub, "one device")
+
+
+def is_folder(path: Path) -> bool:
+    """Tells whether a path is a Hugging Face folder and no run directory."""
+    from launch.directory import is_run
+
+    return (path / "config.json").is_file() and not is_run(path)
+
+
+def opened_model(args):
+    """The `language_model.LanguageModel` of a run directory or a Hugging Face folder."""
+    path = Path(args.run)
+    if not is_folder(path):
+        if args.dtype is not None:
+            raise UserError(f"--dtype is of a Hugging Face folder; {path} says its own")
+        run = trained_run(args)
+
+        from pjit_train.language_model import of_run
+
+        return of_run(run, path, step=args.step)
+    if args.step is not None:
+        raise UserError(f"--step is of a run directory; {path} is a Hugging Face folder")
+    sizes = dict.fromkeys(AXES, 1) | mesh_sizes(args.mesh)
+
+    from launch import process
+
+    process.prepare(args.devices)
+
+    from pjit_train.language_model import of_folder
+    from pjit_train.sharding import MeshShape
+
+    return of_folder(path, MeshShape(**sizes), dtype=args.dtype or "float32")
+
+
 def trained_run(args):
     """The run of a run directory, on the mesh that the options say."""
     from launch.directory import check_is_run
@@ -199,8 +244,14 @@ def mesh_bindings(mesh: str | None) -> list[str]:
     """Turns a text such as `data=2,fsdp=2` into bindings."""
     if mesh is None:
         return []
-    sizes = {}
-    for part in mesh.split(","):
+    bindings = [f"sharding.MeshShape.{axis} = {size}" for axis, size in mesh_sizes(mesh).items()]
+    return ["run.Run.mesh = @sharding.MeshShape()", *bindings]
+
+
+def mesh_sizes(mesh: str | None) -> dict[str, int]:
+    """Sizes by axis of a text such as `data=2,fsdp=2`; empty for None."""
+    sizes: dict[str, int] = {}
+    for part in () if mesh is None else mesh.split(","):
         axis, _, size = part.partition("=")
         if not re.fullmatch(r"[+-]?[0-9]{1,10}", size):
             raise UserError(f"--mesh {mesh}: {part!r} is no AXIS=SIZE, such as fsdp=2")
@@ -209,5 +260,16 @@ def mesh_bindings(mesh: str | None) -> list[str]:
         if axis in sizes:
             raise UserError(f"--mesh {mesh}: {axis} is given twice; give it one size")
         sizes[axis] = int(size)
-    bindings = [f"sharding.MeshShape.{axis} = {size}" for axis, size in sizes.items()]
-    return ["run.Run.mesh = @sharding.MeshShape()", *bindings]
+    return sizes
+
+
+class Progress:
+    """A line on a terminal that says how much is done, written anew in its place."""
+
+    def __init__(self, what: str):
+        self._what, self._shown = what, sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._shown:
+            end = "\n" if done == total else ""
+            print(f"\r{self._what}: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)

@@ -51,6 +51,10 @@ class Bytes:
         """Returns the ids of each text."""
         return [self.encode(text) for text in texts]
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Returns the ids of a text; no text has a special token."""
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, separators dropped; broken UTF-8 becomes U+FFFD.
 
@@ -163,6 +167,31 @@ class TokenizerJson:
                 raise
             raise self._not_encoded(texts, error) from error
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Returns the ids of a text in which the tokenizer's special tokens stand for themselves.
+
+        As `transformers` encodes: "<|im_start|>" in a chat becomes one token; in `encode` it is
+        the characters.
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its text; None where the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(token)
+
+    def token_text(self, index: int) -> str | None:
+        """Text of a token by its id; None for no token."""
+        return self._tokenizer.id_to_token(index)
+
+    def adds_first(self) -> int | None:
+        """Id of the token that the file itself puts before every text; None for none."""
+        bare, whole = (self._tokenizer.encode("a", add_special_tokens=a).ids for a in (False, True))
+        return whole[0] if whole and whole[:1] != bare[:1] else None
 
     def _not_encoded(self, texts: Sequence[str], error: BaseException) -> UserError:
         """Explains the library's error over some texts, which names neither text nor word."""

@@ -1,6 +1,5 @@
 """Text from a model, token by token, with a key-value cache."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -29,7 +28,7 @@ class Sampler:
 
     def __init__(self, config: TransformerConfig, rules: Rules, tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.rules = dataclasses.replace(rules, length=())
+        self.rules = rules.with_whole_rows()
         build = functools.partial(config.build, jax.random.key(0), self.rules)
         self._graph = nnx.split(nnx.eval_shape(build))[0]
         self._compiled = jax.jit(self._generate, static_argnames=("tokens", "greedy", "top_k"))

@@ -1,0 +1,1 @@
+"""Evaluation of language models by the protocols of the field: perplexity, and tasks by scores."""
