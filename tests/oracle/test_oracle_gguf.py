@@ -4,18 +4,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing is to be fetched
 
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-
-sys.path.append(str(Path(__file__).parents[1] / "pjit_train"))
-
-import gguf_files
-from gguf_files import llama_tensors
+from helpers import gguf_files
+from helpers.gguf_files import llama_tensors
 
 from pjit_train.huggingface import weights
 from pjit_train.huggingface.gguf_import import import_gguf
@@ -88,6 +84,45 @@ def test_a_small_llama(kind, tied, transformers, tmp_path):
     tokens = np.random.default_rng(0).integers(len(gguf_files.TOKENS), size=(2, 24))
     assert_same_model(transformers, path, tmp_path / "out", tokens)
     assert_same_tokens(transformers, path, tmp_path / "out", TEXTS[:1] + TEXTS[2:])
+
+
+SPACE = "\u2581"
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), SPACE, *"abcdehlnorstuw"]
+PIECES += [SPACE + part for part in ("t", "the", "s", "w", "wor")] + ["he", "in", "er", "or", "ll"]
+
+
+def add_sentencepiece(writer):
+    """A vocabulary of SentencePiece: bytes, and pieces whose scores say which are merged first."""
+    types = [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(PIECES)
+    writer.add_token_types(types)
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(PIECES) - 259)][::-1])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def test_sentencepiece(transformers, tmp_path):
+    """The same tokens as `transformers` makes of the file, but for spaces that it leaves out."""
+    tensors = llama_tensors()
+    tensors["model.embed_tokens.weight"] = np.resize(
+        tensors["model.embed_tokens.weight"], (len(PIECES), gguf_files.D)
+    )
+    path = gguf_files.write(tmp_path / "x.gguf", tensors, tokenizer=add_sentencepiece)
+    import_gguf(path, tmp_path / "out")
+    texts = ("the series of the words", "hello  world\nthe \u00e9\U0001f600", "")
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    for text in texts:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
+        assert ours.decode(ours(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"])
+    # As SentencePiece and llama.cpp, a space goes before each text, and what follows a token of
+    # control; `transformers` puts none where one is, or after such a token.
+    space, the = PIECES.index(SPACE), PIECES.index(f"{SPACE}the")
+    assert ours("the")["input_ids"] == [1, the]
+    assert ours(" the")["input_ids"] == [1, space, the]
+    assert ours("</s>the")["input_ids"] == [1, 2, the]
 
 
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="SMOLLM2_GGUF names no file")

@@ -1,17 +1,11 @@
 """Random models of `transformers`, converted to GGUF as llama.cpp does, and imported again."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from gguf import GGUFWriter
-
-sys.path.append(str(Path(__file__).parents[1] / "pjit_train"))
-
-import gguf_files
+from helpers import gguf_files
 
 from pjit_train.huggingface import weights
 from pjit_train.huggingface.gguf_architectures import ARCHITECTURES

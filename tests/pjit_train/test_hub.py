@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import gguf_files
-from hub_server import COMMIT, served
+from helpers.hub_server import COMMIT, served
 from huggingface_folders import FIXTURES, stored
 from huggingface_hub import constants
 
