@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.argparse_internals import arguments
@@ -182,7 +182,11 @@ def add_machine(sub: argparse.ArgumentParser, default: str = "as configured") ->
 
 def add_model(sub: argparse.ArgumentParser) -> None:
     """The options that say a language model, for `opened_model`."""
-    sub.add_argument("run", metavar="RUN_OR_FOLDER", help="run directory, or Hugging Face folder")
+    sub.add_argument(
+        "run",
+        metavar="RUN_OR_FOLDER",
+        help="run directory, or Hugging Face folder, .gguf file or hf:OWNER/NAME",
+    )
     add_step(sub)
     sub.add_argument(
         "--dtype",
@@ -193,9 +197,11 @@ def add_model(sub: argparse.ArgumentParser) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Tells whether a path is a Hugging Face folder and no run directory."""
+    """Tells whether a path is a Hugging Face folder, or what becomes one, and no run directory."""
     from launch.directory import is_run
 
+    if path.suffix == ".gguf" or str(path).startswith("hf:"):
+        return True
     return (path / "config.json").is_file() and not is_run(path)
 
 
@@ -218,10 +224,36 @@ def opened_model(args):
 
     process.prepare(args.devices)
 
+    from pjit_train.huggingface.sources import folder_of
     from pjit_train.language_model import of_folder
     from pjit_train.sharding import MeshShape
 
+    with shown_progress("importing") as progress:
+        path = folder_of(args.run, progress=progress)
     return of_folder(path, MeshShape(**sizes), dtype=args.dtype or "float32")
+
+
+@contextlib.contextmanager
+def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that is told (bytes done, bytes of all), and shows them on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=None)
+
+    def show(done: int, of: int) -> None:
+        bar.start()  # at the first that is told: what goes before may show something itself
+        bar.update(task, completed=done, total=of)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def trained_run(args):

@@ -1,11 +1,8 @@
 """`torsion import`: a pretrained model as a Hugging Face folder."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launch.commands.common import add_command
+from launch.commands.common import add_command, shown_progress
 
 
 def add(commands) -> None:
@@ -50,26 +47,3 @@ def run(args, began: float) -> int:
     text += "; no tokenizer" if done.tokens is None else f"; {done.tokens:,} tokens"
     print(text)
     return 0
-
-
-@contextlib.contextmanager
-def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told (bytes done, bytes of all), and shows them on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, of: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(what, total=None)
-
-    def show(done: int, of: int) -> None:
-        bar.start()  # at the first that is told: what goes before may show something itself
-        bar.update(task, completed=done, total=of)
-
-    try:
-        yield show
-    finally:
-        bar.stop()

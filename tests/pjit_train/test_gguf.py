@@ -12,6 +12,7 @@ from helpers import gguf_files
 from helpers.gguf_files import HEADS, KV_HEADS, TOKENS, D, llama_tensors
 from huggingface_folders import stored
 
+from launch.cli import main
 from pjit_train.errors import UserError
 from pjit_train.files import check_sums
 from pjit_train.huggingface import weights
@@ -294,3 +295,16 @@ def test_a_folder_is_its_own_and_a_file_is_imported_once(tiny, tmp_path, monkeyp
     assert {p.name for p in (tmp_path / "cache").iterdir()} == {found.name, f"{found.name}.lock"}
     with pytest.raises(UserError, match="cannot be read"):
         folder_of(tmp_path / "missing.gguf")
+
+
+def test_commands_take_the_file_where_they_take_a_folder(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORSION_CACHE", str(tmp_path / "cache"))
+    path, _, out, _ = tiny
+    (tmp_path / "text.txt").write_text("the in the 12 " * 20)
+    said = []
+    for model in (out, path):
+        argv = ["eval", str(model), "--perplexity", str(tmp_path / "text.txt"), "--sequence", "32"]
+        assert main([*argv, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1]
+    assert said[0]["predicted"] == 31 * said[0]["windows"] > 0
