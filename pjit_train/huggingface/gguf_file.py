@@ -141,6 +141,7 @@ class GGUF:
             if rounding is not None:
                 rounding.add(part, cast)
             at += part.size
+        self._forget(stored)
         return found.reshape(stored.shape)
 
     def same(self, name: str, other: str) -> bool:
@@ -153,6 +154,13 @@ class GGUF:
             np.array_equal(left[at : at + _CHUNK], right[at : at + _CHUNK])
             for at in range(0, a.size, _CHUNK)
         )
+
+    def _forget(self, stored: Stored) -> None:
+        """Gives the memory back into which the file's bytes of a tensor were mapped."""
+        start = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (stored.start + stored.size) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if size > 0:
+            self._data.madvise(mmap.MADV_DONTNEED, start, size)
 
     def _decoded(self, stored: Stored) -> Iterator[np.ndarray]:
         """The values of a tensor in float32, flat, some blocks at a time."""

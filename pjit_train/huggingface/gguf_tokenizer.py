@@ -126,7 +126,7 @@ class GGUFTokenizer:
         ends = self.ends[0] if len(self.ends) == 1 else self.ends
         generation = {
             "bos_token_id": self.ids.get("bos"),
-            "eos_token_id": ends or None,
+            "eos_token_id": ends if self.ends else None,
             "pad_token_id": self.ids.get("pad"),
         }
         template = self._file.values.get("tokenizer.chat_template")

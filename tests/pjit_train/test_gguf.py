@@ -234,6 +234,20 @@ def test_each_value_is_exact_by_default(kind, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+def test_texts_end_at_the_token_of_the_file(tmp_path):
+    def add(writer):
+        gguf_files.add_tokenizer(writer)
+        for key in ("eos", "bos"):  # of no token that is known to end texts, and the first of all
+            writer.kv_data[0].pop(f"tokenizer.ggml.{key}_token_id")
+        writer.add_eos_token_id(0)
+        writer.kv_data[0].pop("tokenizer.ggml.token_type")
+
+    path = gguf_files.write(tmp_path / "x.gguf", llama_tensors(), tokenizer=add)
+    import_gguf(path, tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation == {"eos_token_id": 0}
+
+
 def test_a_dtype_says_what_it_rounds(tmp_path):
     tensors = llama_tensors(2)
     path = gguf_files.write(tmp_path / "x.gguf", tensors)
