@@ -1,6 +1,6 @@
 """Architectures of llama.cpp: what their keys are in config.json, and what its converter changes.
 
-`ARCHITECTURES` has those of the families that we have.
+`ARCHITECTURES` has those of the families of Hugging Face that are supported.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pjit_train.errors import UserError
-from pjit_train.huggingface.families import FAMILIES
 from pjit_train.huggingface.gguf_file import GGUF
 
 _LARGEST = 2**40  # of any number of a model; a float that is none is not below it
@@ -283,4 +282,3 @@ ARCHITECTURES = {
         transposed=r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$",
     ),
 }
-ARCHITECTURES = {k: a for k, a in ARCHITECTURES.items() if a.model_type in FAMILIES}
