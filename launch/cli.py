@@ -14,6 +14,7 @@ _COMMANDS = (
     "evaluate",
     "sample",
     "import_",
+    "check",
     "export",
     "compress",
     "study",

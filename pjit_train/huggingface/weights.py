@@ -39,6 +39,7 @@ from pjit_train.signals import unfinished
 from pjit_train.step import split_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # which can run code
 # Constants that older files keep beside the weights, and what the class head does not use.
 _IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|^vit\.pooler\.")
 
@@ -328,8 +329,11 @@ def shard_files(folder: Path) -> dict[Path, set[str]]:
     """The files of tensors, and which the index says are in each; without an index, none."""
     if not (folder / INDEX).exists():
         if not (folder / WEIGHTS).exists():
+            paths = sorted(folder.iterdir()) if folder.is_dir() else []
+            pickles = [path.name for path in paths if path.suffix in _PICKLES]
+            what = f", but {some(pickles)}, pickles, which are never loaded" if pickles else ""
             raise UserError(
-                f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights must be safetensors"
+                f"{folder}: has neither {WEIGHTS} nor {INDEX}{what}; weights must be safetensors"
             )
         return {folder / WEIGHTS: set()}
     files_of = read_json(folder / INDEX).get("weight_map")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing is to be fetched
 
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 from pjit_train.data import Bytes, train_tokenizer
+from pjit_train.huggingface import check
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.config import read_config
 from pjit_train.huggingface.families import FAMILIES, REQUIRED
@@ -266,3 +268,17 @@ def test_transformers_reads_the_tokenizer_of_a_saved_model(kind, tmp_path, trans
     assert theirs.decode(theirs(text).input_ids) == text
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.separator
     assert theirs.model_max_length == config.max_len
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma2", "phi3", "vit"])
+def test_check_finds_a_folder_equal_and_one_that_was_changed_not(name, tmp_path, transformers):
+    found = check.compare(FIXTURES / name)
+    assert found.version == transformers.__version__
+    assert found.difference < 1e-5 < found.largest
+    assert found.agreeing == found.positions
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    document = json.loads((folder / "config.json").read_text())
+    changed = {"layer_norm_eps" if name == "vit" else "rms_norm_eps": 0.5}
+    (folder / "config.json").write_text(json.dumps(document | changed))
+    assert check.compare(folder).within(1e-4)  # both read it
+    assert abs(check.compare(folder).largest - found.largest) > 1e-3

@@ -47,9 +47,24 @@ SIZES += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_positio
 @pytest.mark.parametrize("key", SIZES)
 def test_a_size_that_is_none_or_not_that_of_the_tensors_is_named(key, folder):
     document = json.loads((folder / "config.json").read_text())
-    odd = [10**8, 1e8, 1e400, float("nan"), "2", -2, 0, True, 2.5, [2], 10**30, document[key] + 1]
+    odd = [
+        10**8,
+        2**60,
+        10**9,
+        1e8,
+        1e400,
+        float("nan"),
+        "2",
+        -2,
+        0,
+        True,
+        2.5,
+        [2],
+        10**30,
+        document[key] + 1,
+    ]
     for value in odd:
-        if key == "max_position_embeddings" and value in (10**8, document[key] + 1):
+        if key == "max_position_embeddings" and value in (10**8, 10**9, document[key] + 1):
             continue  # of rotary positions no tensor has that size
         (folder / "config.json").write_text(json.dumps({**document, key: value}))
         said = mistake(folder)
@@ -112,6 +127,21 @@ def test_weights_that_the_dtype_of_the_parameters_does_not_hold_are_named(folder
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight as float16 holds inf at \[2\]"):
         huggingface.load(folder, config)
+
+
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickles_are_named_and_never_loaded(pickle, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / pickle).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    assert f"{pickle}, pickles, which are never loaded; weights must be" in mistake(folder)
+
+
+def test_a_file_that_ends_early_is_named_wherever_it_does(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (1, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "model.safetensors: is no whole safetensors file" in mistake(folder)
 
 
 def test_a_tensor_under_two_names_or_in_two_files_is_refused(folder):
@@ -193,6 +223,8 @@ def test_a_header_says_what_the_file_holds(folder):
         "overlapping": {"data_offsets": header[second]["data_offsets"]},
         "too large": {"shape": [2**31, *shape]},
         "overflowing": {"shape": [2**40, 2**40]},
+        "of 2^60 elements": {"shape": [2**30, 2**30]},
+        "of 2^60 and none": {"shape": [0, 2**60], "data_offsets": [begin, begin]},
         "negative size": {"shape": [-1, *shape[1:]]},
         "of another dtype": {"dtype": "F64"},
         "of no dtype": {"dtype": "F7"},

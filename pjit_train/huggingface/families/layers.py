@@ -11,7 +11,7 @@ _MOST_LAYERS = 100_000  # before a list of so many is made
 
 
 def _listed(document: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """Whether each layer is local, as layer_types says it; None where that is not there."""
+    """True for each local layer, as layer_types says it; None where that is not there."""
     kinds = document.get("layer_types")
     if kinds is None:
         return None
