@@ -311,7 +311,7 @@ def scan_layers(layers: Sequence[Callable], carry, stacked, count: int):
 
 
 def _go_through(layers: Sequence[Callable], carry, stacked, count: int):
-    """The same as `scan_layers` does, with each layer compiled by itself."""
+    """Applies a stack of layers as `scan_layers` does, each compiled by itself."""
     outputs = []
     for i, of_layer in enumerate(_unstack(stacked, count)):
         carry, output = layers[i % len(layers)](carry, of_layer)
