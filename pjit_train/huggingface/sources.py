@@ -72,11 +72,12 @@ def import_source(
     folder = check_new(folder)
     if not folder.parent.is_dir():
         raise UserError(f"{folder}: the folder {folder.parent} is missing; make it first")
-    path = _fetched(source, progress)
-    if not path.is_dir():
-        return import_gguf(path, folder, dtype=dtype, progress=progress)
-    if dtype is not None:
+    whole = source.startswith(PREFIX) and Repository.parse(source).file is None
+    if whole and dtype is not None:
         raise UserError(f"dtype={dtype}: {source} is copied as it is; a GGUF file can be cast")
+    path = _fetched(source, progress)
+    if not whole:
+        return import_gguf(path, folder, dtype=dtype, progress=progress)
     with new_folder(folder) as temporary:
         for file in files_of(path):
             shutil.copyfile(file, temporary / file.name)

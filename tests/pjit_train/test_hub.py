@@ -13,6 +13,8 @@ from huggingface_folders import FIXTURES, stored
 from huggingface_hub import constants
 
 from launch.cli import main
+from pjit_train.huggingface import weights
+from pjit_train.huggingface.sources import folder_of
 
 LLAMA = {path.name: path.read_bytes() for path in (FIXTURES / "llama").iterdir()}
 EXTRAS = {
@@ -183,11 +185,28 @@ def test_a_gguf_file_of_a_repository(hub, torsion, tmp_path):
     assert stored(tmp_path / "out").keys() == tensors.keys()
 
 
+def test_a_source_is_a_folder_in_the_caches(hub, torsion, tmp_path):
+    """As `run.Run.initial_weights` and commands that read a model take it."""
+    torsion("import", "hf:me/llama", "out")
+    folder = folder_of("hf:me/llama@v1")
+    assert folder == tmp_path / "home/hub/models--me--llama/snapshots" / COMMIT
+    config, _ = weights.load(folder)
+    assert config == weights.load(FIXTURES / "llama")[0]
+    tensors = gguf_files.llama_tensors()
+    path = gguf_files.write(tmp_path / "tiny.gguf", tensors)
+    hub.repositories["me/gguf"] = {"a/tiny.gguf": path.read_bytes()}
+    folder = folder_of("hf:me/gguf:a/tiny.gguf")
+    assert folder.parent == tmp_path / "cache"
+    assert folder == folder_of(path)  # the same bytes
+
+
 def test_out_is_looked_at_first(hub, torsion, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("")
     assert "there is something already" in torsion("import", "hf:me/llama", "full", code=2)
     text = torsion("import", "hf:me/llama", "missing/out", code=2)
     assert "the folder missing is missing; make it first" in text
+    text = torsion("import", "hf:me/llama", "out", "--dtype", "float16", code=2)
+    assert "hf:me/llama is copied as it is; a GGUF file can be cast" in text
     assert "is a folder" in torsion("import", str(Path("full")), "out", code=2)
     assert hub.asked == []
