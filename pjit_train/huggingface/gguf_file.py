@@ -303,7 +303,7 @@ def _map(path: Path) -> mmap.mmap:
 
 def _what_begins_with(begin: bytes) -> str:
     """Says what a file is that is no GGUF file."""
-    if begin[:2] in (b"PK", b"\x80\x02"):
+    if begin[:2] == b"PK" or (begin[:1] == b"\x80" and begin[1:2] <= b"\x05"):
         return "is a PyTorch pickle, which is never loaded; give a .gguf file, or safetensors"
     if begin[:4] == MAGIC[::-1]:
         return "is a GGUF file of the other byte order; little-endian ones are read"

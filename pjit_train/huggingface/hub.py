@@ -233,8 +233,10 @@ def _fetch_blob(
                 for done in _stream(url, headers, part, before):
                     progress(done)
             except HTTPError:
-                if done == before:  # else it goes on from here
+                if done <= before:  # else it goes on from here
                     raise
+            if done <= before:  # it sends nothing, and says that this is all
+                break
         if done != size:
             part.unlink()
             raise UserError(f"{what}: {done:,} bytes came, and it has {size:,}; run it again")

@@ -19,6 +19,7 @@ class Hub:
       gated: names of repositories that need the token "secret".
       break_after: bytes of a file after which the connection is dropped, once; or None.
       stalls: instead of being dropped, the connection says nothing more.
+      ends_early: what follows a part of a file is empty.
       asked: (method, path, Range or None) of every request.
       url: of the server.
     """
@@ -28,6 +29,7 @@ class Hub:
         self.gated: set[str] = set()
         self.break_after: int | None = None
         self.stalls = False
+        self.ends_early = False
         self.over = threading.Event()
         self.status: int | None = None
         self.asked: list[tuple[str, str, str | None]] = []
@@ -82,7 +84,7 @@ def served():
             status, part = 200, data
             if asked := self.headers.get("Range"):
                 start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-                status, part = 206, data[start:]
+                status, part = 206, b"" if hub.ends_early else data[start:]
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             cut = hub.break_after
             if self.command == "GET" and cut is not None and len(part) > cut:

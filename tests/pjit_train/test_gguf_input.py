@@ -121,6 +121,7 @@ HEADERS = {
     ),
     "no keys": (header([info()], [ARCHITECTURE]), "llama.embedding_length is missing"),
     "a pickle": (b"\x80\x02}q\x00.", "pickle, which is never loaded"),
+    "a pickle of protocol 4": (b"\x80\x04\x95" + bytes(60), "pickle, which is never loaded"),
     "a zipped pickle": (b"PK\x03\x04" + bytes(60), "pickle, which is never loaded"),
     "nothing": (b"", "begins with b''"),
     "another file": (b"{}", "begins with b'{}'"),

@@ -112,6 +112,12 @@ def test_a_connection_that_breaks_off_goes_on(hub, torsion, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == whole
 
 
+def test_a_server_that_sends_less_than_it_says(hub, torsion):
+    hub.break_after, hub.ends_early = 1000, True
+    text = torsion("import", "hf:me/llama", "out", code=2)
+    assert "1,000 bytes came, and it has 30,056; run it again" in text
+
+
 @pytest.mark.slow
 def test_what_a_kill_broke_off_goes_on(hub, process, tmp_path):
     whole = LLAMA["model.safetensors"]
