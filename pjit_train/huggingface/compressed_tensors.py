@@ -234,15 +234,17 @@ def _with_input_scales(
 
 
 def _linear(tensor: Tensor, roles: Roles) -> bool:
-    """Tells whether a tensor is the weight [outputs, inputs] of one linear layer of Torsion.
+    """Tells whether a tensor is a weight [outputs, inputs]: of one linear layer, or of several.
 
-    The head is one, too, where the model has none of its own but the embedding, transposed.
+    The head is one, too, where the model has none of its own but the embedding, transposed. Of
+    several layers (Phi-3) the outputs are joined, and so are their scales.
     """
     role = roles.get(_kernels(tensor)[0])
     ours, theirs = tensor.layout.split(" -> ")
     outputs, _, inputs = theirs.partition(",")
     kernel = role is None or role.kind in ("kernel", "head")
-    return kernel and len(tensor.paths) == 1 and bool(inputs) and ours == inputs + outputs
+    joined = len(tensor.paths) == 1 or tensor.axis == 0
+    return kernel and joined and bool(inputs) and ours == inputs + outputs
 
 
 class _Packing:
@@ -266,7 +268,8 @@ class _Packing:
         self._shapes = shapes or {}
         self.violations: dict[str, int] = {}
         self._written: dict[str, tuple[Tensor, bytes]] = {}  # with a digest of the values
-        self._linear = {_kernels(t)[0]: t for t in family.tensors if _linear(t, self._roles)}
+        linear = [t for t in family.tensors if _linear(t, self._roles)]
+        self._linear = {kernel: t for t in linear for kernel in _kernels(t)}
         self.config = self._config(family.architecture) if quantized else None
 
     def _config(self, architecture: str) -> dict[str, Any]:
@@ -278,9 +281,12 @@ class _Packing:
                     f"export: {kernel} is no linear layer of {architecture}; "
                     "use --dense for plain numbers"
                 )
-            _, targets = groups.setdefault(repr(weights.scheme), (weights.scheme, []))
-            targets.append(_target(linear[kernel]))
-        rest = [_target(tensor) for kernel, tensor in linear.items() if kernel not in quantized]
+            parts = _kernels(linear[kernel])
+            self._check_parts(parts, architecture)
+            if kernel == parts[0]:
+                _, targets = groups.setdefault(repr(weights.scheme), (weights.scheme, []))
+                targets.append(_target(linear[kernel]))
+        rest = [_target(t) for k, t in linear.items() if k not in quantized and k == _kernels(t)[0]]
         found = {scheme.name for scheme, _ in groups.values()}
         return {
             "quant_method": "compressed-tensors",
@@ -301,6 +307,21 @@ class _Packing:
             },
         }
 
+    def _check_parts(self, kernels: Sequence[str], architecture: str) -> None:
+        """Raises a UserError unless kernels that one tensor holds are quantized alike."""
+        schemes = {repr(self.quantized[k].scheme) if k in self.quantized else None for k in kernels}
+        whole = any(
+            scales.tensor_scale is not None or (scales.scale is not None and scales.scale.size == 1)
+            for k in kernels
+            if k in self.quantized
+            for scales in self.quantized[k].scales
+        )
+        if len(kernels) > 1 and (len(schemes) > 1 or whole):
+            raise UserError(
+                f"export: {architecture} has {', '.join(kernels)} in one tensor; give them one "
+                "format, with scales of their outputs, or use --dense for plain numbers"
+            )
+
     def tensors(self, name: str, tensor: Tensor, layer: int | None, array) -> dict[str, np.ndarray]:
         """Returns, by name, what is written of one of Hugging Face's tensors."""
         kernels = _kernels(tensor)
@@ -308,15 +329,16 @@ class _Packing:
             if self.patterns.keys() & kernels:
                 self._written[name] = tensor, _digest(array)
             return {name: array}
-        [kernel] = kernels
-        weights, values_OI = self.quantized[kernel], np.asarray(array, np.float32)
+        weights, values_OI = self.quantized[kernels[0]], np.asarray(array, np.float32)
         scheme = weights.scheme
-        stored = encode(values_OI, weights.scales[layer or 0], weights.format, scheme.name)
+        scales = joined_scales([self.quantized[kernel].scales[layer or 0] for kernel in kernels])
+        stored = encode(values_OI, scales, weights.format, scheme.name)
         decoded_OI = decode(stored, scheme.weights, scheme.name)
         if not np.array_equal(decoded_OI, values_OI):
             raise UserError(
-                f"export: {kernel} has values that its format and scales do not give: was the run "
-                "trained after it was compressed? Use --step 0, or --dense for plain numbers"
+                f"export: {', '.join(kernels)} has values that its format and scales do not "
+                "give: was the run trained after it was compressed? Use --step 0, or --dense for "
+                "plain numbers"
             )
         if len(weights.input_scales):
             stored["input_global_scale"] = np.float32(weights.input_scales[layer or 0]).reshape(1)
@@ -343,6 +365,17 @@ class _Packing:
                 part = tensor.split(array, of_layer)[kernels.index(kernel)]
                 found = violations(self._roles[kernel], part, self.patterns[kernel])
                 self.violations[kernel] = self.violations.get(kernel, 0) + found
+
+
+def joined_scales(parts: Sequence[Scales]) -> Scales:
+    """Scales of a kernel whose outputs are those of several, one after the other."""
+    if len(parts) == 1 or parts[0].scale is None:
+        return parts[0]
+    along = [
+        None if parts[0][field] is None else np.concatenate([x[field] for x in parts], axis=1)
+        for field in range(2)
+    ]
+    return Scales(*along)
 
 
 def _kernels(tensor: Tensor) -> list[str]:

@@ -11,6 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
+from safetensors.numpy import load_file
 
 from pjit_train.compression.kernels import as_matrices, leaf, parse_format
 from pjit_train.errors import UserError
@@ -371,3 +372,35 @@ def test_fp8_without_a_scale_is_stored_with_ones():
     tensors = encode(values_OI, Scales(None), FP8(), "naive-quantized")
     np.testing.assert_array_equal(tensors["weight_scale"], np.ones((2, 1), np.float32))
     np.testing.assert_array_equal(decode(tensors, {"num_bits": 8}, "naive-quantized"), values_OI)
+
+
+def test_layers_that_one_tensor_holds_are_stored_together(tmp_path):
+    """Phi-3: q, k and v in one tensor, and gate and up; each has the scales of its own outputs."""
+    sizes = dict(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=16)
+    config = dataclasses.replace(LLAMA, **sizes, head_dim=8, partial_rotary_factor=0.5)
+    names = [f"blocks/attention/{x}/kernel" for x in ("query", "key", "value")]
+    names += [f"blocks/feed_forward/{x}/kernel" for x in ("gate", "up")]
+    state = nnx.split(config.build(jax.random.key(0), Rules()))[1]
+    params = jax.tree.map(lambda x: np.array(x), nnx.to_pure_dict(state))
+    quantized, scales = {}, {}
+    for name in names:
+        matrices, format = as_matrices(param_roles(config)[name], leaf(params, name)), "int8"
+        scales[name] = []
+        for matrix_IO in matrices:
+            matrix_IO[:], found = rtn(matrix_IO, parse_format(format))
+            scales[name].append(found)
+        quantized[name] = QuantizedWeights(format=parse_format(format), scales=scales[name])
+    compressed_tensors.save(tmp_path / "folder", config, params, quantized)  # and reads it back
+    document = json.loads((tmp_path / "folder/config.json").read_text())
+    assert document["model_type"] == "phi3"
+    [group] = document["quantization_config"]["config_groups"].values()
+    layer = r"re:^model\.layers\.\d+\."
+    assert group["targets"] == [rf"{layer}self_attn\.qkv_proj$", rf"{layer}mlp\.gate_up_proj$"]
+    tensors = load_file(tmp_path / "folder/model.safetensors")
+    got = tensors["model.layers.1.self_attn.qkv_proj.weight_scale"].reshape(-1)
+    want = [scales[name][1].scale.reshape(-1) for name in names[:3]]
+    np.testing.assert_array_equal(got, np.concatenate(want))
+    del quantized[names[1]]
+    with pytest.raises(UserError, match="in one tensor; give them one format") as raised:
+        compressed_tensors.save(tmp_path / "other", config, params, quantized)
+    assert "\n" not in str(raised.value)
