@@ -99,3 +99,15 @@ def of_folder(folder: Path, mesh: MeshShape, *, dtype: Dtype = "float32") -> Lan
         tokenizer=tokenizer,
         conventions=conventions,
     )
+
+
+def empty_context(model: LanguageModel) -> int:
+    """The token that stands before a text that has nothing before it: of begin, or else of end.
+
+    Raises:
+      UserError: the model names neither.
+    """
+    begin, ends = model.conventions.begin, model.conventions.ends
+    if begin is None and not ends:
+        raise UserError(f"{model.source} names no token of begin or end, to stand before a text")
+    return ends[0] if begin is None else begin

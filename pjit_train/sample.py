@@ -1,46 +1,136 @@
-"""Text from a run directory's model."""
+"""Text from a language model: continuations of prompts, and answers in a conversation."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
-from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
-from pjit_train.evaluate import restore_weights
-from pjit_train.models.sampler import Sampler
-from pjit_train.program import Program
-from pjit_train.run import Run
-from pjit_train.sharding import make_mesh
-from pjit_train.tasks.language_modelling import LanguageModelling, language_model
+from pjit_train.language_model import LanguageModel, empty_context
+from pjit_train.models.blocks import apart
+from pjit_train.models.continuation import Continuation
+from pjit_train.models.sampler import Choice, Sampler
 
 
-def sample(
-    run: Run,
-    directory: Path,
-    *,
-    prompts: Sequence[str],
-    tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    step: int | None = None,
-) -> list[str]:
-    """Continues prompts with a run directory's newest good checkpoint, or that of the step asked
-    for; see `Sampler`.
+class TextSampler:
+    """Text of a language model.
 
-    Raises:
-      UserError: the run's model is none of language, or as `Sampler`.
+    It takes the model's parameters over: those of `model` are gone, and kept a layer each, so that
+    a token reads them once and copies none.
+
+    Args:
+      model: of `language_model`.
+      tokens: the most that are sampled at a time.
+      choice: of each token.
+      stop: texts before which a text ends.
+      cut: whether a prompt that is too long loses its beginning; else it is an error.
     """
-    if not isinstance(run.task, LanguageModelling):
-        raise UserError(
-            f"{directory} is a run of {run.task.title} and gives no text; use torsion eval"
-        )
-    program = Program(run, make_mesh(run.mesh))
-    _, params = restore_weights(program, directory, step)
-    sampler = Sampler(language_model(run), run.rules, cast(TextData, run.data).tokenizer)
-    with jax.set_mesh(program.mesh):
-        return sampler(
-            params, prompts, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-        )
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        tokens: int,
+        choice: Choice,
+        stop: Sequence[str] = (),
+        cut: bool = False,
+    ):
+        if tokens >= model.config.max_len:
+            raise UserError(
+                f"sample: tokens={tokens} leaves no room for a prompt within the model's max_len="
+                f"{model.config.max_len}; use fewer"
+            )
+        self._model, self._tokens, self._choice = model, tokens, choice
+        self._stop, self._cut = stop, cut
+        conventions, tokenizer = model.conventions, model.tokenizer
+        self._sampler = Sampler(model.config, model.rules, tokenizer, conventions.ends)
+        with jax.set_mesh(model.mesh):
+            self._params = {**model.params, "blocks": _taken_apart(model.params["blocks"])}
+
+    def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
+        """Prompts and their continuations; several prompts are continued at once.
+
+        Raises:
+          UserError: a prompt is too long.
+        """
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        with jax.set_mesh(self._model.mesh):
+            done = self._sampler.complete(
+                self._params,
+                encoded,
+                tokens=self._tokens,
+                choice=self._choice,
+                stop=self._stop,
+                seed=seed,
+            )
+        return [prompt + new.text for prompt, new in zip(prompts, done, strict=True)]
+
+    def stream(self, prompt: str, *, seed: int = 0) -> Iterator[str]:
+        """Yields the continuation of a prompt, as its text becomes sure.
+
+        Raises:
+          UserError: the prompt is too long.
+        """
+        return self._stream(self._encoded(prompt), seed)
+
+    def answer(self, messages: Sequence[Mapping[str, str]], *, seed: int = 0) -> Iterator[str]:
+        """Yields the answer to a conversation; see `Conventions.chat`.
+
+        Raises:
+          UserError: the model has no template, or the conversation is too long.
+        """
+        text = self._model.conventions.chat(messages)
+        return self._stream(self._fitting(self._model.tokenizer.encode_marked(text)), seed)
+
+    def fits(self, messages: Sequence[Mapping[str, str]]) -> bool:
+        """Tells whether a conversation leaves room for the answer."""
+        text = self._model.conventions.chat(messages)
+        return len(self._model.tokenizer.encode_marked(text)) <= self._room
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a prompt."""
+        return self._model.config.max_len - self._tokens
+
+    def _stream(self, ids: np.ndarray, seed: int) -> Iterator[str]:
+        new = Continuation(self._model.tokenizer, ids, ends=self._sampler.ends, stop=self._stop)
+        with jax.set_mesh(self._model.mesh):
+            for chosen in self._sampler.generate(
+                self._params, [ids], tokens=self._tokens, choice=self._choice, seed=seed
+            ):
+                yield new.push(int(chosen[0]))
+                if new.done:
+                    return
+        yield new.finish()
+
+    def _encoded(self, prompt: str) -> np.ndarray:
+        """The ids of a prompt, with what stands before a text of this model."""
+        conventions, ids = self._model.conventions, self._model.tokenizer.encode_marked(prompt)
+        before = conventions.begin if conventions.adds_begin else None
+        if before is None and not len(ids):
+            before = empty_context(self._model)
+        return self._fitting(ids if before is None else np.concatenate([[before], ids]))
+
+    def _fitting(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) <= self._room:
+            return ids
+        if not self._cut:
+            raise UserError(
+                f"sample: a prompt of {len(ids)} tokens and {self._tokens} more exceed the model's "
+                f"max_len={self._model.config.max_len}; use fewer, or --cut to drop the beginning "
+                "of the prompt"
+            )
+        kept = ids[len(ids) - self._room :]
+        if self._model.conventions.adds_begin:
+            kept = np.concatenate([ids[:1], kept[1:]])
+        return kept
+
+
+def _taken_apart(blocks):
+    """`apart` of parameters; each array is deleted before the next is copied."""
+    leaves, structure = jax.tree.flatten(blocks)
+    taken = []
+    for leaf in leaves:
+        taken.append(jax.block_until_ready(jax.jit(apart)(leaf)))
+        leaf.delete()
+    return jax.tree.unflatten(structure, taken)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pjit_train.errors import UserError
 from pjit_train.evaluation.scorer import Row, Score, Scorer
-from pjit_train.language_model import LanguageModel
+from pjit_train.language_model import LanguageModel, empty_context
 
 # Files of the tasks that have a name of the field.
 KNOWN = {
@@ -53,14 +53,6 @@ def pair_row(model: LanguageModel, context: str, continuation: str) -> Row:
             f"tasks: an answer of {scored} tokens exceeds the model's max_len={longest}"
         )
     return Row(tokens[-(longest + 1) :], scored)
-
-
-def empty_context(model: LanguageModel) -> int:
-    """The token that stands before a text that has nothing before it."""
-    begin, ends = model.conventions.begin, model.conventions.ends
-    if begin is None and not ends:
-        raise UserError(f"{model.source} names no token of begin or end, to score a text after it")
-    return ends[0] if begin is None else begin
 
 
 def run_task(

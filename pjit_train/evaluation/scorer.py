@@ -95,7 +95,8 @@ class Scorer:
             return jnp.take_along_axis(hidden_BTD, at_BC[..., None], axis=1, mode="clip")
 
         def scores(hidden_BCD, head_DV, targets_BC, weights_BC):
-            log_BC, greedy_BC = token_scores(hidden_BCD, head_DV, targets_BC)
+            softcap = self.model.config.logit_softcap
+            log_BC, greedy_BC = token_scores(hidden_BCD, head_DV, targets_BC, softcap)
             real_BC = weights_BC > 0
             return jnp.where(real_BC, log_BC, 0.0), jnp.all(greedy_BC | ~real_BC, axis=1)
 

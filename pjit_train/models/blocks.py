@@ -6,6 +6,7 @@ checkpoints; `run_layers` scans over them or takes them apart, with the same num
 Letters in names: B batch, T tokens, D model width, H heads, K key-value heads, F feed-forward.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -99,8 +100,9 @@ class Attention(nnx.Module):
           causal: whether a token sees only those before it, and of these only the last `window`
             with itself, where that is not None.
           angles: (cosines, sines) of the rotary embedding, [tokens, half of what is rotated of a
-            head], or None.
-          segments: int [batch, tokens]; tokens see only their own segment.
+            head], or the same of each row of the batch; or None.
+          segments: int [batch, tokens]; tokens see only their own segment. With a cache a pair: of
+            the tokens, and of the columns of the cache [batch, max_tokens].
           cache: (keys, values, position): keys and values of earlier tokens [batch, max_tokens,
             kv_heads, head_dim], and how many there are; the tokens are appended to them.
 
@@ -119,7 +121,8 @@ class Attention(nnx.Module):
             keys, values, position = cache
             update = jax.lax.dynamic_update_slice_in_dim
             k, v = update(keys, k, position, axis=1), update(values, v, position, axis=1)
-        segments = None if segments is None else (segments, segments)
+        if segments is not None and not isinstance(segments, tuple):
+            segments = segments, segments
         c = self.config
         out = attention(
             q,
@@ -141,14 +144,15 @@ class Attention(nnx.Module):
 
 
 def rotary_angles(
-    positions_T: jax.Array,
+    positions: jax.Array,
     head_dim: int,
     theta: float,
     scaling: tuple[float] | tuple[float, float, float, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [tokens, head_dim / 2] of the rotary embedding (Su et al., 2021).
+    """Cosines and sines [..., head_dim / 2] of the rotary embedding (Su et al., 2021).
 
     Args:
+      positions: of tokens, [...].
       head_dim: of the part of a head that is rotated.
       scaling: (factor,), by which all frequencies are divided (Chen et al., 2023); or (factor, low,
         high, original length) of Llama 3.1 (Grattafiori et al., 2024): frequencies that turn more
@@ -163,7 +167,7 @@ def rotary_angles(
         turns = original * frequencies / (2 * math.pi)
         stay = jnp.clip((turns - low) / (high - low), 0, 1)
         frequencies *= stay + (1 - stay) / factor
-    angles = positions_T[:, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -172,7 +176,7 @@ def rotate(x_BTHd: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
     Of a whole head that is Llama's layout of two halves; what is beyond is left (GPT-NeoX, Phi).
     """
-    cos, sin = (a[None, :, None, :] for a in angles)
+    cos, sin = (a[None, :, None, :] if a.ndim == 2 else a[:, :, None, :] for a in angles)
     x, size = x_BTHd.astype(jnp.float32), 2 * cos.shape[-1]
     beyond = [x[..., size:]] if size < x.shape[-1] else []
     first, second = jnp.split(x[..., :size] if beyond else x, 2, axis=-1)
@@ -243,6 +247,29 @@ class Block(nnx.Module):
         return x_BTD + normed(self.feed_forward_post_norm, made), keys_values
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """An array [layers, ...] in parts, one of each layer, so that to read one copies nothing."""
+
+    parts: tuple[jax.Array, ...]
+
+
+def apart(stacked):
+    """Takes a tree of arrays [layers, ...] apart into `Layers`; donate it, and one copy is held."""
+    return jax.tree.map(lambda x: Layers(tuple(x[i] for i in range(x.shape[0]))), stacked)
+
+
+def is_apart(blocks: "Block") -> bool:
+    """Tells whether the parameters of a stack of blocks are `Layers`."""
+    leaves = jax.tree.leaves(nnx.state(blocks), is_leaf=_is_layers)
+    return any(map(_is_layers, leaves))
+
+
+def _is_layers(x: Any) -> bool:
+    return isinstance(x, Layers)
+
+
 def run_layers(
     blocks: Block,
     x_BTD,
@@ -255,10 +282,11 @@ def run_layers(
     """Applies a stack of blocks.
 
     Args:
-      blocks: a block whose parameters have a leading axis of layers.
+      blocks: a block whose parameters have a leading axis of layers, or are `Layers`.
       inputs: what `Attention` takes besides, of the first layers; those of the layers after them
         are the same again, and so on. So a pattern of layers is said by one period of it.
-      cache: (keys, values), each [layers, batch, max_tokens, kv_heads, head_dim], or None.
+      cache: (keys, values), each [layers, batch, max_tokens, kv_heads, head_dim], or `Layers` as
+        the parameters; or None.
       position: tokens that the cache holds already.
 
     Returns:
@@ -273,6 +301,9 @@ def run_layers(
         return x_BTD, None if cache is None else keys_values
 
     layers = [_remat(functools.partial(layer, of_kind), config.remat) for of_kind in inputs]
+    if is_apart(blocks):
+        join = lambda *xs: Layers(xs)
+        return _go_through(layers, x_BTD, (stacked, cache), config.num_layers, join)
     if config.layers == "scan":
         return scan_layers(layers, x_BTD, (stacked, cache), config.num_layers)
     return _go_through(layers, x_BTD, (stacked, cache), config.num_layers)
@@ -310,26 +341,35 @@ def scan_layers(layers: Sequence[Callable], carry, stacked, count: int):
     return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs), outputs, last)
 
 
-def _go_through(layers: Sequence[Callable], carry, stacked, count: int):
-    """Applies a stack of layers as `scan_layers` does, each compiled by itself."""
+def _stacked(*xs: jax.Array) -> jax.Array:
+    return jnp.stack(xs)
+
+
+def _go_through(layers: Sequence[Callable], carry, stacked, count: int, join: Callable = _stacked):
+    """Applies a stack of layers as `scan_layers` does, each compiled by itself.
+
+    Args:
+      join: makes an output of those of all layers.
+    """
     outputs = []
     for i, of_layer in enumerate(_unstack(stacked, count)):
         carry, output = layers[i % len(layers)](carry, of_layer)
         outputs.append(output)
-    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
+    return carry, jax.tree.map(join, *outputs)
 
 
 def _unstack(tree, layers: int):
     """The layers of stacked arrays."""
-    return _parts(tree, lambda x: [part[0] for part in jax.lax.split(x, [1] * layers)], layers)
+    split = lambda x: [part[0] for part in jax.lax.split(x, [1] * layers)]
+    return _parts(tree, lambda x: x.parts if isinstance(x, Layers) else split(x), layers)
 
 
-def _parts(tree, cut: Callable[[jax.Array], Sequence[jax.Array]], count: int):
+def _parts(tree, cut: Callable[[Any], Sequence[jax.Array]], count: int):
     """Trees of what `cut` makes of each array.
 
     By `jax.lax.split`, whose transpose is a concatenation, not a sum of padded parts.
     """
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_layers)
     cuts = [cut(x) for x in leaves]
     return [jax.tree.unflatten(structure, [parts[i] for parts in cuts]) for i in range(count)]
 

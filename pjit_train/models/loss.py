@@ -151,7 +151,7 @@ def _chunks(hidden, head, targets, weights, vocab_axis, softcap, *, with_gradien
 
 
 def token_scores(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, softcap: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target, and whether it is the likeliest token.
 
@@ -162,6 +162,7 @@ def token_scores(
       hidden: [batch, length, d_model].
       head: [d_model, vocab].
       targets: int [batch, length].
+      softcap: see `cross_entropy`.
 
     Returns:
       Natural logarithms, float32 [batch, length], and bool [batch, length].
@@ -172,6 +173,7 @@ def token_scores(
 
     def chunk(hidden_BCD, targets_BC):
         logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head, preferred_element_type=jnp.float32)
+        logits_BCV = capped(logits_BCV, softcap)
         top_BC = jnp.max(logits_BCV, axis=-1)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         total_BC = jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1)

@@ -19,7 +19,14 @@ from jax.sharding import PartitionSpec as P
 
 from pjit_train.errors import UserError
 from pjit_train.models.block_config import BlockConfig
-from pjit_train.models.blocks import Block, Norm, rotary_angles, run_layers
+from pjit_train.models.blocks import (
+    Block,
+    Layers,
+    Norm,
+    is_apart,
+    rotary_angles,
+    run_layers,
+)
 from pjit_train.models.loss import capped
 from pjit_train.models.parameters import Initializer, gathered, gathered_for_tokens
 from pjit_train.models.projection import straight_through
@@ -226,7 +233,7 @@ class Transformer(nnx.Module):
         x_BTD, cache = self.body(tokens_BT, **options)
         return self.norm(x_BTD), cache
 
-    def body(self, tokens_BT, *, segments=None, cache=None, position=0):
+    def body(self, tokens_BT, *, segments=None, cache=None, position=0, padding=None):
         """The output of the last block [batch, tokens, d_model], and the new cache.
 
         Args:
@@ -234,23 +241,32 @@ class Transformer(nnx.Module):
           segments: int [batch, tokens]; tokens see only their own segment.
           cache: what `empty_cache` made, or an earlier call returned.
           position: of the first token: how many tokens the cache holds.
+          padding: int [batch]; so many of a row's first tokens, from position 0 on, are none, and
+            its text begins after them. Only with a cache.
         """
         c = self.config
-        positions_T = position + jnp.arange(tokens_BT.shape[1])
+        columns_T = positions = position + jnp.arange(tokens_BT.shape[1])
+        if padding is not None:
+            positions = jnp.maximum(columns_T - padding[:, None], 0)  # [batch, tokens]
+            columns_C = jnp.arange(cache_length(cache))
+            segments = tuple((at >= padding[:, None]).astype(int) for at in (columns_T, columns_C))
         table_VD = gathered_for_tokens(self.embedding, self.rules, c.dtype, exact=True)
         x_BTD = lookup(table_VD, tokens_BT)
         if c.scale_embedding:
             x_BTD *= jnp.asarray(np.float32(math.sqrt(c.d_model)), c.dtype)
         angles = local_angles = None
         if self.position_embedding is None:
-            angles = rotary_angles(positions_T, c.rotary_dim, c.rope_theta, c.rope_scaling)
+            angles = rotary_angles(positions, c.rotary_dim, c.rope_theta, c.rope_scaling)
             local_angles = angles
             if c.rope_local_theta is not None:
-                local_angles = rotary_angles(positions_T, c.rotary_dim, c.rope_local_theta)
+                local_angles = rotary_angles(positions, c.rotary_dim, c.rope_local_theta)
         else:
             table = gathered(self.position_embedding, self.rules, c.dtype)
-            first = position + c.position_offset
-            x_BTD += jax.lax.dynamic_slice_in_dim(table, first, tokens_BT.shape[1])
+            if padding is not None:
+                x_BTD += lookup(table, positions + c.position_offset)
+            else:
+                first = position + c.position_offset
+                x_BTD += jax.lax.dynamic_slice_in_dim(table, first, tokens_BT.shape[1])
         everywhere = dict(causal=True, segments=segments)
         beyond = everywhere | dict(angles=angles, window=None)
         within = everywhere | dict(angles=local_angles, window=c.window)
@@ -289,13 +305,26 @@ class Transformer(nnx.Module):
         """Logits of the next token, float32 [batch, tokens, vocab]."""
         return self.logits(self.hidden(tokens_BT, segments=segments)[0])
 
-    def empty_cache(self, batch: int, max_tokens: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of no tokens yet, with room for `max_tokens`."""
+    def empty_cache(self, batch: int, max_tokens: int):
+        """Keys and values of no tokens yet, with room for `max_tokens`; see `run_layers`."""
         c = self.config
-        shape = (c.num_layers, batch, max_tokens, c.num_kv_heads, c.head_dim)
-        spec = self.rules.spec((None, "batch", None, "kv_heads", None))
-        zeros = jnp.zeros(shape, c.dtype, out_sharding=out_sharding(spec))
-        return zeros, zeros
+        shape = (batch, max_tokens, c.num_kv_heads, c.head_dim)
+        spec = ("batch", None, "kv_heads", None)
+
+        def zeros(shape, spec):
+            return jnp.zeros(shape, c.dtype, out_sharding=out_sharding(self.rules.spec(spec)))
+
+        if is_apart(self.blocks):
+            layers = range(c.num_layers)
+            keys, values = (Layers(tuple(zeros(shape, spec) for _ in layers)) for _ in range(2))
+            return keys, values
+        stacked = zeros((c.num_layers, *shape), (None, *spec))
+        return stacked, stacked
+
+
+def cache_length(cache) -> int:
+    """Tokens that a cache of `Transformer.empty_cache` has room for."""
+    return jax.tree.leaves(cache)[0].shape[-3]
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -14,11 +14,13 @@ from helpers.tiny_models import GPT2, LLAMA, make_batch, make_program
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.errors import UserError
 from pjit_train.evaluate import evaluate
+from pjit_train.language_model import of_run
 from pjit_train.loop import train
 from pjit_train.models.blocks import rotary_angles, rotate
 from pjit_train.models.projection import StoredKernel, project
+from pjit_train.models.sampler import Choice
 from pjit_train.optimizers import SGD, Schedule
-from pjit_train.sample import sample
+from pjit_train.sample import TextSampler
 from pjit_train.sharding import Rules
 from sparsity import recipes
 from sparsity.numbers.formats import HBFP, MX, Int
@@ -228,7 +230,8 @@ def test_a_run_goes_on_bit_for_bit_with_stochastic_rounding_and_packed(run, tmp_
         evaluate(dataclasses.replace(packed, quantization=None), out)["val_loss"]
         != (figures["val_loss"])
     )
-    assert sample(packed, out, prompts=["1"], tokens=3)[0].startswith("1")
+    texts = TextSampler(of_run(packed, out), tokens=3, choice=Choice())
+    assert texts(["1"])[0].startswith("1")
     for step in (2, 4):  # the state is packed between the third step and the fourth
         for path in (out / "checkpoints").iterdir():
             if path.name.isdigit() and int(path.name) > step:

@@ -170,8 +170,8 @@ def test_a_vocabulary_larger_than_the_tokenizers_samples_none_of_the_rest():
         (
             ["A" * 20],
             {"tokens": 4},
-            "sample: a prompt of 21 tokens, the separator one of them, and 4 more exceed the "
-            "model's max_len=24; ask for at most so many together",
+            "sample: a prompt of 21 tokens and 4 more exceed the model's max_len=24; "
+            "ask for at most so many together",
         ),
         (
             ["A"],
