@@ -87,3 +87,14 @@ def test_a_quantized_step_on_a_mesh_is_that_of_one_device(name):
         _, metrics = program.compile_step(batch)(state, batch)
         found.append(float(metrics["loss"]))
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_embeddings_are_scaled_by_a_root_of_the_width_rounded_as_transformers_does():
+    """sqrt(12) is 3.46875 in bfloat16: Gemma's multiplication is in the activations' dtype."""
+    config, _, params = loaded("gemma2")
+    half = dataclasses.replace(config, dtype="bfloat16")
+    model = nnx.merge(split_model(half, Rules())[0], params)
+    x_BTD = calibrate.enter_all(model, TOKENS[:1])[0][0]
+    rows = params["embedding"][TOKENS[0]["inputs"]].astype("bfloat16")
+    want = (rows.astype(np.float32) * 3.46875).astype("bfloat16")
+    np.testing.assert_array_equal(np.asarray(x_BTD, np.float32), want.astype(np.float32))
