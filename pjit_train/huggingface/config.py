@@ -68,22 +68,21 @@ def _check_keys(path: Path | str, model_type: str, document: Mapping[str, Any]) 
     family = FAMILIES[model_type]
     classes = document.get("architectures") or []
     base = re.sub("(ForCausalLM|LMHeadModel|ForImageClassification)$", "Model", family.architecture)
-    if not isinstance(classes, list) or (
-        classes and not {family.architecture, base} & set(classes)
-    ):
+    named = isinstance(classes, list) and (family.architecture in classes or base in classes)
+    if classes and not named:
         raise UserError(
             f"architectures={classes!r} of model_type={model_type!r} is not supported; only "
             f"{family.architecture} is"
         )
     known = family.names | set(family.harmless) | HARMLESS
-    named = [name for name, value in document.items() if name not in known and value not in EMPTY]
-    for name in named:
+    odd = [name for name, value in document.items() if name not in known and value not in EMPTY]
+    for name in odd:
         if name in MEANINGFUL:
             raise UserError(
                 f"{name}={document[name]!r} is not supported where model_type={model_type!r}"
             )
-    if named:
-        _warn(f"{path}: {some(named)}: not known, and passed over, as `transformers` does")
+    if odd:
+        _warn(f"{path}: {some(odd)}: not known, and passed over, as `transformers` does")
 
 
 @functools.lru_cache(maxsize=256)

@@ -196,6 +196,7 @@ REFUSED = [
     ("llama", {"sliding_window": 4}, "sliding_window=4 is not supported where"),
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures=.* is not"),
+    ("llama", {"architectures": [["x"]]}, "architectures=.* is not supported"),
     ("llama", {"rope_interleaved": True}, "rope_interleaved=True is not supported"),
 ]
 
