@@ -38,13 +38,11 @@ def model_of(config, params):
 
 @functools.cache
 def trainable(name) -> TransformerConfig:
-    """The family's model in sizes that a mesh divides, of layers that are no whole periods."""
+    """The family's model in sizes that a mesh divides; Gemma 2 with two periods and a half."""
     config = loaded(name)[0]
     sizes = dict(d_model=16, d_ff=12, num_heads=4, num_kv_heads=2, vocab_size=56)
-    kinds = (
-        dict(num_layers=5, local_layers=(True, False)) if config.period > 1 else {"num_layers": 2}
-    )
-    return dataclasses.replace(config, **sizes, **kinds, init_std=0.3)
+    layers = 5 if name == "gemma2" else max(2, config.period)
+    return dataclasses.replace(config, **sizes, num_layers=layers, init_std=0.3)
 
 
 def losses(model, mesh, steps=3):

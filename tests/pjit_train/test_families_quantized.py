@@ -60,7 +60,7 @@ def test_calibration_walks_through_layers_as_the_model_does(name):
 def test_figures_of_activations_do_not_depend_on_how_layers_are_told():
     """A window of the whole sequence is none, so layers of two kinds are as those of one."""
     config = loaded("gemma2")[0]
-    sizes = dict(d_model=16, d_ff=12, num_heads=4, num_kv_heads=2, vocab_size=56, num_layers=5)
+    sizes = dict(d_model=16, d_ff=12, num_heads=4, num_kv_heads=2, vocab_size=56, num_layers=4)
     one = dataclasses.replace(config, **sizes, window=None, local_layers=(False,))
     two = dataclasses.replace(one, window=24, local_layers=(True, False))
     formats = MatmulFormats(activations="int8", gradients="fp8_e4m3")
