@@ -23,6 +23,7 @@ from launch.bindings import (
     parse_bindings,
 )
 from launch.explain import IMPORT, explained, missing_parameters, nearest_parameter
+from launch.pretrained import pretrained_bindings
 from launch.typecheck import check_types
 from launch.versions import renamed, stamped, upgraded
 from pjit_train.errors import UserError
@@ -59,6 +60,8 @@ def build_run(
       bindings: gin bindings, in which `explain.STANDARD` are imported.
       text: gin text that comes before the files, as this function returns it.
 
+    A run with `initial_weights` and no model has the model of that folder (`pretrained`).
+
     Names of earlier versions are read as those of today (`versions`).
 
     Returns:
@@ -86,6 +89,9 @@ def build_run(
     with explained(what):
         gin.parse_config(_IMPORTS)
         bound = parse_bindings(gin.config_str())
+        if more := pretrained_bindings(bound):
+            gin.parse_config("\n".join([_IMPORTS, *more]))
+            bound = parse_bindings(gin.config_str())
         _check_macros(bound)
         gin.finalize()
         check_types(bound.values)

@@ -1,0 +1,107 @@
+"""A run that starts from a pretrained folder has its model and tokenizer without saying them."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from launch.cli import main
+from launch.configure import build_run
+from launch.trained import read_run
+from pjit_train.data.tokenizers import train_tokenizer
+from pjit_train.errors import UserError
+from pjit_train.huggingface import weights as huggingface
+from pjit_train.models.transformer import TransformerConfig
+from pjit_train.sharding import Rules
+from pjit_train.step import new_params
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+TEXT = "the cat sat on a mat and the dog ran to the man in the van. " * 200
+CONFIG = TransformerConfig(
+    d_model=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    vocab_size=272,
+    max_len=64,
+    norm_epsilon=9.999999747378752e-06,
+    rope_theta=5e5,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([TEXT], vocab_size=270, path=str(parent / "tokenizer.json"))
+    params = jax.device_get(new_params(CONFIG, Rules(), 0))
+    huggingface.save(parent / "hf", CONFIG, params, tokenizer=tokenizer)
+    (parent / "text.txt").write_text(TEXT)
+    return parent / "hf"
+
+
+def bindings(folder, *more):
+    return [
+        f"run.Run.initial_weights = '{folder}'",
+        "text.TextData.sources = [@sources.TextFiles()]",
+        f"sources.TextFiles.train = '{folder.parent / 'text.txt'}'",
+        "text.TextData.seq_len = 32",
+        "run.Samples.tokens = 4",
+        "run.Run.eval_batches = 1",
+        *more,
+    ]
+
+
+def test_model_and_tokenizer_are_those_of_the_folder(folder):
+    run, text = build_run(["configs/finetune.gin"], bindings(folder))
+    assert run.model == CONFIG
+    assert run.data.tokenizer.path == str(folder / "tokenizer.json")
+    assert run.data.tokenizer.separator_token == "<|endoftext|>"
+    again, same = build_run([], text=text)
+    assert (again, same) == (run, text)
+
+
+def test_what_is_bound_holds_and_another_model_is_refused_as_before(folder, tmp_path):
+    run, _ = build_run(
+        ["configs/finetune.gin"],
+        bindings(
+            folder,
+            "transformer.TransformerConfig.remat = 'full'",
+            "tokenizers.TokenizerJson.path = 'mine.json'",
+        ),
+    )
+    assert run.model == dataclasses.replace(CONFIG, remat="full")
+    assert run.data.tokenizer.path == "mine.json"
+    argv = ["train", "configs/finetune.gin", "--out", str(tmp_path / "run")]
+    for binding in bindings(folder, "transformer.TransformerConfig.d_ff = 32"):
+        argv += ["--gin", binding]
+    assert main(argv) == 2
+
+
+def test_a_folder_that_is_none_is_one_line(folder, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/config\.json: cannot be read"):
+        build_run(["configs/finetune.gin"], bindings(folder.parent / "nowhere"))
+    with pytest.raises(UserError, match=r"initial_weights is missing; bind it"):
+        build_run(["configs/finetune.gin"])
+
+
+def test_a_sparse_run_from_a_folder_trains_resumes_and_is_exported(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["train", "configs/finetune.gin", "configs/recipes/sr_ste.gin", "--out", str(out)]
+    argv += ["--mesh", "data=1"]
+    for binding in bindings(folder):
+        argv += ["--gin", binding]
+    assert main([*argv, "--steps", "2"]) == 0
+    assert main([*argv, "--steps", "3"]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 3
+    run, _ = read_run(out)
+    assert run.model == CONFIG
+    assert main(["export", str(out), str(tmp_path / "out")]) == 0
+    assert huggingface.load(tmp_path / "out")[0] == dataclasses.replace(CONFIG, max_len=64)
+    capsys.readouterr()
+    argv = ["eval", str(tmp_path / "out"), "--perplexity", str(folder.parent / "text.txt")]
+    assert main([*argv, "--sequence", "32", "--limit", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["windows"] == 2
