@@ -9,6 +9,7 @@ same functions, as plain numbers.
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from pjit_train import record
 from pjit_train.compression.calibrate import calibration_batches, input_maxima, text_of
 from pjit_train.compression.kernels import (
     as_matrices,
@@ -40,6 +42,7 @@ from pjit_train.huggingface.compressed_tensors_codes import (
 )
 from pjit_train.huggingface.config import write_config
 from pjit_train.huggingface.families import Tensor
+from pjit_train.huggingface.sources import folder_of
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.roles import Roles, param_roles
 from pjit_train.program import Program
@@ -50,6 +53,8 @@ from sparsity.numbers.formats import Format
 from sparsity.numbers.quantized_kernels import QuantizedKernel
 from sparsity.post_training.gptq import Scales, rtn
 from sparsity.recipes.kernels import Kernel, MaskedKernel, dense, dense_tree
+
+log = logging.getLogger("torsion")
 
 SEQUENCES = 128  # of text that scales of activations are taken from, where there are as many
 _DTYPES = {
@@ -173,9 +178,34 @@ def export(
     _Packing(run.model, quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
-    options = {"tokenizer": getattr(run.data, "tokenizer", None)}  # of text
+    tokenizer = getattr(run.data, "tokenizer", None)  # of text
+    options = {"tokenizer": tokenizer, "like": _begun_from(run, directory)}
     done = save(folder, run.model, params, quantized, patterns, **options)
     return {"step": step, "quantized": bool(quantized), **done}
+
+
+def _begun_from(run: Run, directory: Path) -> Path | None:
+    """The folder that a run began from, where it is still there and has the run's tokenizer."""
+    tokenizer = run.data.tokenizer_file
+    if run.initial_weights is None or tokenizer is None:
+        return None
+    kept = record.read_if_whole(directory)
+    source = run.initial_weights
+    if kept is not None and Path(kept.folder, source).exists():
+        source = str(Path(kept.folder, source))
+    try:
+        folder = folder_of(source)
+        if (folder / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.text:
+            return folder
+        why = "has another tokenizer by now"
+    except (UserError, OSError) as error:
+        why = f"cannot be read ({error})"
+    log.warning(
+        "%s %s: the folder is written without its chat template and its tokens of begin and end",
+        run.initial_weights,
+        why,
+    )
+    return None
 
 
 def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ class Conventions:
             raise UserError(f"chat: the model's template refuses the messages: {error}") from error
 
 
+def copy_conventions(folder: Path, to: Path) -> None:
+    """Copies the files of a folder that say how its tokenizer is used, those that it has."""
+    for name in _FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
+
+
 def read_conventions(folder: Path) -> tuple[TokenizerJson, Conventions]:
     """The tokenizer of a Hugging Face folder, and how the model is used with it.
 
@@ -112,6 +120,12 @@ def read_conventions(folder: Path) -> tuple[TokenizerJson, Conventions]:
     )
 
 
+_FILES = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
 _USES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 

@@ -30,6 +30,7 @@ from pjit_train.huggingface.config import (
     some,
     write_config,
 )
+from pjit_train.huggingface.conventions import copy_conventions
 from pjit_train.huggingface.families import Family, Tensor
 from pjit_train.huggingface.tokenizer import write_tokenizer
 from pjit_train.models.block_config import BlockConfig
@@ -145,6 +146,7 @@ def save(
     max_shard_bytes: int = 5 * 2**30,
     packing: Packing | None = None,
     tokenizer: Bytes | TokenizerJson | None = None,
+    like: Path | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads with `from_pretrained`.
 
@@ -157,6 +159,8 @@ def save(
         holds a single tensor; so much is held in memory besides.
       packing: of a quantized model; see `compressed_tensors.save`.
       tokenizer: of the text that the model was trained on; written beside it.
+      like: a folder with the same tokenizer, whose chat template and tokens of begin and end the
+        model keeps.
 
     Raises:
       UserError: the folder has something in it or cannot be written, the parameters are not those
@@ -169,6 +173,9 @@ def save(
     if tokenizer is not None:
         separator = tokenizer.separator
         document |= {"bos_token_id": separator, "eos_token_id": separator}
+    if like is not None:
+        told = read_json(like / "config.json")
+        document |= {name: told.get(name) for name in ("bos_token_id", "eos_token_id")}
     expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
     if odd := sorted(expected.keys() ^ flat.keys()):
         raise UserError(f"{folder}: parameters {some(odd)} are not both in model and config")
@@ -183,6 +190,8 @@ def save(
         (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
         if tokenizer is not None and isinstance(config, TransformerConfig):
             write_tokenizer(temporary, tokenizer, config.max_len)
+        if like is not None:
+            copy_conventions(like, temporary)
         tensors = list(_tensors(family, expected))
         _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
         if packing is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from launch.trained import read_run
 from pjit_train.data.tokenizers import train_tokenizer
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
+from pjit_train.huggingface.conventions import read_conventions
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
 from pjit_train.step import new_params
@@ -39,6 +41,10 @@ def folder(tmp_path_factory):
     params = jax.device_get(new_params(CONFIG, Rules(), 0))
     huggingface.save(parent / "hf", CONFIG, params, tokenizer=tokenizer)
     (parent / "text.txt").write_text(TEXT)
+    (parent / "hf" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    settings = json.loads((parent / "hf" / "tokenizer_config.json").read_text())
+    (parent / "hf" / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "c"}))
+    (parent / "hf" / "SHA256SUMS").unlink()
     return parent / "hf"
 
 
@@ -101,7 +107,26 @@ def test_a_sparse_run_from_a_folder_trains_resumes_and_is_exported(folder, tmp_p
     assert run.model == CONFIG
     assert main(["export", str(out), str(tmp_path / "out")]) == 0
     assert huggingface.load(tmp_path / "out")[0] == dataclasses.replace(CONFIG, max_len=64)
+    tokenizer, kept = read_conventions(tmp_path / "out")
+    assert (kept.begin, kept.chat([{"content": "hi"}])) == (tokenizer.token_id("c"), "chi")
     capsys.readouterr()
     argv = ["eval", str(tmp_path / "out"), "--perplexity", str(folder.parent / "text.txt")]
     assert main([*argv, "--sequence", "32", "--limit", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["windows"] == 2
+
+
+def test_without_the_folder_that_it_began_from_a_run_is_exported_with_its_tokenizer(
+    folder, tmp_path, caplog
+):
+    there = tmp_path / "there"
+    shutil.copytree(folder, there)
+    more = bindings(folder, f"run.Run.initial_weights = '{there}'")[1:]
+    argv = ["train", "configs/finetune.gin", "--mesh", "data=1", "--steps", "1"]
+    for binding in more:
+        argv += ["--gin", binding]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    shutil.rmtree(there)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    tokenizer, kept = read_conventions(tmp_path / "out")
+    assert kept.chat_template is None
+    assert tokenizer.text == (folder / "tokenizer.json").read_text()
