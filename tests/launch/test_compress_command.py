@@ -93,7 +93,7 @@ def test_sparsegpt_by_default_and_a_table(dense_run, capsys):
     [
         (
             ["--method", "wander"],
-            "--method='wander' is unknown; use magnitude, wanda, sparsegpt or none",
+            "--method wander is unknown; use magnitude, wanda, sparsegpt, none",
         ),
         (["--method", "none"], "nothing is pruned or quantized"),
         (["--method", "none", "--layers", "up=1:4"], "--layers: --method none prunes nothing"),
@@ -311,7 +311,8 @@ def test_what_is_no_run_directory_is_said(dense_run, capsys):
         ("dense/config.gin", "is a part of the run dense; give that"),
         ("x" * 300, "File name too long"),
     ]:
-        for command in ("compress", "eval", "sample", "export"):
+        of_folders = directory in ("hub", "broken")  # which eval and sample read
+        for command in ("compress", "export") + ("eval", "sample") * (not of_folders):
             capsys.readouterr()
             argv = [command, directory, *(["out"] if command == "export" else [])]
             assert main(argv) == 2
