@@ -25,7 +25,7 @@ def folder_of(source: str | Path, *, progress: Progress = lambda done, of: None)
     Args:
       source: a folder, which is returned as it is, whatever is in it; a .gguf file, which is
         imported once into $TORSION_CACHE, under the digest of its bytes; or
-        `hf:OWNER/NAME[@REVISION][:FILE.gguf]`, which is fetched into the cache of `huggingface_hub`.
+        `hf:OWNER/NAME[@REVISION][:FILE.gguf]`, which is fetched into `huggingface_hub`'s cache.
       progress: is told how many bytes of how many are done.
 
     Raises:
