@@ -6,11 +6,25 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pjit_train.data.tokenizers import TokenizerJson
 from pjit_train.errors import UserError
 from pjit_train.huggingface.config import read_json
+
+
+class _Generation(Extension):
+    """Tag of a template around what the model said, which only training on answers reads."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +60,13 @@ class Conventions:
                 "chat: the model has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); use --prompt"
             )
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def refuse(message):
             raise TemplateError(message)
 
         # As `transformers` sets it up, for which templates are written.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _json  # Jinja's own escapes for HTML
         environment.globals["raise_exception"] = refuse

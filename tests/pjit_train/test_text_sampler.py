@@ -1,5 +1,6 @@
 """Text of folders: choices of tokens against their formulas, stop texts, streams, chats."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -220,6 +221,8 @@ def test_a_template_sees_the_special_tokens_and_may_refuse(folder, tmp_path):
     )
     messages = [{"role": "user", "content": "a<b"}]
     assert told.chat(messages) == "<s>" + json.dumps(messages)
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert dataclasses.replace(told, chat_template=marked).chat(messages) == "a<b"
     with pytest.raises(UserError, match="refuses the messages: no system"):
         told.chat([{"role": "system", "content": "x"}])
     with pytest.raises(UserError, match="has no chat template"):
