@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -20,7 +20,7 @@ from pjit_train.huggingface.config import read_json
 class _Generation(Extension):
     """Tag of a template around what the model said, which only training on answers reads."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
 
     def parse(self, parser):
         next(parser.stream)
