@@ -12,6 +12,7 @@ _COMMANDS = (
     "train",
     "pod",
     "evaluate",
+    "lm_eval",
     "sample",
     "import_",
     "check",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from pjit_train.data.text import TextData
@@ -13,6 +14,7 @@ from pjit_train.errors import UserError
 from pjit_train.evaluate import restore_weights
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.conventions import Conventions, read_conventions
+from pjit_train.models.blocks import apart
 from pjit_train.models.parameters import Dtype
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.program import Program
@@ -39,6 +41,33 @@ class LanguageModel:
     params: Any
     tokenizer: Bytes | TokenizerJson
     conventions: Conventions
+
+    def encode(self, text: str, *, begins: bool = True) -> np.ndarray:
+        """The ids of a text, int32 [tokens]; special tokens in it stand for themselves.
+
+        Args:
+          begins: whether the text is a beginning, before which the token of begin stands, where the
+            tokenizer adds it; a text that spells it gets no second.
+        """
+        ids = self.tokenizer.encode_marked(text).astype(np.int32)
+        begin = self.conventions.begin if self.conventions.adds_begin and begins else None
+        if begin is None or ids[:1].tolist() == [begin]:
+            return ids
+        return np.concatenate([np.array([begin], np.int32), ids])
+
+    def taken_apart(self) -> "LanguageModel":
+        """The model with the parameters of each layer by themselves, to decode from.
+
+        So a token reads them once and copies none. The parameters of this object are gone.
+        """
+        leaves, structure = jax.tree.flatten(self.params["blocks"])
+        taken = []
+        with jax.set_mesh(self.mesh):
+            for leaf in leaves:  # each is deleted before the next is copied
+                taken.append(jax.block_until_ready(jax.jit(apart)(leaf)))
+                leaf.delete()
+        blocks = jax.tree.unflatten(structure, taken)
+        return dataclasses.replace(self, params={**self.params, "blocks": blocks})
 
 
 def of_run(run: Run, directory: Path, *, step: int | None = None) -> LanguageModel:

@@ -7,7 +7,6 @@ import numpy as np
 
 from pjit_train.errors import UserError
 from pjit_train.language_model import LanguageModel, empty_context
-from pjit_train.models.blocks import apart
 from pjit_train.models.continuation import Continuation
 from pjit_train.models.sampler import Choice, Sampler
 
@@ -15,8 +14,7 @@ from pjit_train.models.sampler import Choice, Sampler
 class TextSampler:
     """Text of a language model.
 
-    It takes the model's parameters over: those of `model` are gone, and kept a layer each, so that
-    a token reads them once and copies none.
+    It takes the model's parameters over, by `LanguageModel.taken_apart`.
 
     Args:
       model: of `language_model`.
@@ -40,12 +38,9 @@ class TextSampler:
                 f"sample: tokens={tokens} leaves no room for a prompt within the model's max_len="
                 f"{model.config.max_len}; use fewer"
             )
-        self._model, self._tokens, self._choice = model, tokens, choice
+        self._model, self._tokens, self._choice = model.taken_apart(), tokens, choice
         self._stop, self._cut = stop, cut
-        conventions, tokenizer = model.conventions, model.tokenizer
-        self._sampler = Sampler(model.config, model.rules, tokenizer, conventions.ends)
-        with jax.set_mesh(model.mesh):
-            self._params = {**model.params, "blocks": _taken_apart(model.params["blocks"])}
+        self._sampler = Sampler(model.config, model.rules, model.tokenizer, model.conventions.ends)
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
         """Prompts and their continuations; several prompts are continued at once.
@@ -56,7 +51,7 @@ class TextSampler:
         encoded = [self._encoded(prompt) for prompt in prompts]
         with jax.set_mesh(self._model.mesh):
             done = self._sampler.complete(
-                self._params,
+                self._model.params,
                 encoded,
                 tokens=self._tokens,
                 choice=self._choice,
@@ -96,7 +91,7 @@ class TextSampler:
         new = Continuation(self._model.tokenizer, ids, ends=self._sampler.ends, stop=self._stop)
         with jax.set_mesh(self._model.mesh):
             for chosen in self._sampler.generate(
-                self._params, [ids], tokens=self._tokens, choice=self._choice, seed=seed
+                self._model.params, [ids], tokens=self._tokens, choice=self._choice, seed=seed
             ):
                 yield new.push(int(chosen[0]))
                 if new.done:
@@ -105,11 +100,8 @@ class TextSampler:
 
     def _encoded(self, prompt: str) -> np.ndarray:
         """The ids of a prompt, with what stands before a text of this model."""
-        conventions, ids = self._model.conventions, self._model.tokenizer.encode_marked(prompt)
-        before = conventions.begin if conventions.adds_begin else None
-        if before is None and not len(ids):
-            before = empty_context(self._model)
-        return self._fitting(ids if before is None else np.concatenate([[before], ids]))
+        ids = self._model.encode(prompt)
+        return self._fitting(ids if len(ids) else np.array([empty_context(self._model)]))
 
     def _fitting(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) <= self._room:
@@ -124,13 +116,3 @@ class TextSampler:
         if self._model.conventions.adds_begin:
             kept = np.concatenate([ids[:1], kept[1:]])
         return kept
-
-
-def _taken_apart(blocks):
-    """`apart` of parameters; each array is deleted before the next is copied."""
-    leaves, structure = jax.tree.flatten(blocks)
-    taken = []
-    for leaf in leaves:
-        taken.append(jax.block_until_ready(jax.jit(apart)(leaf)))
-        leaf.delete()
-    return jax.tree.unflatten(structure, taken)

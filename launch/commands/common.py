@@ -9,6 +9,7 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from launch.argparse_internals import arguments
 from pjit_train.errors import UserError
@@ -17,13 +18,18 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 def add_command(
-    commands, run: Callable[..., int], name: str, help: str, description: str = ""
+    commands, run: Callable[..., int], name: str, help: str, description: str = "", **options: Any
 ) -> argparse.ArgumentParser:
-    """Adds a command to the sub-parsers `commands`; it is carried out by run(args, began)."""
+    """Adds a command to the sub-parsers `commands`; it is carried out by run(args, began).
+
+    Args:
+      options: others of `argparse.ArgumentParser`.
+    """
     sub = commands.add_parser(
         name,
         help=help,
         description=f"{help[0].upper()}{help[1:]}. {description}",
+        **options,
     )
     sub.set_defaults(command=run)
     for name in (None, "store"):

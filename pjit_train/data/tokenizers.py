@@ -62,6 +62,16 @@ class Bytes:
         """
         return bytes(int(i) for i in ids if i != self.separator).decode("utf-8", "replace")
 
+    def decode_plain(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids` without special tokens; see `decode`."""
+        return self.decode(ids)
+
+    def token_id(self, token: str) -> None:
+        """Returns None: no token has a text by which it would be known."""
+
+    def token_text(self, index: int) -> None:
+        """Returns None, as `token_id`."""
+
     def digest(self) -> str:
         """Returns what identifies this tokenizer in the key of a cache."""
         return "bytes"
@@ -230,6 +240,10 @@ class TokenizerJson:
         """Returns the text of `ids`, separators dropped."""
         kept = [int(i) for i in ids if i != self.separator]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def decode_plain(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, all special tokens dropped."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def digest(self) -> str:
         """Returns what identifies this tokenizer in the key of a cache: file and separator."""

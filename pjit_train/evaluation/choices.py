@@ -33,14 +33,11 @@ def pair_row(model: LanguageModel, context: str, continuation: str) -> Row:
     """
     if spaces := len(context) - len(context.rstrip()):
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    encode = model.tokenizer.encode_marked
     if context:
-        tokens, known = encode(context + continuation), len(encode(context))
-        if model.conventions.adds_begin:
-            tokens, known = np.concatenate([[model.conventions.begin], tokens]), known + 1
+        tokens, known = model.encode(context + continuation), len(model.encode(context))
     else:
-        tokens, known = np.concatenate([[empty_context(model)], encode(continuation)]), 1
-    tokens = tokens.astype(np.int32)
+        new = model.encode(continuation, begins=False)
+        tokens, known = np.concatenate([[empty_context(model)], new]).astype(np.int32), 1
     scored = len(tokens) - known
     if scored < 1:
         raise UserError(

@@ -7,7 +7,7 @@ vocabulary.
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +129,14 @@ class Sampler:
         choice: Choice,
         stop: Sequence[str] = (),
         seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Continuation]:
         """Continues prompts of tokens, several at once, each until it ends.
 
         Args:
           prompts: ids; one token at least.
           stop: texts before which a continuation ends.
+          progress: called with the number of prompts that are done, and that of all.
 
         Raises:
           UserError: as `generate`.
@@ -158,8 +160,10 @@ class Sampler:
                     new.push(int(token))
                 if all(new.done for new in group):
                     break
-        for new in all_new:
-            new.finish()
+            for new in group:
+                new.finish()
+            if progress is not None:
+                progress(start + len(group), len(prompts))
         return all_new
 
     def generate(

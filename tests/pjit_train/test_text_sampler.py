@@ -82,6 +82,43 @@ def test_a_stream_is_the_text_in_pieces(folder, alone):
     assert sum(map(bool, pieces)) > 3
 
 
+def test_a_text_that_spells_the_token_of_begin_gets_no_second(folder):
+    model = of_folder(folder, MeshShape(data=1))
+    begin, bare = model.conventions.begin, list(model.tokenizer.encode("the cat"))
+    assert list(model.encode("the cat")) == bare
+    conventions = dataclasses.replace(model.conventions, adds_begin=True)
+    model = dataclasses.replace(model, conventions=conventions)
+    assert list(model.encode("the cat")) == [begin, *bare]
+    assert list(model.encode("<|endoftext|>the cat")) == [begin, *bare]
+    assert list(model.encode("the cat", begins=False)) == bare
+    assert list(model.encode("")) == [begin]
+
+
+def test_a_text_is_plain_without_special_tokens(folder):
+    tokenizer = read_conventions(folder)[0]
+    ids = [*tokenizer.encode("the cat"), tokenizer.separator, *tokenizer.encode(" sat")]
+    assert tokenizer.decode_plain(ids) == "the cat sat"
+    tokenizer = dataclasses.replace(tokenizer, separator_token="a")
+    assert tokenizer.decode_plain(ids) == "the cat sat"
+    assert Bytes().decode_plain([104, 105, 255]) == "hi"
+    assert (Bytes().token_id("<s>"), Bytes().token_text(255)) == (None, None)
+
+
+def test_progress_counts_the_prompts_that_are_done(folder):
+    model, told = of_folder(folder, MeshShape(data=1)), []
+    complete = Sampler(model.config, model.rules, model.tokenizer).complete
+    prompts = [np.array([i % 9]) for i in range(20)]
+    with jax.set_mesh(model.mesh):
+        complete(
+            model.params,
+            prompts,
+            tokens=1,
+            choice=Choice(),
+            progress=lambda *counts: told.append(counts),
+        )
+    assert told == [(16, 20), (20, 20)]
+
+
 def test_a_stop_text_ends_the_text_before_it(folder, alone):
     new = alone[0][len(PROMPTS[0]) :]
     stop = new[5:8]
