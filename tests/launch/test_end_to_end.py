@@ -171,6 +171,7 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear_hangups,
         )
         while process.poll() is None and not takes_signals(process.pid):
             time.sleep(0.001)
@@ -178,6 +179,10 @@ def test_any_command_ends_at_once_at_any_moment_of_its_start(folder, undisturbed
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         return command, number, process.returncode, said
+
+    def hear_hangups():
+        """Undoes nohup, under which the tests may run: a command does not end by SIGHUP then."""
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def takes_signals(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
