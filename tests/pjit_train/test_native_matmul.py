@@ -260,7 +260,7 @@ def native(weights, activations=None):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: MatmulFormats(matmul="fast"), r"matmul='fast'; use emulated or native"),
+        (lambda: MatmulFormats(matmul="fast"), r"matmul='fast' is unknown; use emulated or native"),
         (lambda: native("mxfp8_e4m3"), r"one scale to an output.*are mxfp8_e4m3; use int8 or fp8"),
         (lambda: native("int8", "nvfp4"), r"activations are nvfp4; .*or matmul='emulated'"),
         (lambda: native(Int(block=64)), r"weights are int8 in blocks of 64; .*matmul='emulated'"),
