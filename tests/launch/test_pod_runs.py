@@ -125,7 +125,7 @@ class Watched:
 
     def until(self, folder: Path, out: str, step: int) -> None:
         """Watches until the pod's metrics reach a step, or it ends."""
-        file, deadline = folder / out / "metrics.jsonl", time.monotonic() + 480
+        file, deadline = folder / out / "metrics.jsonl", time.monotonic() + 240
         looked = 0.0
         while not file.exists() or file.read_text().count("\n") < step:
             if self.process.poll() is not None:
