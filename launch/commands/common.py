@@ -240,16 +240,22 @@ def opened_model(args):
 
 
 @contextlib.contextmanager
-def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told (bytes done, bytes of all), and shows them on a terminal."""
+def shown_progress(what: str, *, count: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that is told (done, of all), and shows them on a terminal.
+
+    Args:
+      count: whether they are a number of things; else they are bytes.
+    """
     if not sys.stderr.isatty():
         yield lambda done, of: None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    of_bytes = progress.DownloadColumn(), progress.TransferSpeedColumn()
+    numbers = (progress.MofNCompleteColumn(), progress.TimeRemainingColumn()) if count else of_bytes
+    columns = progress.TextColumn(what), progress.BarColumn(), *numbers
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=None)
 
     def show(done: int, of: int) -> None:
@@ -299,15 +305,3 @@ def mesh_sizes(mesh: str | None) -> dict[str, int]:
             raise UserError(f"--mesh {mesh}: {axis} is given twice; give it one size")
         sizes[axis] = int(size)
     return sizes
-
-
-class Progress:
-    """A line on a terminal that says how much is done, written anew in its place."""
-
-    def __init__(self, what: str):
-        self._what, self._shown = what, sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._shown:
-            end = "\n" if done == total else ""
-            print(f"\r{self._what}: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.common import (
-    Progress,
     add_command,
     add_model,
     is_folder,
     opened_model,
+    shown_progress,
     trained_run,
     whole,
 )
@@ -69,24 +69,26 @@ def run(args, began: float) -> int:
     if args.perplexity is not None:
         from pjit_train.evaluation.perplexity import perplexity
 
-        found |= perplexity(
-            model,
-            Path(args.perplexity),
-            sequence=args.sequence or model.config.max_len,
-            stride=args.stride,
-            bos=args.bos,
-            limit=args.limit,
-            progress=Progress("windows"),
-        )
+        with shown_progress("windows", count=True) as progress:
+            found |= perplexity(
+                model,
+                Path(args.perplexity),
+                sequence=args.sequence or model.config.max_len,
+                stride=args.stride,
+                bos=args.bos,
+                limit=args.limit,
+                progress=progress,
+            )
         if not args.json:
             _print(found)
     if tasks:
         from pjit_train.evaluation.choices import run_task
 
-        found["tasks"] = {
-            name: run_task(model, file, limit=args.limit, progress=Progress(name))
-            for name, file in tasks.items()
-        }
+        found["tasks"] = {}
+        for name, file in tasks.items():
+            with shown_progress(name, count=True) as progress:
+                done = run_task(model, file, limit=args.limit, progress=progress)
+            found["tasks"][name] = done
         if not args.json:
             _print_tasks(found["tasks"])
     if args.json:
