@@ -7,6 +7,7 @@ are (make test-oracle makes such an environment):
 """
 
 import argparse
+import dataclasses
 import gc
 import math
 import os
@@ -130,7 +131,7 @@ def training(folder: Path, file: Path, steps: int, batch: int, sequence: int) ->
         return loss.item()
 
     run = Run(
-        model=model.config,
+        model=dataclasses.replace(model.config, layers="unroll"),
         data=TextData(seq_len=sequence, batch_size=batch, tokenizer=model.tokenizer),
         optimizer=AdamW(learning_rate=1e-5, schedule=Schedule(shape="constant", warmup_steps=0)),
         steps=1000,
