@@ -225,8 +225,8 @@ class Sampler:
         )
         for step in range(1, tokens + 1):
             # Every process needs the tokens, and not all rows are on each of them.
-            yield np.asarray(reshard(token_B, P(None)))[: len(prompts)]
-            if step < tokens:
+            chosen_B = reshard(token_B, P(None))
+            if step < tokens:  # begun before the tokens are waited for: the devices never wait
                 token_B, cache, seen_BV = self._go_on(
                     params,
                     token_B,
@@ -236,6 +236,7 @@ class Sampler:
                     seen_BV=seen_BV,
                     **options,
                 )
+            yield np.asarray(chosen_B)[: len(prompts)]
 
     def _shards(self) -> int:
         mesh = jax.sharding.get_abstract_mesh()

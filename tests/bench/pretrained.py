@@ -101,15 +101,15 @@ def decoding(folder: Path, count: int) -> None:
     model = model.taken_apart()
     sampler = Sampler(model.config, model.rules, model.tokenizer, ends=())
     with jax.set_mesh(model.mesh):
-        steps = sampler.generate(
-            model.params, [np.arange(5, 15)], tokens=count + 2, choice=Choice(temperature=0)
-        )
-        next(steps)  # the prompt
-        for _ in range(count):
-            clock("token", lambda: next(steps))
-            clock("reading", lambda: total(whole).block_until_ready())
-    print(f"decoding, and reading the {size:,} bytes of weights once")
-    clock.say("token", "reading")
+        for _ in range(6):
+            steps = sampler.generate(
+                model.params, [np.arange(5, 15)], tokens=count + 1, choice=Choice(temperature=0)
+            )
+            next(steps)  # the prompt
+            clock("decoding", lambda steps=steps: list(steps))
+            clock("reading", lambda: [total(whole).block_until_ready() for _ in range(count)])
+    print(f"decoding {count} tokens, and reading the {size:,} bytes of weights as often")
+    clock.say("decoding", "reading")
 
 
 def training(folder: Path, file: Path, steps: int, batch: int, sequence: int) -> None:
@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--only", choices=("perplexity", "decoding", "training"))
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     if args.only in (None, "perplexity"):
