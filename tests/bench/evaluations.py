@@ -3,8 +3,8 @@
     .venv-oracle/bin/python tests/bench/evaluations.py FOLDER DATA [--limit ROWS] [--only piqa]
 
 DATA holds `wikitext2/test.txt` and `tasks/lambada_test.jsonl`, `piqa_valid.jsonl` and
-`arc_easy_test.jsonl`. It runs where torch, transformers and lm-eval are (make test-oracle makes such
-an environment). Each line is printed as it is known.
+`arc_easy_test.jsonl`. It runs where torch, transformers and lm-eval are (make test-oracle makes
+such an environment). Each line is printed as it is known.
 """
 
 import argparse
