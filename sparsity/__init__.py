@@ -30,8 +30,10 @@ from sparsity.api import (
 )
 from sparsity.base_updater import BaseUpdater, NoPruning, SparseState, apply_mask
 from sparsity.mask_calculator import get_topk_fn
-from sparsity.masks.nm import check_nm, nm_mask, nm_violations, transposable_mask
+from sparsity.masks.mvue import mvue
+from sparsity.masks.nm import check_nm, nm_mask, nm_violations
 from sparsity.masks.topk import global_topk_masks, topk_mask
+from sparsity.masks.transposable import transposable_mask
 from sparsity.numbers import formats
 from sparsity.numbers.encoding import Encoded, bits_per_element, decode, encode
 from sparsity.numbers.formats import (
@@ -47,6 +49,7 @@ from sparsity.numbers.formats import (
     check_blocks,
     get_format,
 )
+from sparsity.numbers.hadamard import hadamard
 from sparsity.numbers.quantization import block_scales, clipped, fake_quantize, quantize
 from sparsity.numbers.quantized import MatmulFormats, Quantization, Quantizer
 from sparsity.post_training.interplay import dot_interplay, lost_maxima, tensor_interplay
@@ -136,7 +139,9 @@ __all__ = [
     "get_format",
     "get_topk_fn",
     "global_topk_masks",
+    "hadamard",
     "lost_maxima",
+    "mvue",
     "nm_mask",
     "nm_violations",
     "patterns",

@@ -45,7 +45,7 @@ def add(commands) -> None:
         help="patterns by name of kernel, such as feed_forward=1:4 attention/out=dense",
     )
     compress.add_argument(
-        "--transposable", action="store_true", help="2:4 along the outputs as well"
+        "--transposable", action="store_true", help="N:M along the outputs as well"
     )
     compress.add_argument("--format", metavar="NAME", help="of the weights (default: as they are)")
     compress.add_argument(
@@ -197,7 +197,7 @@ def _asked(args) -> tuple[str | None, dict[str, str], dict[str, str]]:
     for option, given, needed, wanted, instead in (
         ("--activations", args.activations, quantizes, "--format", "give the weights one as well"),
         ("--quantizer", args.quantizer, quantizes, "--format", "give the weights one"),
-        ("--transposable", args.transposable, prunes, "--pattern", "it is for 2:4"),
+        ("--transposable", args.transposable, prunes, "--pattern", "it is for N:M"),
         ("--finetune", args.finetune > 0, prunes, "--pattern", "it trains what pruning leaves"),
     ):
         if given and not needed:

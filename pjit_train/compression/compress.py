@@ -66,7 +66,7 @@ class Compression:
     Attributes:
       patterns: of the kernels that are pruned, by name; see `kernel_patterns`.
       method: that prunes them, a name of `METHODS`.
-      transposable: 2:4 along inputs and outputs.
+      transposable: N:M along inputs and outputs.
       formats: of the kernels that are quantized, by name; see `kernel_formats`.
       quantizer: a name of `QUANTIZERS`.
       order: which comes first.

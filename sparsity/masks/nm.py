@@ -1,7 +1,6 @@
 """N:M sparsity: n entries kept of every m consecutive ones along an axis."""
 
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator
@@ -14,14 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from sparsity.masks.axes import positive, shards
 from sparsity.masks.topk import order_key
-from sparsity.numbers.rounding import INFINITY, MAGNITUDE, bits_of, lift, split
 
 Axis = int | tuple[int, ...]
-
-_Kept = tuple[jax.Array, jax.Array, Any]
-"""(rank, sum, bits of the pattern) of what a pattern keeps; see `_transposable`."""
-
-_PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
 
 
 def nm_mask(
@@ -58,7 +51,7 @@ def nm_mask(
         mask = _mask_of_traced(groups, n, at, ties)
     else:
         mask = _mask(groups, operator.index(n), at, ties)
-    return _reshape(mask, scores.shape, _spec(scores))
+    return join_groups(mask, scores)
 
 
 def nm_violations(weights: jax.Array, n: int | jax.Array, m: int, *, axis: Axis = -1) -> jax.Array:
@@ -117,6 +110,11 @@ def split_groups(
     return _reshape(x, shape, spec), axes[0] + 1
 
 
+def join_groups(groups: jax.Array, x: jax.Array) -> jax.Array:
+    """Groups of x, of any dtype, in the shape and sharding of x."""
+    return _reshape(groups, x.shape, _spec(x))
+
+
 def _spec(x: jax.Array) -> P | None:
     """Sharding of an array, an entry for each axis; None where its type has none."""
     spec = jax.typeof(x).sharding.spec
@@ -127,119 +125,6 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: P | None) -> jax.Array:
     return x.reshape(shape) if spec is None else x.reshape(shape, out_sharding=spec)
 
 
-def transposable_mask(scores: jax.Array, *, axes: tuple[int, int] = (-2, -1)) -> jax.Array:
-    """2:4 along both axes at once: of every 4 x 4 block, the best 2:4 pattern of rows and columns.
-
-    Of the 90 patterns with two kept in every row and column, the one with the greatest sum of
-    scores, in float32 (Hubara et al., 2021, "transposable masks"). Of a block that holds NaN or
-    infinities, one that keeps the fewest NaN; of these, the fewest -inf, then the most +inf, then
-    the greatest sum of the others. A power of two that multiplies a block changes nothing.
-
-    Args:
-      scores: floating or integer, [.., 4 * A, .., 4 * B, ..].
-      axes: the two axes.
-
-    Returns:
-      bool, of the shape of the scores.
-
-    Raises:
-      ValueError: an axis is not divisible by 4, or the axes are one.
-    """
-    scores = jnp.asarray(scores)
-    row, column = sorted(positive(a, scores.ndim) for a in axes)
-    if row == column:
-        raise ValueError(f"axes={axes} are one axis; use two")
-    for axis in (row, column):
-        ways = shards(scores, axis)
-        check_nm(2, 4, scores.shape[axis], ways=ways, name=f"axis {axis} of {scores.shape}")
-    mask: jax.Array = _transposable(scores, row, column)
-    return mask
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _transposable(scores: jax.Array, row: int, column: int) -> jax.Array:
-    blocks, j = split_groups(scores, 4, column)
-    blocks, i = split_groups(blocks, 4, row)
-    j += 1
-
-    def entry(a: int, b: int) -> jax.Array:
-        x = jax.lax.slice_in_dim(jax.lax.slice_in_dim(blocks, a, a + 1, axis=i), b, b + 1, axis=j)
-        return x.astype(jnp.float32)
-
-    entries = [[entry(a, b) for b in range(4)] for a in range(4)]
-    greatest = functools.reduce(jnp.maximum, (_finite_bits(x) for row in entries for x in row))
-    exponent = _computed_once(split(jnp.maximum(greatest, 1))[1])
-    pairs = [  # of each row: (rank, sum, bits of the pattern) of what a pair of columns keeps
-        {
-            (b, c): (
-                _rank(row[b]) + _rank(row[c]),
-                _scaled(row[b], exponent) + _scaled(row[c], exponent),
-                np.int32(1 << (4 * a + b) | 1 << (4 * a + c)),
-            )
-            for b, c in _PAIRS
-        }
-        for a, row in enumerate(entries)
-    ]
-    upper, lower = _best_of_two(*pairs[:2]), _best_of_two(*pairs[2:])
-    wholes = [_together(upper[c], lower[tuple(2 - k for k in c)]) for c in upper]
-    place = 4 * _iota(4, i, blocks.ndim) + _iota(4, j, blocks.ndim)
-    mask = _computed_once(_best(wholes)[2]) >> place & 1 == 1
-    for axis in (column, row):  # one by one, which explicit shardings follow
-        at = axis + (axis == column)
-        shape = (*mask.shape[:at], mask.shape[at] * mask.shape[at + 1], *mask.shape[at + 2 :])
-        mask = mask.reshape(shape)
-    return mask
-
-
-def _finite_bits(x: jax.Array) -> jax.Array:
-    """The bits of |x|; 0 of NaN and infinities."""
-    bits = bits_of(x) & MAGNITUDE
-    return jnp.where(bits < INFINITY, bits, 0)
-
-
-def _scaled(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """x / 2^exponent, subnormals too; 0 of NaN and infinities."""
-    value = lift(_finite_bits(x), exponent)
-    return jnp.where(bits_of(x) < 0, -value, value)
-
-
-def _rank(x: jax.Array) -> jax.Array:
-    """int32, of which a sum of eight tells first how many NaN, then how many -inf and +inf."""
-    bits = bits_of(x)
-    of_infinity = jnp.where(bits < 0, -9, 1)
-    magnitude = bits & MAGNITUDE
-    return jnp.where(magnitude > INFINITY, -81, jnp.where(magnitude == INFINITY, of_infinity, 0))
-
-
-def _best_of_two(
-    first: dict[tuple[int, int], _Kept], second: dict[tuple[int, int], _Kept]
-) -> dict[tuple[int, ...], _Kept]:
-    """The best of two rows by how many each column keeps, of which the other two rows depend."""
-    found: dict[tuple[int, ...], list[_Kept]] = {}
-    for p, q in itertools.product(_PAIRS, _PAIRS):
-        counts = tuple((k in p) + (k in q) for k in range(4))
-        found.setdefault(counts, []).append(_together(first[p], second[q]))
-    return {counts: _best(each) for counts, each in found.items()}
-
-
-def _together(x: _Kept, y: _Kept) -> _Kept:
-    return x[0] + y[0], x[1] + y[1], x[2] | y[2]
-
-
-def _best(found: list[_Kept]) -> _Kept:
-    """The greatest (rank, sum, code) by rank, then by sum; of equal ones the first."""
-    while len(found) > 1:
-        last = found[len(found) // 2 * 2 :]
-        found = [_better(x, y) for x, y in zip(found[::2], found[1::2], strict=False)] + last
-    return found[0]
-
-
-def _better(x: _Kept, y: _Kept) -> _Kept:
-    second = (y[0] > x[0]) | ((y[0] == x[0]) & (y[1] > x[1]))
-    rank, total, code = (jnp.where(second, b, a) for a, b in zip(x, y, strict=True))
-    return rank, total, code
-
-
 def _nm_mask(groups: jax.Array, n: int | jax.Array, at: int, ties: str) -> jax.Array:
     """The mask of the n largest along axis `at`, which is one group.
 
@@ -247,7 +132,7 @@ def _nm_mask(groups: jax.Array, n: int | jax.Array, at: int, ties: str) -> jax.A
     of which XLA makes one fused loop: on a CPU, a tenth of the time of bisection.
     """
     m = groups.shape[at]
-    place = _iota(m, at, groups.ndim)
+    place = iota(m, at, groups.ndim)
     order = range(m) if ties == "first" else range(m)[::-1]
     met: Any = 0  # ties met so far
     if m <= 32:
@@ -261,14 +146,14 @@ def _nm_mask(groups: jax.Array, n: int | jax.Array, at: int, ties: str) -> jax.A
             kept = (entries[j] > threshold) | (tie & (met <= wanted))
             pruned |= jnp.where(kept, np.uint32(0), np.uint32(1 << j))
         code = jnp.uint8 if m <= 8 else jnp.uint16 if m <= 16 else jnp.uint32
-        pruned = _computed_once(pruned.astype(code))  # all ones, its greatest, only where n is 0
+        pruned = computed_once(pruned.astype(code))  # all ones, its greatest, only where n is 0
         kept = (pruned >> place.astype(code)) & 1 == 0
         return jnp.asarray(kept & (n > 0))
     # Larger networks would take too long to compile.
     if (m <= 64 or (m <= 128 and isinstance(n, int))) and jnp.issubdtype(
         groups.dtype, jnp.floating
     ):
-        threshold = _computed_once(_largest(_entries(groups, at), n))
+        threshold = computed_once(_largest(_entries(groups, at), n))
     else:
         threshold = _bisected(groups, n, at)
     # The barrier has XLA slice the scores anew, in place of keeping m slices for the next loop.
@@ -279,7 +164,7 @@ def _nm_mask(groups: jax.Array, n: int | jax.Array, at: int, ties: str) -> jax.A
     for j in order:
         met += (entries[j] == threshold).astype(jnp.int32)
         last += (met < wanted).astype(jnp.int32)
-    last = _computed_once(last)
+    last = computed_once(last)
     first_ties = (place <= last) if ties == "first" else (place >= m - 1 - last)
     keys = _key(groups)
     mask = (keys > threshold) | ((keys == threshold) & first_ties)
@@ -339,7 +224,7 @@ def _bisected(groups: jax.Array, n: int | jax.Array, at: int) -> jax.Array:
     return found
 
 
-def _computed_once(x: jax.Array) -> jax.Array:
+def computed_once(x: jax.Array) -> jax.Array:
     """x, an integer less than the greatest of its dtype in magnitude.
 
     XLA's CPU backend repeats a cheap producer for each entry that it is broadcast to, so the whole
@@ -365,7 +250,7 @@ def _total(masks: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, (mask.astype(jnp.int32) for mask in masks))
 
 
-def _iota(size: int, axis: int, ndim: int) -> jax.Array:
+def iota(size: int, axis: int, ndim: int) -> jax.Array:
     shape = [1] * ndim
     shape[axis] = size
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -22,8 +22,9 @@ import numpy as np
 import optax
 
 from sparsity.masks.layers import assign, listed
-from sparsity.masks.nm import check_nm, nm_mask, transposable_mask
+from sparsity.masks.nm import check_nm, nm_mask
 from sparsity.masks.topk import keep_count, topk_mask
+from sparsity.masks.transposable import transposable_mask
 from sparsity.masks.validity import Validity, by_name, nm_validity, zeros
 from sparsity.post_training.hessian import (
     check_block_size,
@@ -79,9 +80,9 @@ def check_pattern(
     if isinstance(pattern, NByM):
         check_nm(pattern.n, pattern.m, inputs, name=name)
     if transposable:
-        if pattern != NByM(2, 4, axis=-2):
-            raise ValueError("transposable: only 2:4 is kept along both axes; use pattern 2:4")
-        check_nm(2, 4, outputs, name=f"{name} (its outputs)" if name else "")
+        if not isinstance(pattern, NByM):
+            raise ValueError("transposable: only N:M is kept along both axes; use pattern 2:4")
+        check_nm(pattern.n, pattern.m, outputs, name=f"{name} (its outputs)" if name else "")
 
 
 def magnitude_mask(
@@ -93,9 +94,8 @@ def magnitude_mask(
     patterns of a group.
 
     Args:
-      transposable: 2:4 along inputs and outputs at once, so that the transposed kernel of the
-        backward pass is 2:4 too: of each 4 x 4 block the best of the 90 patterns (Hubara et al.,
-        2021).
+      transposable: N:M along inputs and outputs at once, so that the transposed kernel of the
+        backward pass is N:M too; see `transposable_mask`.
 
     Returns:
       bool [inputs, outputs], True = kept.
@@ -270,9 +270,9 @@ def _select(
     """The mask of the best scores by a pattern; a fraction counts per output, or over all."""
     check_pattern(pattern, *scores_IO.shape, transposable=transposable)
     pattern = parse_pattern(pattern)
-    if transposable:
-        return transposable_mask(scores_IO)
     if isinstance(pattern, NByM):
+        if transposable:
+            return transposable_mask(scores_IO, pattern.n, pattern.m)
         return nm_mask(scores_IO, pattern.n, pattern.m, axis=pattern.axis)
     if per_output:
         return topk_mask(scores_IO.T, keep_count(scores_IO.shape[0], pattern), stacked=1).T

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsity.masks.nm import check_nm, nm_mask, nm_violations, transposable_mask
+from sparsity.masks.nm import check_nm, nm_mask, nm_violations
 
 COLLECTIVES = re.compile(r"\b(all-|collective-|reduce-scatter)")
 
@@ -151,65 +151,6 @@ def test_shards_must_not_cut_groups():
         check_nm(2, 4, 24, ways=4, name="mlp/kernel")
 
 
-def block_patterns():
-    """The 0/1 matrices of 4 x 4 with two ones in every row and column."""
-    matrices = (np.array(bits).reshape(4, 4) for bits in itertools.product((0, 1), repeat=16))
-    return np.array([a for a in matrices if (a.sum(0) == 2).all() and (a.sum(1) == 2).all()])
-
-
-def test_transposable_mask_has_the_best_sum_of_the_90_patterns():
-    patterns = block_patterns()
-    assert len(patterns) == 90
-    scores = np.random.default_rng(4).integers(-1000, 1000, (3, 12, 5, 8)).astype(np.float32)
-    mask = np.asarray(transposable_mask(scores, axes=(1, 3)))
-
-    def blocks(x):
-        return x.reshape(3, 3, 4, 5, 2, 4).transpose(0, 1, 3, 4, 2, 5)
-
-    kept = blocks(mask)
-    assert (kept.sum(-1) == 2).all()
-    assert (kept.sum(-2) == 2).all()
-    sums = np.einsum("...ij,pij->...p", blocks(scores), patterns)
-    np.testing.assert_array_equal((blocks(scores) * kept).sum((-1, -2)), sums.max(-1))
-
-
-def test_transposable_mask_finds_every_pattern():
-    patterns = block_patterns()
-    mask = transposable_mask(jnp.asarray(patterns.astype(np.float32)))
-    np.testing.assert_array_equal(mask, patterns.astype(bool))
-
-
-def test_transposable_mask_avoids_nan_and_takes_infinity():
-    scores = np.zeros((4, 4), np.float32)
-    scores[0, :2], scores[2, 3], scores[1, 1] = np.nan, np.inf, -np.inf
-    mask = transposable_mask(scores)
-    assert mask[0].tolist() == [False, False, True, True]
-    assert mask[2, 3]
-    assert not mask[1, 1]
-    # Against all patterns: the fewest NaN, then the fewest -inf, the most +inf, the greatest sum.
-    rng, patterns = np.random.default_rng(6), block_patterns()
-    blocks = rng.normal(size=(200, 4, 4)).astype(np.float32)
-    blocks *= np.float32(10.0) ** rng.integers(-40, 39, (200, 1, 1))
-    for value in (np.nan, np.inf, -np.inf):
-        blocks[rng.random(blocks.shape) < rng.random((200, 1, 1)) * 0.6] = value
-    kept = np.asarray(transposable_mask(blocks))
-    for block, mask in zip(blocks, kept, strict=True):
-        finite = np.where(np.isfinite(block), block, 0).astype(np.float64)
-
-        def merit(p, block=block, finite=finite):
-            count = lambda of: int((of(block) & (p == 1)).sum())
-            return -count(np.isnan), -count(np.isneginf), count(np.isposinf), (finite * p).sum()
-
-        *found, total = merit(mask)
-        *best, greatest = max(merit(p) for p in patterns)
-        assert found == best
-        np.testing.assert_allclose(total, greatest, rtol=1e-5, atol=1e-5 * np.abs(finite).max())
-    with pytest.raises(ValueError, match=r"10 entries .* groups of 4"):
-        transposable_mask(jnp.zeros((8, 10)))
-    with pytest.raises(ValueError, match="one axis"):
-        transposable_mask(jnp.zeros((8, 8)), axes=(0, -2))
-
-
 @pytest.mark.parametrize(
     ("n", "m", "axis", "kind"),
     [
@@ -217,7 +158,6 @@ def test_transposable_mask_avoids_nan_and_takes_infinity():
         (2, 4, 2, AxisType.Explicit),
         (4, 32, 1, AxisType.Explicit),
         (8, 48, 2, AxisType.Auto),
-        (2, None, None, AxisType.Explicit),  # the transposable mask
     ],
 )
 def test_a_sharded_mask_needs_no_collective(n, m, axis, kind):
@@ -226,7 +166,7 @@ def test_a_sharded_mask_needs_no_collective(n, m, axis, kind):
     scores = np.random.default_rng(5).normal(size=(2, 128, 192)).astype(np.float32)
 
     def mask(scores):
-        return transposable_mask(scores) if m is None else nm_mask(scores, n, m, axis=axis)
+        return nm_mask(scores, n, m, axis=axis)
 
     with jax.set_mesh(mesh):
         sharded = jax.device_put(scores, sharding)
@@ -234,5 +174,4 @@ def test_a_sharded_mask_needs_no_collective(n, m, axis, kind):
         result = compiled(sharded)
     assert not COLLECTIVES.search(compiled.as_text())
     assert result.sharding.is_equivalent_to(sharding, 3)
-    alone = jax.jit(mask)(scores) if m is None else sorted_mask(scores, n, m, axis)
-    np.testing.assert_array_equal(result, alone)
+    np.testing.assert_array_equal(result, sorted_mask(scores, n, m, axis))

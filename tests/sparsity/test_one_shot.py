@@ -240,7 +240,7 @@ def test_masks_of_stacked_layers_by_vmap():
         (-0.1, {}, "-0.1 is unknown; use N:M"),
         ("nan", {}, "'nan' is unknown"),
         ("2:5", {}, "48 entries .* groups of 5; use an M that divides 48"),
-        ("1:4", {"transposable": True}, "only 2:4 is kept along both axes"),
+        ("0.5", {"transposable": True}, "only N:M is kept along both axes"),
     ],
 )
 def test_a_pattern_that_cannot_be_is_told_in_one_line(pattern, options, says):
