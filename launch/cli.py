@@ -21,6 +21,7 @@ _COMMANDS = (
     "study",
     "tokenizer",
     "slice",
+    "plan",
     "dataflow",
     "fabric",
     "completion",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from pjit_train.activation_metrics import observe_activations
 from pjit_train.attention.dispatch import check_way
+from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.sources import folder_of
@@ -180,6 +181,31 @@ class Program:
         Args:
           step: that it is for; and for all later ones, up to one before which the state is packed.
         """
+        return self._compile(*self._step(step), batch)
+
+    def lower_step(self, step: int = 1) -> jax.stages.Lowered:
+        """The training step of `compile_step`, lowered for the mesh's devices and not compiled.
+
+        No device is used, so they may be those of a slice that is not there.
+        """
+        function, state = self._step(step)
+        rows, positions = self.run.data.batch_size, self.run.positions
+        names = ["inputs", "targets"]
+        if not isinstance(self.run.data, TextData):
+            raise UserError(f"{self.run.task.title}: a step is lowered of language modelling only")
+        if self.run.data.mask_documents:
+            names.append("segments")
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                (rows, positions), "int32", sharding=self._batch_shardings[name]
+            )
+            for name in names
+        }
+        with jax.set_mesh(self.mesh):
+            return function.lower(state, batch)
+
+    def _step(self, step: int) -> tuple[Any, State]:
+        """The jitted step from a number of updates on, and the abstract state that it takes."""
         accumulate = self.run.accumulate
         function = train_step(
             self.graph,
@@ -190,8 +216,7 @@ class Program:
             self.updater,
             self.quantizer,
         )
-        state = self.abstract_state_after(step)
-        return self._compile(jax.jit(function, donate_argnums=0), state, batch)
+        return jax.jit(function, donate_argnums=0), self.abstract_state_after(step)
 
     def evaluate(self, weights, batch: Batch, sums: Sums | None = None) -> Sums:
         """The sums of the run's task over a batch, added to those of the batches before it.

@@ -1,0 +1,207 @@
+"""`torsion plan`: how long a step takes, and what it needs, on a slice that one does not have."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from launch.commands.common import add_command, add_pod, mesh_bindings, pod_of, real, whole
+from pjit_train.errors import UserError
+
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
+
+
+def add(commands) -> None:
+    plan = add_command(
+        commands,
+        run,
+        "plan",
+        "say how long a step of a run takes on a TPU slice, and what it needs, without one",
+        "Google's compiler compiles the run's step for the slice (a minute or two on the first "
+        "time, then kept), and the program that it schedules is priced and replayed on the "
+        "slice's network. Needs libtpu: pip install 'torsion[plan]', on Linux; no TPU.",
+    )
+    plan.add_argument("configs", nargs="*", metavar="CONFIG.gin", help="the run, as of train")
+    plan.add_argument(
+        "--slice", required=True, metavar="S", help="such as 4x4x8, or 16x16 with --pod v5e"
+    )
+    add_pod(plan, "slice it is")
+    plan.add_argument("--slices", type=whole(1, 4096), default=1, metavar="N", help="how many (1)")
+    plan.add_argument(
+        "--mesh", metavar="AXES", help="on one slice, such as fsdp=16,tensor=4 (as configured)"
+    )
+    plan.add_argument(
+        "--gin", action="append", default=[], metavar="BINDING", help="change a parameter"
+    )
+    plan.add_argument(
+        "--hlo", metavar="FILE", help="plan this compiled program (HLO text), of any trainer"
+    )
+    plan.add_argument(
+        "--xla", default="", metavar="FLAGS", help="compiler flags, as '--xla_a=true --xla_b=2'"
+    )
+    plan.add_argument(
+        "--what-if",
+        action="append",
+        default=[],
+        metavar="CHANGE",
+        help="links=2, hbm=1.5, clock=2 or memory=2 times as fast or large; free=all_gather: a "
+        "collective that costs nothing",
+    )
+    plan.add_argument(
+        "--no-twin", action="store_true", help="leave the twisted slice of the same shape out"
+    )
+    plan.add_argument(
+        "--tokens", type=real(1, 1e18), default=1e12, metavar="N", help="of a whole run (1e12)"
+    )
+    plan.add_argument(
+        "--timeline", metavar="FILE", help="write the step's timeline, for ui.perfetto.dev"
+    )
+    plan.add_argument(
+        "--time-limit", type=whole(1, 86400), default=1500, metavar="S", help="of a compilation"
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args, began: float) -> int:
+    from launch.reports import plan as reports
+    from topology.torus.slices import Slice
+
+    try:
+        slice = Slice.parse(args.slice, pod_of(args.pod))
+        machine, free = _machine(slice.pod, args.what_if)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    how = {"machine": machine, "free": free, "slices": args.slices, "tokens": args.tokens}
+    if args.hlo is not None:
+        if args.configs or args.mesh or args.gin:
+            raise UserError("--hlo: the program is whole; give no configuration, --mesh or --gin")
+        found, prediction = _reported(reports, slice, _text(Path(args.hlo)), how, args.hlo)
+        twin = None
+    else:
+        found, prediction, twin = _planned(args, slice, how, reports)
+    if args.timeline is not None:
+        reports.write_timeline(Path(args.timeline), prediction)
+        found["timeline"] = args.timeline
+    if twin is not None:
+        found["twin"] = twin
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(reports.describe(found))
+    if twin is not None:
+        said = twin["error"] if "error" in twin else reports.describe_twin(found, twin)
+        print(f"\n  {said}")
+    if args.timeline is not None:
+        print(f"wrote {args.timeline}")
+    return 0
+
+
+def _planned(args, slice, how, reports):
+    """(report, prediction, report of the twin or None) of a configured run."""
+    if not args.configs:
+        raise UserError(
+            "plan: give it a configuration, such as configs/base.gin configs/models/gpt2.gin, or a "
+            "compiled program with --hlo"
+        )
+    from pjit_train.compiler.records import options_of
+    from pjit_train.compiler.target import target_of
+
+    try:
+        target_of(slice)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    from launch import plan
+    from pjit_train.compiler.compile import libtpu_version
+
+    libtpu_version()
+    options = options_of(args.xla)
+    if args.xla.strip() and not options:
+        raise UserError(
+            f"--xla {args.xla!r}: want flags such as --xla_enable_async_all_gather=true"
+        )
+    planned = plan.planned_run(args.configs, args.gin + mesh_bindings(args.mesh), slice.num_chips)
+    twin = None if args.no_twin or args.slices > 1 else plan.twin_of(slice)
+    wanted = [slice] if twin is None else [slice, twin]
+    compiled = plan.compile_for(
+        planned, wanted, options=options, seconds=args.time_limit, progress=_progress()
+    )
+    if isinstance(compiled[0], UserError):
+        raise compiled[0]
+    found, prediction = _reported_compiled(reports, slice, compiled[0], planned, how)
+    if twin is None:
+        return found, prediction, None
+    if isinstance(compiled[1], UserError):
+        return found, prediction, {"slice": str(twin), "error": str(compiled[1])}
+    beside, _ = _reported_compiled(reports, twin, compiled[1], planned, how)
+    return found, prediction, beside
+
+
+def _reported_compiled(reports, slice, compiled, planned, how):
+    found, prediction = _reported(
+        reports,
+        slice,
+        compiled.text,
+        how | {"planned": planned, "peak_bytes": compiled.peak_bytes},
+        "the compiled step",
+        partitions=compiled.partitions,
+    )
+    found["compile_seconds"] = compiled.seconds
+    found["cached"] = compiled.cached
+    return found, prediction
+
+
+def _reported(reports, slice, text: str, how, what: str, **more):
+    try:
+        return reports.report(slice, text, **how, **more)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    """The text of a program, which may be compressed by gzip."""
+    import gzip
+
+    data = path.read_bytes()
+    try:
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no text of a program ({error})") from error
+
+
+def _machine(pod, changes: list[str]):
+    """The machine of a pod with the changes of --what-if, and the collectives that are free."""
+    from topology.plan.machine import machine_of
+
+    names = {"links": "link", "hbm": "hbm", "clock": "clock", "memory": "memory", "dcn": "dcn"}
+    factors: dict[str, float] = {}
+    free: list[str] = []
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name == "free" and value in COLLECTIVES:
+            free.append(value)
+        elif name in names:
+            try:
+                factors[names[name]] = real(1e-3, 1e3)(value)
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"--what-if {change}: {error}") from None
+        else:
+            raise UserError(
+                f"--what-if {change}: use {', '.join(f'{n}=2' for n in names)}, or free= and one "
+                f"of {', '.join(COLLECTIVES)}"
+            )
+    return machine_of(pod).what_if(**factors), tuple(free)
+
+
+def _progress():
+    """Says on a terminal, about once a second, how long the compiler has worked."""
+    if not sys.stderr.isatty():
+        return lambda gone: None
+    last = [0.0]
+
+    def show(gone: float) -> None:
+        if time.monotonic() - last[0] > 0.9:
+            last[0] = time.monotonic()
+            print(f"\rcompiling, {gone:.0f} s ", end="", file=sys.stderr, flush=True)
+
+    return show
