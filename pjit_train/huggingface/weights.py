@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -76,7 +79,7 @@ def load(
 
     Returns:
       The configuration, and the parameters as a nested dict like that of `config.build`: numpy
-      arrays, or where a mesh is set jax arrays. One parameter at a time is held besides.
+      arrays, or where a mesh is set jax arrays. One tensor of a file at a time is held besides.
 
     Raises:
       UserError: the folder is no such model, or not the one of `config`; a weight is not finite, a
@@ -102,21 +105,51 @@ def load(
         _check_tensors(folder, file, wanted, params, tied=getattr(config, "tie_head", False))
         arrays: dict[str, Any] = {}
         for name, tensor, layer in wanted:
-            if layer in (None, 0):
-                arrays |= {p: np.empty(params[p].shape, params[p].dtype) for p in tensor.paths}
             shapes = _layer_shapes(tensor, params, layer)
             for path, part in zip(tensor.paths, tensor.split(file.read(name), shapes), strict=True):
-                at = ... if layer is None else layer
+                param = params[path]
                 with np.errstate(over="ignore"):
-                    arrays[path][at] = part
-                if params[path].dtype != np.float32:  # which may not hold it
-                    check_finite(arrays[path][at], f"{folder}: {name} as {params[path].dtype}")
-                if mesh is not None and layer in (None, config.num_layers - 1):
-                    spec = rules.spec(params[path].get_metadata("axes"))
-                    arrays[path] = jax.make_array_from_callback(
-                        params[path].shape, NamedSharding(mesh, spec), arrays[path].__getitem__
-                    )
+                    part = np.asarray(part, param.dtype)
+                if param.dtype != np.float32:  # which may not hold it
+                    check_finite(part, f"{folder}: {name} as {param.dtype}")
+                sharding = None
+                if mesh is not None:
+                    sharding = NamedSharding(mesh, rules.spec(param.get_metadata("axes")))
+                arrays[path] = _with_layer(arrays.get(path), part, layer, param, sharding)
     return config, unflatten_dict(arrays, sep=".")
+
+
+def _with_layer(
+    whole: Any,
+    part: np.ndarray,
+    layer: int | None,
+    param: nnx.Param,
+    sharding: NamedSharding | None,
+) -> Any:
+    """A parameter with its layer, or all of it where layer is None, set to `part`.
+
+    Args:
+      whole: with the layers before; None where there are none. It is used up.
+      sharding: None for numpy arrays.
+    """
+    if sharding is None:
+        if layer is None:
+            return np.array(part)  # not a view of a file's tensor
+        whole = np.empty(param.shape, param.dtype) if whole is None else whole
+        whole[layer] = part
+        return whole
+    if layer is None:
+        return jax.make_array_from_callback(param.shape, sharding, part.__getitem__)
+    if whole is None:
+        whole = jnp.zeros(param.shape, param.dtype, device=sharding)
+    of_layer = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    on_devices = jax.make_array_from_callback(part.shape, of_layer, part.__getitem__)
+    return jax.block_until_ready(_set_layer(whole, on_devices, layer))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(whole, part, layer):
+    return jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
 
 
 def check(folder: str | Path, config: BlockConfig | None = None) -> tuple[Family, BlockConfig]:
