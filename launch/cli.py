@@ -22,6 +22,7 @@ _COMMANDS = (
     "tokenizer",
     "slice",
     "plan",
+    "embeddings",
     "dataflow",
     "fabric",
     "completion",

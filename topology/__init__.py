@@ -3,7 +3,7 @@
 A library of its own: it needs numpy and scipy, and no JAX.
 """
 
-from topology import collectives, fabric
+from topology import collectives, embeddings, fabric
 from topology.collectives.collectives import Cost, Network, collective_cost
 from topology.collectives.groups import Groups, groups_of_axes
 from topology.collectives.layout import Layout, Traffic, lay_mesh, traffic_seconds
@@ -54,6 +54,7 @@ __all__ = [
     "collective_cost",
     "collectives",
     "dimension_rings",
+    "embeddings",
     "fabric",
     "groups_of_axes",
     "hamiltonian_ring",
