@@ -295,3 +295,15 @@ def test_what_the_dense_part_takes_is_not_for_tables(four):
     plan_tables(dataclasses.replace(model, dense_bytes=20 * 2**30), four)
     with pytest.raises(DoNotFitError, match=r"has 0\.\d+ GiB"):
         plan_tables(dataclasses.replace(model, dense_bytes=four.memory - 1e5), four)
+
+
+def test_where_memory_is_tight_a_plan_is_found_all_the_same():
+    """Tables that fill the chips to the last percent, each more than half of a chip if whole."""
+    machine = Machine.of(Slice.parse("2x2x1"))
+    rows = int(0.56 * machine.memory / (2 * 64 * 4))
+    tables = tuple(Table(name=f"t{k}", rows=rows, width=64) for k in range(7))
+    model = EmbeddingModel(name="tight", tables=tables, batch=64)
+    plan = plan_tables(model, machine, seconds=6)
+    assert plan.memory.max() <= machine.memory
+    assert plan.memory.sum() > 0.97 * 4 * machine.memory
+    assert plan.memory == pytest.approx(evaluated(plan).memory, rel=1e-9)

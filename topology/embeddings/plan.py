@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from topology.torus.shapes import legal_shapes
 from topology.torus.slices import Slice
 
 _LARGEST = (0.5, 0.25, 0.12, 0.06)  # of the bound, that a shard may take
+_MARGINS = (0.98, 0.95, 0.9)  # of the memory, where shards find no room in all of it
 _LOSS = 1.03  # times the bound, that smaller shards may take together
 _MANY = 4000  # ways, beyond which the bound is the relaxed program's
 _NEAR = 1.01  # times the bound, where the search ends
@@ -182,11 +183,36 @@ def _search(problem: Problem, seconds: float) -> tuple[Placement | None, float]:
         best = _better_of(best, _place_new(problem, choice, tried, for_each, bound * _NEAR))
         if best is not None and best.seconds <= bound * _NEAR:
             return best, min(bound, best.seconds)
+    if best is None:
+        best = _roomier(problem, relaxed=many, seconds=left())
     solved = exact(problem, seconds=left())
     if solved is not None:
         bound = max(bound, solved.bound)
         best = _better_of(best, _of_exact(problem, solved))
     return best, bound if best is None else min(bound, best.seconds)
+
+
+def _roomier(problem: Problem, *, relaxed: bool, seconds: float) -> Placement | None:
+    """A placement where those of the best choices found no room: of choices for less memory, then
+    of what takes least of it on every chip."""
+    for margin in _MARGINS:
+        less = replace(problem, memory=margin * problem.memory)
+        choice = choose(less, relaxed=relaxed, seconds=seconds / 8)
+        if choice.ways is not None:
+            placement = place(problem, choice.ways)
+            if placement is not None and placement.fits:
+                improve(placement, seconds=seconds / 4)
+                return placement
+    least = [
+        min(
+            (k for k, way in enumerate(of_table) if way.is_everywhere or len(of_table) == 1),
+            key=lambda k, of_table=of_table: of_table[k].every_memory,
+            default=0,
+        )
+        for of_table in problem.ways
+    ]
+    placement = place(problem, least)
+    return placement if placement is not None and placement.fits else None
 
 
 def _place_new(
