@@ -58,7 +58,7 @@ class Placement:
         """Seconds of a step."""
         machine = self.problem.machine
         latency = sum(latencies(self._exchanging > 0, self._reducing > 0, machine))
-        return float(self.loads.max(axis=0).sum()) + self._alike + latency
+        return float(self.loads.max(axis=0).sum() + self._alike + latency)
 
     @property
     def room(self) -> float:

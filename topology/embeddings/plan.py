@@ -204,11 +204,7 @@ def _roomier(problem: Problem, *, relaxed: bool, seconds: float) -> Placement | 
                 improve(placement, seconds=seconds / 4)
                 return placement
     least = [
-        min(
-            (k for k, way in enumerate(of_table) if way.is_everywhere or len(of_table) == 1),
-            key=lambda k, of_table=of_table: of_table[k].every_memory,
-            default=0,
-        )
+        int(np.argmin([way.every_memory if way.is_everywhere else np.inf for way in of_table]))
         for of_table in problem.ways
     ]
     placement = place(problem, least)
