@@ -107,10 +107,11 @@ def place(problem: Problem, chosen: Sequence[int]) -> Placement | None:
     room, ways = max(placement.room, 1e-9), placement.ways
     if placement.room < 0:
         return None
-    mean = (sum(way.shard.sum() * way.shards for way in ways) or 1.0) / problem.machine.chips
+    total = sum(float(way.shard.sum()) * way.shards for way in ways)
+    mean = (total or 1.0) / problem.machine.chips
 
     def size(t: int) -> float:
-        return max(ways[t].shard.sum() / mean, ways[t].shard_memory / room)
+        return max(float(ways[t].shard.sum()) / mean, ways[t].shard_memory / room)
 
     placed = [t for t, way in enumerate(ways) if not way.is_everywhere]
     for t in sorted(placed, key=lambda t: (-ways[t].on_hosts, -size(t))):
