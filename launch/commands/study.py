@@ -19,6 +19,7 @@ def add(commands) -> None:
     _add_interplay(studies)
     _add_pod(studies)
     _add_flat(studies)
+    _add_plan(studies)
 
 
 def _add_recipes(studies) -> None:
@@ -117,6 +118,39 @@ def _run_pod(args, began: float) -> int:
 
     check_pod(pod_of(args.pod))
     return study_pod(Path(args.out), as_json=args.json)
+
+
+def _add_plan(studies) -> None:
+    plan = add_command(
+        studies,
+        _run_plan,
+        "plan",
+        "put the step times that torsion plan predicts beside published ones",
+        "Every record of a file is compiled by libtpu (a minute or two for each program, then "
+        "kept; records of one program share it), priced and replayed. With --out, table.md, "
+        "results.json and plan.png are there.",
+    )
+    plan.add_argument("--runs", required=True, metavar="FILE", help="a JSON list of records")
+    plan.add_argument("--json", action="store_true", help="print one JSON document")
+    plan.add_argument("--out", metavar="DIR", help="for the table and the picture (none)")
+    plan.add_argument(
+        "--time-limit", type=whole(1, 86400), default=1500, metavar="S", help="of a compilation"
+    )
+    plan.add_argument(
+        "--workers", type=whole(1, 64), default=2, metavar="N", help="compilations at once (2)"
+    )
+
+
+def _run_plan(args, began: float) -> int:
+    from launch.reports.plan_study import study_plan
+
+    return study_plan(
+        Path(args.runs),
+        None if args.out is None else Path(args.out),
+        seconds=args.time_limit,
+        workers=args.workers,
+        as_json=args.json,
+    )
 
 
 def _add_flat(studies) -> None:

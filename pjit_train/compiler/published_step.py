@@ -65,10 +65,11 @@ def shapes(r: Record) -> dict[str, tuple[tuple[int, ...], P]]:
     if r.qk_norm:
         blocks["query_norm"] = blocks["key_norm"] = ((r.K,), P(None, None))
     found = {name: ((r.L, *shape), spec) for name, (shape, spec) in blocks.items()}
-    found["embedding"] = ((r.V, r.D), P("tensor", "fsdp"))
+    V = -(-r.V // r.mesh["tensor"]) * r.mesh["tensor"]  # filled up, as trainers do
+    found["embedding"] = ((V, r.D), P("tensor", "fsdp"))
     found["last_norm"] = ((r.D,), P("tensor"))
     if not r.tied:
-        found["head"] = ((r.D, r.V), P("fsdp", "tensor"))
+        found["head"] = ((r.D, V), P("fsdp", "tensor"))
     return found
 
 
@@ -118,8 +119,9 @@ def loss_of(r: Record, mesh: Mesh, params, inputs, targets):
     """Mean cross entropy of the next tokens, logits in float32."""
     hold = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
     embedding = params["embedding"].astype(jnp.bfloat16)
+    V = embedding.shape[0]
     if r.one_hot:
-        x = jnp.einsum("btv,vd->btd", jax.nn.one_hot(inputs, r.V, dtype=jnp.bfloat16), embedding)
+        x = jnp.einsum("btv,vd->btd", jax.nn.one_hot(inputs, V, dtype=jnp.bfloat16), embedding)
     else:
         x = embedding[inputs]
     x = hold(x, ROWS, None, "tensor")
@@ -135,12 +137,12 @@ def loss_of(r: Record, mesh: Mesh, params, inputs, targets):
     else:
         logits = jnp.einsum("btd,dv->btv", x, params["head"].astype(jnp.bfloat16))
     logits = hold(logits, ROWS, None, "tensor").astype(jnp.float32)
-    chosen = jnp.sum(logits * jax.nn.one_hot(targets, r.V), axis=-1)
+    chosen = jnp.sum(logits * jax.nn.one_hot(targets, V), axis=-1)
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
 def policy(saved: tuple[str, ...]):
-    """The policy of what a block's forward pass keeps for the backward pass: "dots", or results by name."""
+    """The policy of what the backward pass finds kept: "dots", or results by name."""
     if saved == ("dots",):
         return jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
     if saved == ("all_dots",):

@@ -69,6 +69,13 @@ class Record:
     flash: bool = False
     one_hot: bool = False
 
+    @property
+    def parameters(self) -> int:
+        """Elements of all kernels and tables."""
+        attention = self.D * self.K * 2 * (self.H + self.J)
+        block = attention + self.D * self.F * (3 if self.gated else 2)
+        return self.L * block + self.V * self.D * (1 if self.tied else 2)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
@@ -338,8 +345,9 @@ def _flash(attention: Any, source: str, pod: str, seq: int, assumed: list[str]) 
         return True
     if re.search(r"dense|dot", text):
         return False
-    # Pax and PaLM of 2022 and 2023 hold all logits; later trainers on longer rows have kernels.
-    old = "pax" in source or "palm" in source
-    flash = not old and seq >= 2048
+    # Pax, PaLM and axlearn's configurations without "flash" in their names hold all logits; MaxText
+    # takes a kernel where it has one.
+    plain = any(name in source for name in ("pax", "palm", "axlearn"))
+    flash = not plain and seq >= 2048
     assumed.append(f"attention {'by a flash kernel' if flash else 'with dense logits'}")
     return flash

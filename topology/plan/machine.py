@@ -1,7 +1,7 @@
 """The few constants that turn a program into seconds, each with its origin.
 
-Those marked fitted were chosen on the development half of the published runs (docs/plan.md), five
-of them in all; the others are published, derived, or what the compiler itself uses.
+One, STRAGGLE, was fitted to published runs on several slices (docs/plan.md); the others are
+published, derived, assumed, or what the compiler itself uses.
 """
 
 import dataclasses
@@ -23,20 +23,18 @@ class Constant:
 
 CYCLES = {
     "v4": Constant(1.0, "not fitted: the compiler's cycles as they are"),
-    "v5p": Constant(1.0, "fitted: seconds a cycle of the compiler takes, of 1 / clock"),
-    "v5e": Constant(1.0, "fitted, as of v5p"),
-    "v6e": Constant(1.0, "assumed: between v5e and v5p, no run of v6e was fitted"),
+    "v5p": Constant(1.0, "not fitted, as of v4"),
+    "v5e": Constant(1.0, "not fitted, as of v4"),
+    "v6e": Constant(1.0, "not fitted, and no run of v6e was looked at"),
 }
 CLOCKS = {
     "v6e": Constant(
         1.75e9, "derived: at it the compiler's cycles of a large matmul reach the peak"
     ),
 }
-FLASH = Constant(0.5, "fitted: part of the peak that attention kernels without cycles reach")
-DCN_PART = Constant(0.5, "fitted: part of a host's published network that gradients get")
-DCN_LATENCY = Constant(0.0, "not fitted: latency hides behind the sums")
-STRAGGLE = Constant(0.0, "fitted: of a step, added for each doubling of the slices")
-FITTED = ("v5p", "v5e", "FLASH", "DCN_PART", "STRAGGLE")
+FLASH = Constant(0.5, "assumed: part of the peak that attention kernels without cycles reach")
+DCN_PART = Constant(1.0, "not fitted: part of a host's published network that gradients get")
+STRAGGLE = Constant(0.02, "fitted: of a step, added for each doubling of the slices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class Machine:
             number(f"machine: {name}", getattr(self, name), above=0)
 
     def what_if(self, **changes: float) -> "Machine":
-        """Returns the same with fields changed, each given as a factor: `link=2` doubles the links."""
+        """Returns the same with fields times a factor each: `link=2` doubles the links."""
         return dataclasses.replace(
             self, **{name: getattr(self, name) * factor for name, factor in changes.items()}
         )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from topology.plan.hlo import UnknownDialect, parse
-from topology.plan.machine import DCN_LATENCY, STRAGGLE, Machine, machine_of
+from topology.plan.machine import STRAGGLE, Machine, machine_of
 from topology.plan.pricing import Pricing
 from topology.plan.replay import Interval, replay
 from topology.plan.tree import Tree, tree_of
@@ -98,8 +98,8 @@ def across_slices(
     sent = 2 * (slices - 1) / slices * gradient_bytes / machine.dcn
     behind = 1 + STRAGGLE.value * float(np.log2(slices))
     return (
-        prediction.low * behind + sent / 2 + DCN_LATENCY.value,
-        prediction.high * behind + sent + DCN_LATENCY.value,
+        prediction.low * behind + sent / 2,
+        prediction.high * behind + sent,
     )
 
 

@@ -216,7 +216,7 @@ class _Clock:
 
 
 def label(op: Op) -> str:
-    """The part of the step that an operation is of: the end of its path in the program, without wrappers."""
+    """The end of an operation's path in the program, without wrappers: what it is part of."""
     i = op.instruction
     parts = [p for p in i.op_name.split("/") if p]
     backward = "transpose(" in i.op_name

@@ -1,4 +1,4 @@
-"""What a scheduled module runs, in order: operations, loops with their rounds, transfers.
+"""The tree of a scheduled module, in order: operations, loops with their rounds, transfers.
 
 A fusion is one operation; loops and calls are walked into. What begins a transfer and what waits
 for it are told apart from what does it at once. What is not understood is kept and counted.
@@ -286,7 +286,7 @@ class _Walk:
         return (index, direction, right) if kind == "tuple" and index is not None else None
 
     def step(self, body: Computation, index: int) -> int | None:
-        """What a round adds to the counter."""
+        """Returns what a round adds to the counter."""
         if body.root.opcode != "tuple" or index >= len(body.root.operands):
             return None
         total, name = 0, body.root.operands[index]
