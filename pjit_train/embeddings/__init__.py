@@ -1,0 +1,1 @@
+"""Embedding tables spread over a mesh: exact, deduplicated lookups and updates of rows."""
