@@ -32,11 +32,17 @@ CHANGEABLE = (
     "pjit_train.run.Samples",
     "pjit_train.sharding.MeshShape",
     "pjit_train.sharding.Rules",
+    "pjit_train.models.dlrm.DLRMConfig.capacity",
+    "pjit_train.models.dlrm.DLRMConfig.hot_rows",
+    "pjit_train.models.dlrm.DLRMConfig.replicate_rows",
+    "pjit_train.models.dlrm.DLRMConfig.sharding",
     "pjit_train.models.transformer.TransformerConfig.layers",
     "pjit_train.models.transformer.TransformerConfig.remat",
 )
 # What may differ, too, where the digest of the tokens says that the text is the same.
 OF_TEXT = (
+    "pjit_train.data.click_sources.",
+    "pjit_train.data.clicks.ClickData.source",
     "pjit_train.data.sources.",
     "pjit_train.data.text.TextData.sources",
     "pjit_train.data.tokenizers.TokenizerJson.path",

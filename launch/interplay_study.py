@@ -177,7 +177,7 @@ def losses(part: Part, run: Run, directory: Path, study: InterplayStudy) -> Iter
             order=order,
             seed=part.seed,
             loss=value,
-            bytes=stored_bytes(run.model, format, kept, study.layers),
+            bytes=stored_bytes(run.blocks, format, kept, study.layers),
         )
 
     yield loss(final_loss(directory, run), part.format, part.order)

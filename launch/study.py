@@ -225,8 +225,8 @@ def results(members: list[Member], out: Path) -> Iterator[Result]:
             loss=final_loss(directory, run),
             flops=costs[key],
             bytes=core.parameter_bytes(run),
-            d_model=run.model.d_model,
-            d_ff=run.model.d_ff,
+            d_model=run.blocks.d_model,
+            d_ff=run.blocks.d_ff,
         )
 
 

@@ -18,6 +18,7 @@ from pjit_train.run import Run
 from pjit_train.sharding import make_mesh
 
 log = logging.getLogger("torsion")
+_OPTIMIZERS = ("optimizer", "table_slots")  # entries of checkpoints that only training reads
 
 
 def validate(program: Program, weights, batches: Batches) -> dict[str, float]:
@@ -64,14 +65,14 @@ def restore_weights(program: Program, directory: Path, step: int | None = None):
     saved, config = directory / "checkpoints", program.run.checkpoints
     with Checkpoints(saved, config, read_only=True) as checkpoints:
         restored = checkpoints.restore(
-            program.abstract_state_after,
+            program.abstract_saved_after,
             step=step,
-            only=[name for name in program.abstract_state if name != "optimizer"],
+            only=[n for n in program.abstract_saved_after(0) if n not in _OPTIMIZERS],
             being_written=_is_training(directory),
         )
     if restored is None:
         raise UserError(f"{directory}/checkpoints is empty; train the run for some steps first")
-    return restored[0], program.weights(restored[1])
+    return restored[0], program.weights(program.loaded(restored[1]))
 
 
 def _is_training(directory: Path) -> bool:
@@ -109,7 +110,8 @@ def evaluate(run: Run, directory: Path, *, step: int | None = None) -> dict[str,
     if program.updater is None:
         return figures
     with jax.set_mesh(program.mesh):
-        counted = program.updater.validity(weights)
+        params = weights if program.embeddings is None else weights["params"]
+        counted = program.updater.validity(params)
     sparse = bool(counted) and all(kernel.holds for kernel in counted.values())
     kernels = {name: kernel._asdict() for name, kernel in counted.items()}
     return {**figures, "sparse": sparse, "kernels": kernels}

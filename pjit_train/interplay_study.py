@@ -279,7 +279,7 @@ class Measures:
 
         All runs of a model are thus evaluated by the same compiled functions.
         """
-        model = program.run.model
+        model = program.run.blocks
         if model not in self._programs:
             plain = dataclasses.replace(program.run, sparsity=None, quantization=None)
             self._programs[model] = Program(plain, program.mesh)

@@ -71,7 +71,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         program = Program(run, make_mesh(run.mesh) if mesh is None else mesh)
         if run.initial_weights is not None and not (directory / "checkpoints").exists():
-            huggingface.check(folder_of(run.initial_weights), run.model)
+            huggingface.check(folder_of(run.initial_weights), run.blocks)
         shower = run.task.shower(run)
         with told("the data of the run"):
             batches = run.data.prepare(run.seed)
@@ -90,7 +90,7 @@ def train(
                 f"masks are fixed by then; use --steps {steps_before}, or another --out"
             )
         with told("the newest checkpoint to be restored"):
-            restored = checkpoints.restore(program.abstract_state_after, memory=memory)
+            restored = checkpoints.restore(program.abstract_saved_after, memory=memory)
 
         def keep(text: str, folder: str | None = None) -> None:
             corpus = batches.digest
@@ -103,7 +103,12 @@ def train(
             log.info("%s is at step %d; a larger --steps goes on", directory, restored[0])
             return
         watch.begin(0 if restored is None else restored[0])
-        start, state = (0, program.new_state()) if restored is None else restored
+        start, state = 0, None
+        if restored is not None:
+            start, state = restored[0], program.loaded(restored[1])
+            del restored  # tables that are laid out otherwise would be kept twice
+        else:
+            state = program.new_state()
         if jax.process_index() == 0:  # now that nothing of what the run is made from was refused
             keep(config_text)
         written = checkpoints.rows(start) if start else None
@@ -114,6 +119,8 @@ def train(
             f"{run.task.describe(batches)}, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
+        if program.embeddings is not None:
+            display.say(program.embeddings.describe())
         if program.updater is not None:
             display.say(program.updater.describe())
         if program.quantizer is not None:
@@ -233,8 +240,9 @@ class _Loop:
             metrics = {"loss": validation["val_loss"]} if validation else None
             self.watch.save(step)
             self.metrics.sync()  # no checkpoint outlives rows that are before it
-            self.checkpoints.save(step, state, metrics=metrics, rows=self.metrics.digest)
-            self.watch.saved(step, state)
+            saved = self.program.saved(state)
+            self.checkpoints.save(step, saved, metrics=metrics, rows=self.metrics.digest)
+            self.watch.saved(step, saved)
             seconds = time.monotonic() - began
             self.extra["save_seconds"] = self.extra.get("save_seconds", 0.0) + seconds
         if validating and step < self.run.steps:

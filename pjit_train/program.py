@@ -18,6 +18,7 @@ from pjit_train.data.text import TextData
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.sources import folder_of
+from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.roles import param_roles
 from pjit_train.run import Run
 from pjit_train.sparse_metrics import observe, observe_quantization
@@ -38,6 +39,9 @@ from pjit_train.tasks.task import Sums
 
 Batch = dict[str, jax.Array]
 
+# Entries of a checkpoint: the rows of tables, and what their optimizer keeps.
+_TABLES = {"rows": "tables", "slots": "table_slots"}
+
 
 class Program:
     """Compiled functions of a run on its devices. Checks all that can be checked before making any
@@ -46,6 +50,7 @@ class Program:
     Attributes:
       graph: the model's graph definition; `nnx.merge(graph, params)` is the model.
       schedule: learning rate by number of updates.
+      embeddings: `Embeddings` of the model; None where it has none.
 
     Raises:
       UserError: mesh, batch and model do not fit each other.
@@ -59,7 +64,9 @@ class Program:
         self._evaluations: dict[Any, Callable] = {}  # by the structure and types of the weights
         with jax.set_mesh(mesh):
             check_layout(run.model, run.rules, mesh)
-            check_way(run.model.attention, mesh.devices.flat[0].platform)
+            if isinstance(run.model, BlockConfig):
+                check_way(run.model.attention, mesh.devices.flat[0].platform)
+            self.embeddings = run.model.embeddings(run.rules, mesh)
             self.graph, _ = split_model(run.model, run.rules)
             params = abstract(self._new_params, 0)
             try:
@@ -99,14 +106,15 @@ class Program:
             if source is None:
                 make = lambda seed: self._new_state(self._new_params(seed))
                 return jax.jit(make, static_argnums=0)(self.run.seed)
-            params = huggingface.load(folder_of(source), self.run.model, rules=self.run.rules)[1]
+            params = huggingface.load(folder_of(source), self.run.blocks, rules=self.run.rules)[1]
             return jax.jit(self._new_state, donate_argnums=0)(params)
 
     def _new_params(self, seed: int):
         return new_params(self.run.model, self.run.rules, seed)
 
     def _new_state(self, params) -> State:
-        return new_state(params, self.optimizer, self.updater)
+        run = self.run
+        return new_state(params, self.optimizer, self.updater, self.embeddings, run.seed)
 
     def masks(self, state: State):
         """A copy of the part of a sparse run's state with its masks, which a step would donate."""
@@ -135,7 +143,7 @@ class Program:
 
         def observed(before, state, batch):
             found = auto_axes(figures, out_sharding=PartitionSpec())(before, state)
-            if self.quantizer is None:
+            if self.quantizer is None or not isinstance(self.run.model, BlockConfig):
                 return found
             read = weights(state, self.updater, self.quantizer)
             return found | observe_activations(self.run, self.graph, read, batch, self.quantizer)
@@ -146,9 +154,53 @@ class Program:
             return self._observe(before, state, batch)
 
     def weights(self, state: State):
-        """The parameters as a model reads them to evaluate or sample, masked and quantized."""
+        """The parameters as a model reads them to evaluate or sample, masked and quantized; of one
+        with embeddings {"params": these, "embeddings": their state}."""
         with jax.set_mesh(self.mesh):
-            return weights(state, self.updater, self.quantizer)
+            params = weights(state, self.updater, self.quantizer)
+        if self.embeddings is None:
+            return params
+        return {"params": params, "embeddings": state["embeddings"]}
+
+    def _sums(self, weights, batch: Batch) -> Sums:
+        """The sums of the run's task over a batch."""
+        if self.embeddings is not None:
+            found, _ = self._lookup(weights["embeddings"], batch)
+            weights, batch = weights["params"], {**batch, "embedded": found}
+        return self.run.task.sums(nnx.merge(self.graph, weights), batch)
+
+    def _lookup(self, state, batch: Batch):
+        return self.embeddings.lookup(state, self.run.model.bags(batch))
+
+    def _update(self, state, routing, gradients, step, *, apply):
+        """An update of the tables, whose learning rates follow the schedule of the run's."""
+        scale = self.schedule(step - 1) / self.run.optimizer.learning_rate
+        return self.embeddings.update(state, routing, gradients, step, scale=scale, apply=apply)
+
+    def saved(self, state: State) -> State:
+        """The state as a checkpoint has it: tables by logical rows, which no mesh changes."""
+        if self.embeddings is None:
+            return state
+        with jax.set_mesh(self.mesh):
+            tables = self.embeddings.saved(state["embeddings"])
+        return _with_tables(state, tables)
+
+    def loaded(self, saved: State) -> State:
+        """The state of what `saved` gave; or of a part without the optimizer's, for `weights`."""
+        if self.embeddings is None:
+            return saved
+        tables = {name: saved[_TABLES[name]] for name in _TABLES if _TABLES[name] in saved}
+        with jax.set_mesh(self.mesh):
+            state = self.embeddings.loaded(tables)
+        others = {name: x for name, x in saved.items() if name not in _TABLES.values()}
+        return {**others, "embeddings": state}
+
+    def abstract_saved_after(self, step: int) -> State:
+        """Shapes, dtypes and shardings of what `saved` gives of the state after a step."""
+        state = self.abstract_state_after(step)
+        if self.embeddings is None:
+            return state
+        return _with_tables(state, self.embeddings.abstract_saved())
 
     def abstract_state_after(self, step: int) -> State:
         """Shapes, dtypes and shardings of the state after a step: packed, where the recipe says."""
@@ -215,6 +267,8 @@ class Program:
             accumulate,
             self.updater,
             self.quantizer,
+            None if self.embeddings is None else self._lookup,
+            None if self.embeddings is None else self._update,
         )
         return jax.jit(function, donate_argnums=0), self.abstract_state_after(step)
 
@@ -229,15 +283,14 @@ class Program:
         leaves, structure = jax.tree.flatten(weights)
         kind = structure, tuple(map(jax.typeof, leaves))  # a compiled step takes no other dtypes
         if kind not in self._evaluations:
-            step = jax.jit(eval_step(self.graph, self.run.task.sums))
+            step = jax.jit(eval_step(self._sums))
             self._evaluations[kind] = self._compile(step, weights, batch, sums)
         return self._evaluations[kind](weights, batch, sums)
 
     def _zeros(self, weights, batch: Batch) -> Sums:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        sums = lambda weights, batch: self.run.task.sums(nnx.merge(self.graph, weights), batch)
         with jax.set_mesh(self.mesh):
-            shapes = jax.eval_shape(sums, weights, batch)
+            shapes = jax.eval_shape(self._sums, weights, batch)
 
         def zero(like):
             make = lambda index: np.zeros(like.shape, np.float32)[index]
@@ -260,7 +313,12 @@ class Program:
           read: the given rows of the batch, each array [rows, ...].
         """
         size = self.run.data.batch_size
-        local = functools.cache(lambda start, stop: read(slice(start, stop)))
+
+        @functools.cache
+        def local(start, stop):
+            found = read(slice(start, stop))
+            self.run.task.check_rows(self.run, found)
+            return found
 
         def rows(index):
             start, stop, _ = index[0].indices(size)
@@ -281,3 +339,9 @@ class Program:
             )
             for name, array in rows(next(iter(indices.values()))).items()
         }
+
+
+def _with_tables(state: State, tables: dict[str, Any]) -> State:
+    """A state whose embeddings stand by logical rows."""
+    others = {name: x for name, x in state.items() if name != "embeddings"}
+    return others | {_TABLES[name]: x for name, x in tables.items() if x}

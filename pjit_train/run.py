@@ -9,6 +9,7 @@ from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.data import Data
 from pjit_train.errors import UserError
 from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.model_config import ModelConfig
 from pjit_train.models.roles import contraction, param_roles
 from pjit_train.optimizers import Optimizer
 from pjit_train.sharding import MeshShape, Rules
@@ -69,7 +70,7 @@ class Run:
       profile: (first, last) step of a `jax.profiler` trace, or None.
     """
 
-    model: BlockConfig
+    model: ModelConfig
     data: Data
     optimizer: Optimizer
     steps: Count
@@ -104,6 +105,20 @@ class Run:
                 f"run: accumulate={self.accumulate} does not divide batch_size="
                 f"{self.data.batch_size}; use a divisor of it"
             )
+
+    @property
+    def blocks(self) -> BlockConfig:
+        """The model, where it is to be one of blocks.
+
+        Raises:
+          UserError: it is of another kind.
+        """
+        if not isinstance(self.model, BlockConfig):
+            raise UserError(
+                f"run.Run.model: {type(self.model).__name__} has no blocks; this is for models of "
+                "blocks, such as transformer.TransformerConfig"
+            )
+        return self.model
 
     @property
     def positions(self) -> int:

@@ -8,6 +8,7 @@ error while tracing and not a collective found later in a profile.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -84,6 +85,23 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
         axis_types=(AxisType.Explicit,) * len(sizes),
         devices=devices[:count],
     )
+
+
+def device_memory(device: jax.Device, devices: int) -> int | None:
+    """Bytes of memory that a device has; None where nobody knows.
+
+    Args:
+      devices: of a mesh, which on a CPU share its memory.
+    """
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
+        except (AttributeError, OSError, ValueError):
+            return None
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (RuntimeError, NotImplementedError):  # one that is only compiled for
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

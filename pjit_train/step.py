@@ -15,7 +15,8 @@ from sparsity.updater import Updater
 
 State = dict[str, Any]
 """{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}; and in a sparse
-run "sparsity": the updater's state (masks), without the optimizer's inside it."""
+run "sparsity": the updater's state (masks), without the optimizer's inside it; and of a model with
+`Embeddings` "embeddings": their state."""
 
 
 def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
@@ -37,13 +38,19 @@ def new_params(config, rules: Rules, seed) -> Any:
 
 
 def new_state(
-    params, optimizer: optax.GradientTransformation, updater: Updater | None = None
+    params,
+    optimizer: optax.GradientTransformation,
+    updater: Updater | None = None,
+    embeddings: Any = None,
+    seed: int = 0,
 ) -> State:
-    """Makes the state before the first step."""
+    """Makes the state before the first step; the tables of `embeddings` from the seed."""
     optimizer_state = optimizer.init(params)
     if updater is not None:
         params = updater.post_gradient_update(params, optimizer_state)
     state = {"step": jnp.zeros((), jnp.int32), "params": params}
+    if embeddings is not None:
+        state["embeddings"] = embeddings.init(seed)
     return state | split(optimizer_state, updater)
 
 
@@ -65,6 +72,8 @@ def weights(
     clock: jax.Array | None = None,
 ) -> Any:
     """The parameters as the forward pass reads them: of a sparse run masked, of others quantized.
+
+    Embeddings are not among them.
 
     Args:
       clock: of `Quantizer.weights`; None for an evaluation.
@@ -100,6 +109,8 @@ def train_step(
     accumulate: int = 1,
     updater: Updater | None = None,
     quantizer: Quantizer | None = None,
+    lookup: Callable | None = None,
+    update: Callable | None = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
 
@@ -109,6 +120,9 @@ def train_step(
       updater: what `build` of a recipe of `sparsity` gave; None trains dense.
       quantizer: what `build` of a `sparsity.numbers.quantized.Quantization` gave; None for none.
       loss: (model, batch) -> (sum of losses, sum of weights).
+      lookup: (state of embeddings, batch) -> (what it found by feature, which the loss reads as
+        the batch's "embedded"; routing); None where the model has none.
+      update: `Embeddings.update`, with these.
       accumulate: the batch goes through in this many parts, whose gradients are summed: the update
         is that of the whole batch, with the activations of a part in memory.
 
@@ -116,37 +130,45 @@ def train_step(
     the state keeps its parameters and moments, only steps are counted on.
     """
 
-    def gradients(state, batch):
+    def gradients(state, found, batch):
+        """The mean loss, and its gradients by the parameters and by what was looked up."""
         params = state["params"]
 
-        def summed(params, part, index=0):
+        def summed(params, found, part, index=0):
             clock = state["step"] * accumulate + index
             read = weights(state | {"params": params}, updater, quantizer, clock)
-            return loss(nnx.merge(graph, read), part)
+            return loss(nnx.merge(graph, read), part | ({"embedded": found} if found else {}))
 
-        def mean(params, batch):
-            total, weight = summed(params, batch)
+        def mean(params, found, batch):
+            total, weight = summed(params, found, batch)
             return total / weight
 
         if accumulate == 1:
-            return jax.value_and_grad(mean)(params, batch)
+            return jax.value_and_grad(mean, argnums=(0, 1))(params, found, batch)
 
         def body(sums, part):
-            (total, weight), grads = jax.value_and_grad(summed, has_aux=True)(params, *part)
-            return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
+            of_part = jax.value_and_grad(summed, argnums=(0, 1), has_aux=True)(params, *part)
+            (total, weight), (grads, of_found) = of_part
+            return jax.tree.map(jnp.add, sums, (total, weight, grads)), of_found
 
         zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        parts = _parts(batch, accumulate), jnp.arange(accumulate)
-        (total, weight, grads), _ = jax.lax.scan(body, zeros, parts)
+        parts = _parts(found, accumulate), _parts(batch, accumulate), jnp.arange(accumulate)
+        (total, weight, grads), of_found = jax.lax.scan(body, zeros, parts)
+        grads = grads, jax.tree.map(_joined_parts, of_found)
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
-        value, grads = gradients(state, batch)
+        found, routing = {}, None
+        if lookup is not None:
+            found, routing = lookup(state["embeddings"], batch)
+        value, (grads, of_found) = gradients(state, found, batch)
         if updater is None:
             norm = optax.tree.norm(grads)
         else:
             norm = updater.global_norm(grads, state["step"])
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        for of_feature in of_found.values():
+            finite &= jnp.isfinite(of_feature).all()
         new = _update(optimizer, grads, norm, state, updater, finite)
         metrics = {
             "loss": value,
@@ -154,20 +176,25 @@ def train_step(
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
             "finite": finite,
         }
+        if update is not None:
+            metrics["ids_out_of_range"] = sum(routing.dropped.values())
+            new["embeddings"] = update(
+                state["embeddings"], routing, of_found, state["step"] + 1, apply=finite
+            )
         return {"step": state["step"] + 1, **new}, metrics
 
     return step
 
 
-def eval_step(graph: nnx.GraphDef, sums_of: Callable) -> Callable:
+def eval_step(sums_of: Callable) -> Callable:
     """The function (weights, batch, sums) -> these sums with those of the batch.
 
     Args:
-      sums_of: `Task.sums`.
+      sums_of: (weights, batch) -> sums of the batch.
     """
 
     def step(weights, batch, sums):
-        return jax.tree.map(jnp.add, sums, sums_of(nnx.merge(graph, weights), batch))
+        return jax.tree.map(jnp.add, sums, sums_of(weights, batch))
 
     return step
 
@@ -205,7 +232,7 @@ def _update(optimizer, grads, norm, state: State, updater: Updater | None, finit
     def choose(finite, grads, norm, state):
         return jax.lax.cond(finite, applied, skipped, grads, norm, state)
 
-    state = {name: x for name, x in state.items() if name != "step"}
+    state = {name: x for name, x in state.items() if name not in ("step", "embeddings")}
     if not has_mesh():
         return choose(finite, grads, norm, state)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
@@ -220,3 +247,9 @@ def _parts(batch, accumulate):
         return jnp.moveaxis(x, 1, 0)
 
     return jax.tree.map(split, batch)
+
+
+def _joined_parts(x):
+    """Joins what `_parts` has split."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

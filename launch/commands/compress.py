@@ -123,12 +123,12 @@ def run(args, began: float) -> int:
     if prunes:
         if pattern:
             patterns.setdefault(KERNELS, pattern)
-        patterns = kernel_patterns(run.model, patterns, transposable=args.transposable)
+        patterns = kernel_patterns(run.blocks, patterns, transposable=args.transposable)
     if quantizes:
         if args.format:
             formats.setdefault(KERNELS, args.format)
         formats, activations = _without_schemes(formats, args.activations)
-        formats = kernel_formats(run.model, formats)
+        formats = kernel_formats(run.blocks, formats)
     else:
         activations = None
     compression = Compression(
@@ -147,7 +147,7 @@ def run(args, began: float) -> int:
         rows = quantized_kernels(directory)
         kept = {name: (row["format"], row["activations"]) for name, row in rows.items()}
         given = {name: (format, activations) for name, format in formats.items()}
-        compressed_tensors.check(args.export, run.model, kept | given)
+        compressed_tensors.check(args.export, run.blocks, kept | given)
     before, _ = configuration(directory)
     bindings = _bindings(run, before, compression)
     new_run, config_text = build_run([], bindings, text=before)

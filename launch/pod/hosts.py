@@ -101,7 +101,7 @@ def traffic_of(run: Run, mesh: Mapping[str, int]) -> list[Traffic]:
     scattered back; gradients are added over `data`, activations twice a layer and pass over
     `tensor`, keys and values gathered over `sequence`.
     """
-    model, rows = run.model, run.data.batch_size / (mesh["data"] * mesh["fsdp"])
+    model, rows = run.blocks, run.data.batch_size / (mesh["data"] * mesh["fsdp"])
     parameters = 4 * model.num_params / mesh["tensor"]
     activations = 4 * rows * run.positions / mesh["sequence"] * model.d_model
     entries = [

@@ -108,7 +108,7 @@ class Plan:
         processes = hosts.processes
         parameters = 4 * self.run.model.num_params
         gathered = parameters / sizes["tensor"]
-        run, model = self.run, self.run.model
+        run, model = self.run, self.run.blocks
         logits = run.task.logits(model)
         # In unrolled layers XLA:CPU undoes what `remat` asks for.
         kept, once = _KEPT[model.remat if model.layers == "scan" else "none"]

@@ -223,7 +223,7 @@ def compress(
                 "run": str(directory),
                 "step": step,
                 **asked,
-                **work.describe(written, np.dtype(run.model.param_dtype).itemsize),
+                **work.describe(written, np.dtype(run.blocks.param_dtype).itemsize),
                 "before": before,
                 "between": work.between,
                 "after": validate(new, weights, batches),

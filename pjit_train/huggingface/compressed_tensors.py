@@ -169,18 +169,18 @@ def export(
       UserError: there is no such checkpoint, or as `save`.
     """
     huggingface.check_new(folder)
-    program, roles = Program(run, make_mesh(run.mesh)), param_roles(run.model)
+    program, roles = Program(run, make_mesh(run.mesh)), param_roles(run.blocks)
     step, weights = restore_weights(program, directory, step)
     with jax.set_mesh(program.mesh):
         quantized = {} if plain else _trained(weights, roles) | _compressed(run, directory)
         params = jax.tree.map(np.asarray, dense_tree(weights))
         counted = {} if program.updater is None else program.updater.validity(weights)
-    _Packing(run.model, quantized)  # what has no name there is said first
+    _Packing(run.blocks, quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
     tokenizer = getattr(run.data, "tokenizer", None)  # of text
     options = {"tokenizer": tokenizer, "like": _begun_from(run, directory)}
-    done = save(folder, run.model, params, quantized, patterns, **options)
+    done = save(folder, run.blocks, params, quantized, patterns, **options)
     return {"step": step, "quantized": bool(quantized), **done}
 
 
@@ -215,7 +215,9 @@ def _compressed(run: Run, directory: Path) -> dict[str, QuantizedWeights]:
         name: _weights(
             row["format"],
             row["activations"],
-            scales=load_scales(directory, name, run.model.num_layers if roles[name].stacked else 1),
+            scales=load_scales(
+                directory, name, run.blocks.num_layers if roles[name].stacked else 1
+            ),
         )
         for name, row in quantized_kernels(directory).items()
     }

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pjit_train.attention.dispatch import Way
 from pjit_train.errors import UserError
+from pjit_train.models.model_config import ModelConfig
 from pjit_train.models.parameters import Dtype
 from sparsity.ranges import Count, NonNegative, Positive, check_choice, check_fields
 
@@ -13,7 +14,7 @@ Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(ModelConfig):
     """Shape of a block and of the stack of them; every model's configuration adds to it.
 
     Attributes:
@@ -122,11 +123,6 @@ class BlockConfig:
         projections = self.d_model * (2 * query + 2 * kv)
         feed_forward = self.d_model * self.d_ff * (3 if self.gated else 2)
         return projections + feed_forward + 2 * query * columns  # logits and attend
-
-    @property
-    def num_params(self) -> int:
-        """Elements of all parameters of the built model."""
-        raise NotImplementedError
 
     @property
     def num_norm_params(self) -> int:

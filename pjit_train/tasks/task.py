@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from pjit_train.data.data import Batches
-from pjit_train.models.block_config import BlockConfig
+from pjit_train.models.model_config import ModelConfig
 from pjit_train.sharding import Axes
 
 Batch = Mapping[str, jax.Array]
@@ -49,6 +49,10 @@ class Task(abc.ABC):
         """Raises a UserError where the data, once open, do not fit the model: classes,
         vocabulary."""
 
+    def check_rows(self, run, rows: Mapping[str, np.ndarray]) -> None:
+        """Raises a UserError where rows of a batch are not for the model; by default all are."""
+        return
+
     @abc.abstractmethod
     def positions(self, run) -> int:
         """Number of positions of a row, over which attention runs."""
@@ -58,11 +62,11 @@ class Task(abc.ABC):
         """Number of units (see `unit`) of a row of a batch."""
 
     @abc.abstractmethod
-    def flops(self, model: BlockConfig, positions: int) -> float:
+    def flops(self, model: ModelConfig, positions: int) -> float:
         """Floating-point operations of a training step for a row: 3 forward passes, no remat."""
 
     @abc.abstractmethod
-    def logits(self, model: BlockConfig) -> int:
+    def logits(self, model: ModelConfig) -> int:
         """Numbers that the head gives each position, for what they take of memory."""
 
     @abc.abstractmethod

@@ -21,6 +21,7 @@ from launch.pod.faults import Fault, parse_chaos
 from pjit_train.data.image_sources import Digits
 from pjit_train.data.sources import PythonStdlib
 from pjit_train.data.text import TextData
+from pjit_train.embeddings.tables import Table
 from pjit_train.errors import UserError
 from pjit_train.models.transformer import TransformerConfig
 from sparsity.numbers import formats
@@ -45,9 +46,23 @@ CLASSES = sorted(
 )
 # Filled by the library itself, not by a configuration.
 MADE = {"KeepZerosUpdater", "PruningUpdater", "Quantizer", "_Plan", "CycleSchedule"}
-MADE |= {"_InMemory", "_OfFiles", "_OfRows"}
-# What an example needs beyond its numbers.
+MADE |= {"_InMemory", "_OfFiles", "_OfRows", "Slot"}
+# What an example needs beyond its numbers, by field, or class and field.
 NEEDED = {
+    "name": "a",
+    "hotness": (1,),
+    "DLRMConfig.rows": (4,),
+    "SyntheticClicks.rows": (4,),
+    "CriteoFiles.rows": (4,) * 26,
+    "CriteoFiles.train": ("day_0",),
+    "CriteoFiles.validation": ("day_1",),
+    "ClickTable.rows": (4,),
+    "ClickTable.train": ("a.parquet",),
+    "ClickTable.validation": ("b.parquet",),
+    "label": "clicked",
+    "categorical": ("city",),
+    "table": Table(name="a", rows=4, width=4),
+    "Feature.hotness": 1,
     "num_heads": 2,
     "train": "corpus.txt",
     "sources": (PythonStdlib(),),
@@ -99,8 +114,9 @@ def make(kind: type, **changes):
     values = {}
     for field in dataclasses.fields(kind):
         missing = (field.default, field.default_factory) == (dataclasses.MISSING,) * 2
-        if field.name in NEEDED and (missing or kind.__name__ == "Compression"):
-            values[field.name] = NEEDED[field.name]
+        needed = NEEDED.get(f"{kind.__name__}.{field.name}", NEEDED.get(field.name))
+        if needed is not None and (missing or kind.__name__ == "Compression"):
+            values[field.name] = needed
         elif missing:
             values[field.name] = example(hints[field.name])
     return kind(**values | changes)
