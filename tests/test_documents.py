@@ -126,7 +126,11 @@ def here(tmp_path_factory, quick_compiles):
         patch.setattr(pjit_train.loop, "train", trained)
         patch.setattr(pjit_train.compression.compress, "compress", compressed)
         patch.setattr("launch.pod.keeper.keep", check_pod)
-        for study in ("pod_study.study_pod", "flat_study.study_flat"):
+        for study in (
+            "pod_study.study_pod",
+            "flat_study.study_flat",
+            "embeddings_study.study_embeddings",
+        ):
             patch.setattr(f"launch.reports.{study}", enough)
         assert main(["train", "configs/quickstart.gin"]) == 0
         yield folder

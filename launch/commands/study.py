@@ -20,6 +20,7 @@ def add(commands) -> None:
     _add_pod(studies)
     _add_flat(studies)
     _add_plan(studies)
+    _add_embeddings(studies)
 
 
 def _add_recipes(studies) -> None:
@@ -171,3 +172,26 @@ def _run_flat(args, began: float) -> int:
     from launch.reports.flat_study import study_flat
 
     return study_flat(Path(args.out), as_json=args.json)
+
+
+def _add_embeddings(studies) -> None:
+    embeddings = add_command(
+        studies,
+        _run_embeddings,
+        "embeddings",
+        "put published figures of SparseCores beside computed ones, and weigh twists and pooling",
+        "Speed of a recommendation model on TPU v3, v4, v4 without SparseCores and processors, by "
+        "each reading of what sources leave open; then which models gain from twisted slices, and "
+        "where vectors should be pooled. A minute or two. table.md, results.json and a figure are "
+        "in --out.",
+    )
+    embeddings.add_argument("--json", action="store_true", help="print one JSON document")
+    embeddings.add_argument(
+        "--out", metavar="DIR", default="runs/study-embeddings", help="(runs/study-embeddings)"
+    )
+
+
+def _run_embeddings(args, began: float) -> int:
+    from launch.reports.embeddings_study import study_embeddings
+
+    return study_embeddings(Path(args.out), as_json=args.json)

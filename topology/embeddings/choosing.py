@@ -190,7 +190,17 @@ def choose(
     _count_large(program, placed, chips_of)
     _limit_memory(program, placed, chips_of)
     x, bound = program.solve(gap=gap, seconds=seconds, relaxed=relaxed)
-    return Choice(None if x is None else program.chosen(x), bound)
+    if np.isinf(bound):
+        return Choice(None, bound)
+    # Each table alone, as if evenly on all chips: a bound as well, and a choice if time ran out.
+    each = np.array(program.costs[: len(program.flat)]) / _SCALE
+    for w, way in placed:
+        each[w] += float(way.shard.sum()) * chips_of[w] / N
+    each[np.array(program.upper[: len(each)]) == 0] = np.inf
+    spans = list(zip(program.starts[:-1], program.starts[1:], strict=True))
+    alone = float(sum(each[start:end].min() for start, end in spans))
+    ways = [int(each[start:end].argmin()) for start, end in spans]
+    return Choice(ways if x is None else program.chosen(x), max(bound, alone))
 
 
 def _reach_shards(program: _Program, part: int) -> None:

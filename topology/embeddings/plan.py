@@ -91,7 +91,7 @@ _EXCHANGED = ("ids", "vectors", "gradients")
 
 
 def plan_tables(
-    model: EmbeddingModel, machine: Machine, *, memory: float | None = None, seconds: float = 40.0
+    model: EmbeddingModel, machine: Machine, *, memory: float | None = None, seconds: float = 30.0
 ) -> Plan:
     """The plan of least step time that fits, as near to the best as its `gap` says.
 
