@@ -21,6 +21,7 @@ _COMMANDS = (
     "study",
     "tokenizer",
     "slice",
+    "collective",
     "plan",
     "embeddings",
     "dataflow",

@@ -1,10 +1,10 @@
 """`torsion dataflow`: attention on an accelerator, by three dataflows."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
+from launch.reports.sizes import parse_size
 from launch.reports.slices import check_folder
 from pjit_train.errors import UserError
 from pjit_train.files import replacing
@@ -13,26 +13,7 @@ from topology.accelerator import dataflow_curves as curves
 from topology.accelerator import workloads
 from topology.accelerator.dataflow import DATAFLOWS, best_tile, lower_bound
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _FORMATS = (".png", ".svg", ".pdf")
-
-
-def parse_size(text: str) -> int:
-    """Parses a size in bytes, such as 524288, 512KiB or 20MB.
-
-    Raises:
-      UserError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise UserError(f"--buffer {text}: no size; write bytes, or such as 512KiB, 20MB, 2GB")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if not size <= 2**60:
-        raise UserError(
-            f"--buffer {text if len(text) < 40 else text[:36] + '...'}: 2^60 bytes at most"
-        )
-    return int(size)
 
 
 def report(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from launch.cli import main
-from launch.reports.dataflow import parse_size
+from launch.reports.sizes import parse_size
 
 
 def test_json_has_the_costs_and_a_bound_below_them(capsys):

@@ -1,0 +1,44 @@
+"""`torsion collective`: what a collective over the axes of a slice takes, and its lower bounds."""
+
+import json
+
+from launch.commands.common import add_command, add_pod, pod_of
+
+
+def add(commands) -> None:
+    collective = add_command(
+        commands,
+        run,
+        "collective",
+        "say what a collective takes on a slice, beside bounds for every schedule",
+        "The time of a schedule that `topology.schedule` makes, by its latencies and its fullest "
+        "link, and lower bounds that hold for all schedules.",
+    )
+    collective.add_argument(
+        "kind",
+        metavar="KIND",
+        help="all_gather, reduce_scatter, all_reduce, all_to_all or permute (to the next member)",
+    )
+    collective.add_argument(
+        "--bytes",
+        required=True,
+        metavar="SIZE",
+        help="such as 64MiB: of the whole array of an all_gather (after), reduce_scatter (before) "
+        "or all_reduce; what a chip sends in the others",
+    )
+    collective.add_argument(
+        "--slice", required=True, metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted"
+    )
+    collective.add_argument(
+        "--axes", metavar="AXES", help="dimensions that it goes over, such as x,y (default: all)"
+    )
+    add_pod(collective, "slice it is")
+    collective.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args, began: float) -> int:
+    from launch.reports.collectives import describe, report
+
+    found = report(args.kind, args.bytes, args.slice, args.axes, pod_of(args.pod))
+    print(json.dumps(found) if args.json else describe(found))
+    return 0

@@ -1,0 +1,82 @@
+"""`torsion collective`: times of collectives on slices, beside their bounds."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from topology import Network, Slice, groups_of_axes, replay, schedule
+
+
+def found(capsys, *arguments):
+    assert main(["collective", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("slice", ["2x2x4", "4x4x4"])
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"])
+def test_times_are_those_of_a_replayed_schedule(kind, slice, capsys):
+    what = found(capsys, kind, "--bytes", "6MB", "--slice", slice, "--axes", "y,z")
+    of = Slice.parse(slice)
+    groups = groups_of_axes(of, np.arange(of.num_chips).reshape(of.shape), [1, 2])
+    played = replay(schedule(kind, groups), 6e6, Network.of(of.pod))
+    assert played.correct
+    assert what["seconds"] == pytest.approx(played.seconds, rel=0.02)
+    assert what["bound_seconds"] <= what["seconds"] * (1 + 1e-9)
+    assert what["bound_seconds"] == max(what["bounds"].values())
+    assert what["members"] == of.shape[1] * of.shape[2]
+    assert what["groups"] * what["members"] == of.num_chips
+    assert what["seconds"] == pytest.approx(what["latency_seconds"] + what["transfer_seconds"])
+
+
+def test_a_ring_takes_what_the_formula_says(capsys):
+    """Eight chips of a ring, both ways at once: 2 (n - 1) / n of the bytes over two links."""
+    what = found(capsys, "all_reduce", "--bytes", "64MiB", "--slice", "4x4x8", "--axes", "z")
+    assert what["transfer_seconds"] == pytest.approx(2 * 7 / 8 * 2**26 / (2 * 45e9), rel=1e-6)
+    assert what["bytes"] == 2**26
+
+
+def test_a_twisted_slice_has_the_faster_all_to_all(capsys):
+    times = [
+        found(capsys, "all_to_all", "--bytes", "64MiB", "--slice", name)["transfer_seconds"]
+        for name in ("4x4x8", "4x4x8_twisted")
+    ]
+    assert times[0] / times[1] == pytest.approx(128 / (7 * 4**4 - 2 * 4**2) * 24, rel=1e-3)
+
+
+def test_the_page_says_time_rate_and_bounds(capsys):
+    assert (
+        main(["collective", "all_gather", "--bytes", "1GB", "--slice", "8x8", "--pod", "v5e"]) == 0
+    )
+    page = capsys.readouterr().out
+    assert "all_gather of 953.7 MiB on 8x8 of TPU v5e, 1 group of 64 chips along x, y" in page
+    assert "no schedule takes less" in page
+    assert "GB/s" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gather", "--bytes", "1", "--slice", "4x4x4"], "collective 'gather': one of all_gather"),
+        (["permute", "--bytes", "much", "--slice", "4x4x4"], "--bytes much: no size"),
+        (["permute", "--bytes", "-1", "--slice", "4x4x4"], "--bytes"),
+        (["permute", "--bytes", "9" * 50, "--slice", "4x4x4"], "--bytes"),
+        (["permute", "--bytes", "1", "--slice", "4x4x5"], "slice 4x4x5"),
+        (
+            ["permute", "--bytes", "1", "--slice", "4x4x4", "--axes", "w"],
+            "no axis 'w'; use x, y",
+        ),
+        (["permute", "--bytes", "1", "--slice", "4x4x4", "--axes", "x,x"], "names an axis twice"),
+        (["permute", "--bytes", "1", "--slice", "8x8", "--pod", "v5e", "--axes", "z"], "use x, y"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, capsys):
+    try:
+        code = main(["collective", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
