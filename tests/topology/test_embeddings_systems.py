@@ -46,7 +46,7 @@ def test_the_exchange_is_the_exact_all_to_all():
     assert seconds == pytest.approx(0.573 / 50e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("reading", systems.readings(), ids=str)
+@pytest.mark.parametrize("reading", list(systems.readings()), ids=str)
 def test_a_step_is_the_unit_and_its_sparsecores_idle_a_quarter(reading, fits):
     fit = fits[reading]
     assert systems.step_seconds("v4", 128, fit, reading) == pytest.approx(1)
