@@ -56,6 +56,7 @@ class DLRMConfig(ModelConfig):
       interaction: "cross", DCN v2's crosses of low rank; or "dot", the products of all pairs of
         features.
       cross_layers, cross_rank: of "cross".
+      activation: of the networks; DLRM's is "relu".
       combiner, initializer, embedding_optimizer, storage, invalid: of all tables, see
         `embeddings.tables.Table`.
       sharding: of all tables but those of at most `replicate_rows` rows, which are replicated.
@@ -74,6 +75,7 @@ class DLRMConfig(ModelConfig):
     interaction: Literal["cross", "dot"] = "cross"
     cross_layers: Count = 3
     cross_rank: Count = 512
+    activation: Literal["relu", "silu"] = "relu"
     combiner: Combiner = "sum"
     initializer: Uniform | Normal = _UNIFORM
     embedding_optimizer: RowOptimizer = _ADAGRAD
@@ -93,6 +95,7 @@ class DLRMConfig(ModelConfig):
         for name in ("rows", "hotness", "bottom", "top"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("model: interaction", self.interaction, ("cross", "dot"), UserError)
+        check_choice("model: activation", self.activation, ("relu", "silu"), UserError)
         for name in ("dtype", "param_dtype"):
             kinds = ("float32", "bfloat16", "float16")
             check_choice(f"model: {name}", getattr(self, name), kinds, UserError)
@@ -206,7 +209,7 @@ class DLRMConfig(ModelConfig):
 
 
 class Network(nnx.Module):
-    """Dense layers with ReLU after each; but not after the last, where `logit`."""
+    """Dense layers with an activation after each; but not after the last, where `logit`."""
 
     def __init__(self, config: DLRMConfig, widths: Sequence[int], init, logit: bool = False):
         # He et al.'s scale, by the mean of inputs and outputs, as MLPerf's DLRM begins.
@@ -216,13 +219,13 @@ class Network(nnx.Module):
                 for a, b in itertools.pairwise(widths)
             ]
         )
-        self.logit = logit
+        self.logit, self.activation = logit, config.activation
 
     def __call__(self, x_SI: jax.Array) -> jax.Array:
         for i, layer in enumerate(self.layers, 1):
             x_SI = layer(x_SI)
             if not self.logit or i < len(self.layers):
-                x_SI = jax.nn.relu(x_SI)
+                x_SI = getattr(jax.nn, self.activation)(x_SI)
         return x_SI
 
 
