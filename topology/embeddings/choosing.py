@@ -34,11 +34,13 @@ class Choice:
     Attributes:
       ways: int [tables], the index of each table's sharding; None where none was found.
       bound: seconds; no placement whatsoever takes less.
+      reach: float [P], seconds of the busiest chip in each part, by the program.
       sites: of `exact`, the sites of each table; None of `choose`.
     """
 
     ways: list[int] | None
     bound: float
+    reach: Floats
     sites: list[Integers] | None = None
 
 
@@ -161,7 +163,7 @@ def latencies(exchanges: bool, reduces: bool, machine: Machine) -> tuple[float, 
 def choose(
     problem: Problem,
     *,
-    largest: float = np.inf,
+    largest: Floats | None = None,
     gap: float = 2e-3,
     seconds: float = 8.0,
     relaxed: bool = False,
@@ -169,8 +171,8 @@ def choose(
     """The best way for each table, as far as no chip is named.
 
     Args:
-      largest: seconds that a shard may take on a chip. Small ones are more even; with fewer of them
-        allowed the bound means nothing.
+      largest: float [P], seconds that a shard may take in each part. Small ones are more even; with
+        only such the bound means nothing.
       relaxed: a part of a table may be laid one way, and the rest another; much faster, and the
         bound a little lower.
     """
@@ -179,7 +181,7 @@ def choose(
     placed = [(w, way) for w, way in enumerate(program.flat) if not way.is_everywhere]
     chips_of = {w: way.shards * problem.sites(way).shape[1] for w, way in placed}
     for w, way in placed:
-        if way.shard.sum() > largest:
+        if largest is not None and (way.shard > largest * (1 + 1e-9)).any():
             program.upper[w] = 0.0
     for k in range(len(PARTS)):
         mean = {w: way.shard[k] * chips_of[w] / N * _SCALE for w, way in placed}
@@ -190,8 +192,11 @@ def choose(
     _count_large(program, placed, chips_of)
     _limit_memory(program, placed, chips_of)
     x, bound = program.solve(gap=gap, seconds=seconds, relaxed=relaxed)
+    reach = np.full(len(PARTS), np.inf)
     if np.isinf(bound):
-        return Choice(None, bound)
+        return Choice(None, bound, reach)
+    if x is not None:
+        reach = x[list(program.part.values())] / _SCALE
     # Each table alone, as if evenly on all chips: a bound as well, and a choice if time ran out.
     each = np.array(program.costs[: len(program.flat)]) / _SCALE
     for w, way in placed:
@@ -200,7 +205,7 @@ def choose(
     spans = list(zip(program.starts[:-1], program.starts[1:], strict=True))
     alone = float(sum(each[start:end].min() for start, end in spans))
     ways = [int(each[start:end].argmin()) for start, end in spans]
-    return Choice(ways if x is None else program.chosen(x), max(bound, alone))
+    return Choice(ways if x is None else program.chosen(x), max(bound, alone), reach)
 
 
 def _reach_shards(program: _Program, part: int) -> None:
@@ -315,10 +320,10 @@ def exact(problem: Problem, *, gap: float = 1e-6, seconds: float = 20.0) -> Choi
         rows.add(terms, problem.memory)
     x, bound = program.solve(gap=gap, seconds=seconds)
     if x is None:
-        return Choice(None, bound)
+        return Choice(None, bound, np.full(len(PARTS), np.inf))
     ways = program.chosen(x)
     sites = [
         np.flatnonzero(x[at[start + way]] > 0.5) if start + way in at else np.zeros(0, int)
         for start, way in zip(program.starts[:-1], ways, strict=True)
     ]
-    return Choice(ways, bound, sites)
+    return Choice(ways, bound, x[list(program.part.values())] / _SCALE, sites)

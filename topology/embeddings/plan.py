@@ -17,9 +17,10 @@ from topology.numbers import number
 from topology.torus.shapes import legal_shapes
 from topology.torus.slices import Slice
 
-_LARGEST = (0.5, 0.25, 0.12, 0.06)  # of the bound, that a shard may take
+_LARGEST = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)  # of the busiest chip's time, that a shard may take
 _MARGINS = (0.98, 0.95, 0.9)  # of the memory, where shards find no room in all of it
-_LOSS = 1.03  # times the bound, that smaller shards may take together
+_LOSS = 1.15  # times the bound, that smaller shards may take together
+_ROUNDS = ((0.1, 3), (0.6, 1))  # of bettering: the part of the time for each, and how many
 _MANY = 4000  # ways, beyond which the bound is the relaxed program's
 _NEAR = 1.01  # times the bound, where the search ends
 
@@ -37,7 +38,7 @@ class Plan:
       machine: the slice.
       ways: the sharding of each table.
       chips: int of each table: the chips that hold its shards, in the shards' order; for table_row
-        the chips of its host; all of them where all do alike.
+        the chips of its hosts; all of them where all do alike.
       loads: float [N, 5], seconds of each chip in each of `PARTS`.
       memory: float [N], bytes that each chip holds, without the model's dense part.
       bound: seconds; no plan with these kinds of shardings takes less.
@@ -91,7 +92,7 @@ _EXCHANGED = ("ids", "vectors", "gradients")
 
 
 def plan_tables(
-    model: EmbeddingModel, machine: Machine, *, memory: float | None = None, seconds: float = 30.0
+    model: EmbeddingModel, machine: Machine, *, memory: float | None = None, seconds: float = 36.0
 ) -> Plan:
     """The plan of least step time that fits, as near to the best as its `gap` says.
 
@@ -168,21 +169,15 @@ def _search(problem: Problem, seconds: float) -> tuple[Placement | None, float]:
     many = sum(map(len, problem.ways)) > _MANY
     first = choose(problem, relaxed=many, seconds=left() / 3)
     bound = first.bound
-    # Smaller shards lie more evenly, and take longer together: those that lose little are tried.
-    choices = [(bound, first)]
+    # Smaller shards lie more evenly, and take longer together: some of each are tried.
+    choices = [first]
     for part in _LARGEST:
-        choice = choose(problem, largest=part * bound, relaxed=many, seconds=left() / 8)
-        if choice.ways is not None and choice.bound < _LOSS * bound:
-            choices.append((choice.bound, choice))
-    if many:  # all in the little time that there is for each: the two of the smallest shards
-        choices = choices[-2:]
-    best: Placement | None = None
-    tried: set[tuple[int, ...]] = set()
-    for n, (_, choice) in enumerate(reversed(choices)):
-        for_each = left() / (len(choices) - n) * (0.6 if not many else 1.0)
-        best = _better_of(best, _place_new(problem, choice, tried, for_each, bound * _NEAR))
-        if best is not None and best.seconds <= bound * _NEAR:
-            return best, min(bound, best.seconds)
+        choice = choose(problem, largest=part * first.reach, relaxed=many, seconds=left() / 8)
+        if choice.bound < _LOSS * bound:
+            choices.append(choice)
+    best = _evened(problem, choices, left(), bound * _NEAR)
+    if best is not None and best.seconds <= bound * _NEAR:
+        return best, min(bound, best.seconds)
     if best is None:
         best = _roomier(problem, relaxed=many, seconds=left())
     solved = exact(problem, seconds=left())
@@ -211,16 +206,20 @@ def _roomier(problem: Problem, *, relaxed: bool, seconds: float) -> Placement | 
     return placement if placement is not None and placement.fits else None
 
 
-def _place_new(
-    problem: Problem, choice: Choice, tried: set[tuple[int, ...]], seconds: float, goal: float
+def _evened(
+    problem: Problem, choices: list[Choice], seconds: float, goal: float
 ) -> Placement | None:
-    if choice.ways is None or tuple(choice.ways) in tried:
-        return None
-    tried.add(tuple(choice.ways))
-    placement = place(problem, choice.ways)
-    if placement is not None:
-        improve(placement, seconds=seconds, goal=goal)
-    return placement
+    """The best of the choices' placements: the best ones are bettered for a while, and then the
+    best of these. None where none fits."""
+    ways = dict.fromkeys(tuple(choice.ways) for choice in choices if choice.ways is not None)
+    placed = [placement for of in ways if (placement := place(problem, of)) is not None]
+    placed = [one for one in placed if one.fits]
+    for share, kept in _ROUNDS:
+        placed = sorted(placed, key=lambda one: one.seconds)[:kept]
+        for placement in placed:
+            if placed[0].seconds > goal:
+                improve(placement, seconds=share * seconds, goal=goal)
+    return min(placed, key=lambda one: one.seconds, default=None)
 
 
 def _of_exact(problem: Problem, choice: Choice) -> Placement | None:

@@ -30,6 +30,7 @@ HOT_ROWS = tuple(4**k for k in range(4, 12))
 """Numbers of hot rows that are tried: 256 .. 4M."""
 
 ID_BYTES = 4
+_HOSTS = (1, 2, 4)  # over whose chips the rows of a table lie
 _LEAST_COLUMNS = 8  # 32 bytes of float32, HBM's granule
 
 
@@ -40,7 +41,7 @@ class Sharding:
     Attributes:
       kind: one of `KINDS`.
       pooling: "requester" or "owner"; "" where nothing is exchanged.
-      shards: sites that it takes: c chips for columns, a host for table_row, a chip for a table;
+      shards: sites that it takes: c chips for columns, hosts for table_row, a chip for a table;
         0 where all chips do alike.
       on_hosts: a site is a host, not a chip.
       hot_rows: of the table's most popular rows, on every chip.
@@ -183,8 +184,10 @@ def _all(lookup: _Lookup) -> Iterator[Sharding]:
             yield _spread(lookup, "table", pooling)
             continue
         yield _spread(lookup, "row", pooling, owners=N)
-        if len(machine.hosts) > 1:
-            yield _spread(lookup, "table_row", pooling, owners=machine.hosts.shape[1])
+        for hosts in _HOSTS:
+            if hosts < len(machine.hosts):
+                owners = hosts * machine.hosts.shape[1]
+                yield _spread(lookup, "table_row", pooling, owners=owners, sites=hosts)
         c = 1
         while c <= N and D % c == 0 and (c == 1 or D // c >= _LEAST_COLUMNS):
             yield _spread(lookup, "table" if c == 1 else "column", pooling, columns=c)
@@ -199,7 +202,14 @@ def _all(lookup: _Lookup) -> Iterator[Sharding]:
 
 
 def _spread(
-    lookup: _Lookup, kind: str, pooling: str, *, owners: int = 1, columns: int = 1, hot: int = 0
+    lookup: _Lookup,
+    kind: str,
+    pooling: str,
+    *,
+    owners: int = 1,
+    columns: int = 1,
+    sites: int | None = None,
+    hot: int = 0,
 ) -> Sharding:
     """A table with its rows over some owners, or its columns over some chips."""
     table, machine, b = lookup.table, lookup.machine, lookup.b
@@ -245,7 +255,7 @@ def _spread(
     return Sharding(
         kind=kind,
         pooling=pooling,
-        shards=columns,
+        shards=columns if sites is None else sites,
         on_hosts=owners > 1,
         every=nothing,
         shard=costs,
