@@ -27,6 +27,7 @@ from pjit_train.data.cache import default_cache_dir
 from pjit_train.errors import UserError
 
 INSTALL = "pip install 'torsion[plan]'"
+CHILD = ["-m", "pjit_train.compiler.child"]
 _ROOT = Path(__file__).parents[2]
 
 
@@ -162,7 +163,7 @@ def _run(folder: Path, job: dict, seconds: float, progress) -> tuple[str, bool]:
     paths = [str(_ROOT), *filter(None, sys.path)]
     settings = environment() | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     log = folder / "log"
-    command = [sys.executable, "-m", "pjit_train.compiler.child", str(file)]
+    command = [sys.executable, *CHILD, str(file)]
     began = time.monotonic()
     with log.open("wb") as out:
         child = subprocess.Popen(
