@@ -152,7 +152,7 @@ def _row(p: Published, result: tuple[Prediction, Compiled, str] | str) -> Row:
     if isinstance(result, str):
         return Row(status=result, **common)
     made, compiled, more = result
-    shard = 4 * p.step.parameters / (p.step.mesh["fsdp"] * p.step.mesh["tensor"])
+    shard = 4 * p.step.parameters * p.slices / chips  # summed in the slice before
     low, high = across_slices(made, p.slices, gradient_bytes=shard, machine=machine)
     assumed = [text for text in (*p.assumed, more) if text]
     status = "predicted" + (f", assumed: {'; '.join(assumed)}" if assumed else "")
