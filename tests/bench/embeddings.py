@@ -82,12 +82,11 @@ def main():
     rng = np.random.default_rng(0)
     ids = zipf(rng.random((options.batch, options.hotness)), options.rows, 1.05)
     gradients = rng.standard_normal((options.batch, options.width)).astype(np.float32)
-    mesh = jax.make_mesh((n,), ("data",), (AxisType.Explicit,))
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    mesh = jax.make_mesh((n,), ("data",), (AxisType.Explicit,)) if n > 1 else None
     optimizer = Adagrad(learning_rate=RATE, epsilon=EPSILON)
     table = Table(name="t", rows=options.rows, width=options.width, optimizer=optimizer)
     feature = Feature(name="f", table=table, hotness=options.hotness)
-    embeddings = Embeddings([feature], mesh, axes=("data",))
+    embeddings = Embeddings([feature], mesh, axes=("data",) if mesh else ())
 
     def step(state, ids, gradients):
         found, routing = embeddings.lookup(state, {"f": Bags(ids)})
@@ -95,7 +94,9 @@ def main():
         given = gradients + 0 * found["f"]
         return embeddings.update(state, routing, {"f": given}, 1), found["f"], routing
 
-    placed = jax.device_put((ids, gradients), split)
+    placed = jax.device_put((ids, gradients))
+    if mesh:
+        placed = jax.device_put(placed, NamedSharding(mesh, PartitionSpec("data")))
     ours, plain = jax.jit(step, donate_argnums=0), jax.jit(plain_step, donate_argnums=0)
     state = embeddings.init()
     start = (

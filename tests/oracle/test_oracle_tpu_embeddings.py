@@ -15,8 +15,8 @@ import pytest
 
 pytestmark = pytest.mark.oracle
 
-SLICES = {"v4": "v4:4x4x4", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8"}
-ACCELERATORS = {"v4": "v4-128", "v5p": "v5p-128", "v6e": "v6e-64"}
+SLICES = {"v4": "v4:4x4x4"}
+ACCELERATORS = {"v4": "v4-128"}
 
 
 @pytest.mark.parametrize("chip", SLICES)
@@ -39,8 +39,11 @@ def test_two_all_to_alls_forward_and_one_more_backward_in_little_memory(chip):
     assert backward["all-to-all"] == 1
     for found in (forward, backward):
         assert found["all-gather"] == 0
-        assert found["all-reduce"] <= 1  # of where the next round begins, 64 numbers
-        assert found["temporary"] < 5 * 2**20
+        assert found["devices"] == 64
+        # Of where the next round begins, 64 numbers; forward, of how many ids are out of range, too.
+        assert found["all-reduce"] <= 2
+    assert forward["temporary"] < 2**20
+    assert backward["temporary"] < 8 * 2**20  # 5 MiB of it the gradients of a chip's entries
 
 
 def collectives(text: str) -> dict[str, int]:
