@@ -40,7 +40,7 @@ def test_two_all_to_alls_forward_and_one_more_backward_in_little_memory(chip):
     for found in (forward, backward):
         assert found["all-gather"] == 0
         assert found["devices"] == 64
-        # Of where the next round begins, 64 numbers; forward, of how many ids are out of range, too.
+        # Of where the next round begins, 64 numbers; forward, of ids out of range, too.
         assert found["all-reduce"] <= 2
     assert forward["temporary"] < 2**20
     assert backward["temporary"] < 8 * 2**20  # 5 MiB of it the gradients of a chip's entries
