@@ -8,16 +8,13 @@ same functions, as plain numbers.
 
 import dataclasses
 import hashlib
-import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -43,6 +40,7 @@ from pjit_train.huggingface.compressed_tensors_codes import (
 from pjit_train.huggingface.config import write_config
 from pjit_train.huggingface.families import Tensor
 from pjit_train.huggingface.sources import folder_of
+from pjit_train.huggingface.stored import Place, places
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.roles import Roles, param_roles
 from pjit_train.program import Program
@@ -57,16 +55,6 @@ from sparsity.recipes.kernels import Kernel, MaskedKernel, dense, dense_tree
 log = logging.getLogger("torsion")
 
 SEQUENCES = 128  # of text that scales of activations are taken from, where there are as many
-_DTYPES = {
-    "I8": np.int8,
-    "U8": np.uint8,
-    "I32": np.int32,
-    "I64": np.int64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -420,16 +408,12 @@ def _digest(array: np.ndarray) -> bytes:
 
 
 class _Reader:
-    """The tensors of a folder's safetensors files; numpy's own reader knows no 8-bit floats."""
+    """The tensors of a folder's safetensors files as they are stored."""
 
     def __init__(self, folder: Path):
-        self._at: dict[str, tuple[Path, int, dict]] = {}
+        self._at: dict[str, Place] = {}
         for path in folder.glob("*.safetensors"):
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            self._at |= {name: (path, 8 + length, entry) for name, entry in header.items()}
+            self._at |= places(path)
 
     def module(self, module: str) -> dict[str, np.ndarray]:
         """The tensors of one layer, by what follows its name."""
@@ -437,11 +421,7 @@ class _Reader:
         return {n.removeprefix(prefix): self.read(n) for n in self._at if n.startswith(prefix)}
 
     def read(self, name: str) -> np.ndarray:
-        path, start, entry = self._at[name]
-        first, _ = entry["data_offsets"]
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
-        count = math.prod(shape)
-        return np.fromfile(path, dtype, count, offset=start + first).reshape(shape)
+        return self._at[name].read()
 
 
 def _target(tensor: Tensor) -> str:

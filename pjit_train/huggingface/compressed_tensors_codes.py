@@ -93,7 +93,7 @@ def encode(values_OI: np.ndarray, scales: Scales, format: Format, name: str) -> 
         with np.errstate(divide="ignore"):
             factor = scale_OG / scales.tensor_scale
     factor_OI = _spread(factor, values_OI.shape, tile)
-    elements_OI = values_OI / np.where(factor_OI == 0, 1, factor_OI)
+    elements_OI = values_OI / np.where(factor_OI == 0, 1, factor_OI) + np.float32(0)  # no -0.0
     match name:
         case "pack-quantized":
             codes_OI, zero_OG = _integers(elements_OI, scales)

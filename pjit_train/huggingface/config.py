@@ -12,6 +12,7 @@ from typing import Any
 from pjit_train.errors import UserError
 from pjit_train.huggingface.families import ABSENT, FAMILIES, Family, find
 from pjit_train.huggingface.families.keys import EMPTY, HARMLESS, MEANINGFUL
+from pjit_train.huggingface.quantization_config import check_quantization
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.transformer import TransformerConfig
 
@@ -47,7 +48,9 @@ def parse_config(path: Path | str, document: dict) -> tuple[Family, BlockConfig]
     try:
         _check_keys(path, model_type, document)
         document = family.modern(document)
-        for name, value in {**family.theirs, "quantization_config": None}.items():
+        if (quantization := document.get("quantization_config")) is not None:
+            check_quantization(quantization)
+        for name, value in family.theirs.items():
             if (found := find(document, name)) not in (ABSENT, None, value):
                 raise UserError(f"{name}={found!r} is not supported; only {value!r} is")
         fields = {ours: key.read(document) for ours, key in family.keys.items()}

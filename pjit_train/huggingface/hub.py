@@ -19,7 +19,7 @@ from typing import Any
 from pjit_train.data.cache import locked
 from pjit_train.errors import UserError
 from pjit_train.huggingface.config import read_config
-from pjit_train.huggingface.weights import INDEX, WEIGHTS, shard_files
+from pjit_train.huggingface.stored import INDEX, WEIGHTS, shard_files
 
 log = logging.getLogger("torsion")
 PREFIX = "hf:"

@@ -6,11 +6,10 @@
 import contextlib
 import functools
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
@@ -27,7 +26,6 @@ from pjit_train.errors import UserError
 from pjit_train.files import check_sums, write_sums
 from pjit_train.huggingface.config import (
     difference,
-    parse_json,
     read_config,
     read_json,
     some,
@@ -35,17 +33,13 @@ from pjit_train.huggingface.config import (
 )
 from pjit_train.huggingface.conventions import copy_conventions
 from pjit_train.huggingface.families import Family, Tensor
+from pjit_train.huggingface.stored import INDEX, WEIGHTS, StoredTensors, check_finite
 from pjit_train.huggingface.tokenizer import write_tokenizer
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules, has_mesh
 from pjit_train.signals import unfinished
 from pjit_train.step import split_model
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # which can run code
-# Constants that older files keep beside the weights, and what the class head does not use.
-_IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|^vit\.pooler\.")
 
 
 class Packing(Protocol):
@@ -88,34 +82,26 @@ def load(
     folder, rules = Path(folder), rules or Rules()
     family, config = check(folder, config)
     check_sums(folder)
-    params = _abstract_params(config, rules)
+    params = abstract_params(config, rules)
     mesh = jax.sharding.get_mesh() if has_mesh() else None
     for path, param in params.items():
         if mesh is not None:
             rules.check(mesh, param.get_metadata("axes"), param.shape, path)
 
-    with contextlib.ExitStack() as stack:
-        file = _Files(folder, family, stack)
-        if config.num_layers > len(file.names()):  # not to list what cannot be there
-            raise UserError(
-                f"{folder}: config.json has {family.keys['num_layers'].name}={config.num_layers} "
-                f"and the files hold {len(file.names())} tensors in all; it is not of these files"
-            )
-        wanted = list(_tensors(family, params))
-        _check_tensors(folder, file, wanted, params, tied=getattr(config, "tie_head", False))
-        arrays: dict[str, Any] = {}
-        for name, tensor, layer in wanted:
-            shapes = _layer_shapes(tensor, params, layer)
-            for path, part in zip(tensor.paths, tensor.split(file.read(name), shapes), strict=True):
-                param = params[path]
-                with np.errstate(over="ignore"):
-                    part = np.asarray(part, param.dtype)
-                if param.dtype != np.float32:  # which may not hold it
-                    check_finite(part, f"{folder}: {name} as {param.dtype}")
-                sharding = None
-                if mesh is not None:
-                    sharding = NamedSharding(mesh, rules.spec(param.get_metadata("axes")))
-                arrays[path] = _with_layer(arrays.get(path), part, layer, param, sharding)
+    stored = open_stored(folder, family, config)
+    arrays: dict[str, Any] = {}
+    for name, tensor, layer in tensors_of(family, params):
+        shapes = layer_shapes(tensor, params, layer)
+        for path, part in zip(tensor.paths, tensor.split(stored.read(name), shapes), strict=True):
+            param = params[path]
+            with np.errstate(over="ignore"):
+                part = np.asarray(part, param.dtype)
+            if param.dtype != np.float32:  # which may not hold it
+                check_finite(part, f"{folder}: {name} as {param.dtype}")
+            sharding = None
+            if mesh is not None:
+                sharding = NamedSharding(mesh, rules.spec(param.get_metadata("axes")))
+            arrays[path] = _with_layer(arrays.get(path), part, layer, param, sharding)
     return config, unflatten_dict(arrays, sep=".")
 
 
@@ -150,6 +136,30 @@ def _with_layer(
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(whole, part, layer):
     return jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+
+
+def open_stored(folder: Path, family: Family, config: BlockConfig) -> StoredTensors:
+    """The tensors of a folder, which are those of the model: their names, shapes and types.
+
+    Raises:
+      UserError: they are not, or a file is damaged.
+    """
+    params = abstract_params(config, Rules())
+    stored = StoredTensors(folder, family)
+    if config.num_layers > len(stored.names()):  # not to list what cannot be there
+        raise UserError(
+            f"{folder}: config.json has {family.keys['num_layers'].name}={config.num_layers} "
+            f"and the files hold {len(stored.names())} tensors in all; it is not of these files"
+        )
+    wanted = {
+        name: tensor.shape(layer_shapes(tensor, params, layer))
+        for name, tensor, layer in tensors_of(family, params)
+    }
+    tied = None
+    if getattr(config, "tie_head", False):
+        tied = next(tensor.name for tensor in family.tensors if tensor.paths == ("embedding",))
+    stored.check(wanted, tied=tied)
+    return stored
 
 
 def check(folder: str | Path, config: BlockConfig | None = None) -> tuple[Family, BlockConfig]:
@@ -209,7 +219,7 @@ def save(
     if like is not None:
         told = read_json(like / "config.json")
         document |= {name: told.get(name) for name in ("bos_token_id", "eos_token_id")}
-    expected, flat = _abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
+    expected, flat = abstract_params(config, Rules()), flatten_dict(dict(params), sep=".")
     if odd := sorted(expected.keys() ^ flat.keys()):
         raise UserError(f"{folder}: parameters {some(odd)} are not both in model and config")
     for path, array in flat.items():
@@ -225,7 +235,7 @@ def save(
             write_tokenizer(temporary, tokenizer, config.max_len)
         if like is not None:
             copy_conventions(like, temporary)
-        tensors = list(_tensors(family, expected))
+        tensors = list(tensors_of(family, expected))
         _write_tensors(temporary, tensors, flat, max_shard_bytes, packing)
         if packing is not None:
             packing.check(temporary)
@@ -255,10 +265,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def tensor_shapes(family: Family, config: BlockConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of Hugging Face that a model has, by name, and the shape of each."""
-    params = _abstract_params(config, Rules())
+    params = abstract_params(config, Rules())
     return {
-        name: tensor.shape(_layer_shapes(tensor, params, layer))
-        for name, tensor, layer in _tensors(family, params)
+        name: tensor.shape(layer_shapes(tensor, params, layer))
+        for name, tensor, layer in tensors_of(family, params)
     }
 
 
@@ -270,12 +280,12 @@ def check_new(folder: str | Path) -> Path:
     return folder
 
 
-def _abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
+def abstract_params(config: BlockConfig, rules: Rules) -> dict[str, nnx.Param]:
     state = nnx.to_flat_state(split_model(config, rules)[1])
     return {".".join(map(str, path)): param for path, param in state}
 
 
-def _tensors(
+def tensors_of(
     family: Family, params: Mapping[str, nnx.Param]
 ) -> Iterable[tuple[str, Tensor, int | None]]:
     """Yields Hugging Face's tensors of the model: name, row of the table, and layer of each."""
@@ -286,139 +296,11 @@ def _tensors(
             yield from ((tensor.name.format(layer), tensor, layer) for layer in layers)
 
 
-def _layer_shapes(
+def layer_shapes(
     tensor: Tensor, params: Mapping[str, nnx.Param], layer: int | None
 ) -> list[tuple[int, ...]]:
     """Shapes of the parameters of a tensor, without the axis of layers."""
     return [params[path].shape[0 if layer is None else 1 :] for path in tensor.paths]
-
-
-class _Stored(NamedTuple):
-    """Place of a tensor: its file, open, and its name there."""
-
-    path: Path
-    handle: Any
-    stored: str
-
-
-class _Files:
-    """The tensors of a folder, under the names of the table; each is read when asked for."""
-
-    def __init__(self, folder: Path, family: Family, stack: contextlib.ExitStack):
-        self._at: dict[str, _Stored] = {}
-        heads = tuple(t.name for t in family.tensors if not t.name.startswith(family.base))
-        for path, claimed in shard_files(folder).items():
-            try:
-                handle = stack.enter_context(safe_open(path, "numpy"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: is no whole safetensors file ({error})") from error
-            self._check_header(path)
-            if absent := sorted(claimed.difference(handle.keys())):
-                raise UserError(f"{path}: holds no tensors {some(absent)}, which {INDEX} says")
-            for stored in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                full = stored.startswith((family.base, *heads))
-                name = stored if full else family.base + stored
-                if name in self._at:
-                    before = self._at[name]
-                    raise UserError(
-                        f"{folder}: tensor {name} is there twice, as {before.stored} in "
-                        f"{before.path.name} and as {stored} in {path.name}; remove one"
-                    )
-                self._at[name] = _Stored(path, handle, stored)
-
-    def names(self) -> set[str]:
-        return set(self._at)
-
-    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
-        _, handle, stored = self._at[name]
-        header = handle.get_slice(stored)
-        return tuple(header.get_shape()), header.get_dtype()
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor; UserError where a value of it is not finite."""
-        path, handle, stored = self._at[name]
-        array = handle.get_tensor(stored)
-        check_finite(array, f"{path}: tensor {stored}")
-        return array
-
-    @staticmethod
-    def _check_header(path: Path) -> None:
-        """Refuses a name twice in a header; that its sizes are true is checked by `safe_open`."""
-        with open(path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        try:
-            parse_json(header)
-        except ValueError as error:
-            raise UserError(f"{path}: its header is not that of a whole file: {error}") from error
-
-
-def check_finite(array: np.ndarray, what: str) -> None:
-    """Raises a UserError that names the first value of an array that is not finite, if any is not.
-
-    Args:
-      what: it is, for the message.
-    """
-    finite = np.isfinite(array)
-    if not finite.all():
-        at = tuple(map(int, np.unravel_index(int(np.argmin(finite)), array.shape)))
-        raise UserError(
-            f"{what} holds {array[at]} at {list(at)}, and in {array.size - finite.sum():,} of "
-            f"{array.size:,} places what is not finite; weights must be finite"
-        )
-
-
-def shard_files(folder: Path) -> dict[Path, set[str]]:
-    """The files of tensors, and which the index says are in each; without an index, none."""
-    if not (folder / INDEX).exists():
-        if not (folder / WEIGHTS).exists():
-            paths = sorted(folder.iterdir()) if folder.is_dir() else []
-            pickles = [path.name for path in paths if path.suffix in _PICKLES]
-            what = f", but {some(pickles)}, pickles, which are never loaded" if pickles else ""
-            raise UserError(
-                f"{folder}: has neither {WEIGHTS} nor {INDEX}{what}; weights must be safetensors"
-            )
-        return {folder / WEIGHTS: set()}
-    files_of = read_json(folder / INDEX).get("weight_map")
-    named = isinstance(files_of, dict) and all(isinstance(s, str) for s in files_of.values())
-    if not named or not files_of or any(map(_is_elsewhere, files_of.values())):
-        raise UserError(f"{folder / INDEX}: weight_map must give every tensor a file in the folder")
-    files = sorted(set(files_of.values()))
-    if (folder / WEIGHTS).exists() and WEIGHTS not in files:
-        raise UserError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove one of them")
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise UserError(f"{folder}: {some(missing)} is missing, which {INDEX} names")
-    return {folder / f: {name for name, at in files_of.items() if at == f} for f in files}
-
-
-def _is_elsewhere(file: str) -> bool:
-    """Tells whether a text is more than the name of a file, and so could lead elsewhere."""
-    return Path(file).name != file or file in ("", "..") or "\0" in file
-
-
-def _check_tensors(folder: Path, file: _Files, wanted, params, *, tied: bool) -> None:
-    """Raises a UserError unless the files hold the wanted tensors and no others."""
-    names = {name for name, _, _ in wanted}
-    spare = {name for name in file.names() - names if not _IGNORED.search(name)}
-    if missing := sorted(names - file.names()):
-        raise UserError(f"{folder}: tensors {some(missing)} are missing")
-    if unexpected := sorted(spare - ({"lm_head.weight"} if tied else set())):
-        raise UserError(f"{folder}: tensors {some(unexpected)} are not of this model")
-    for name, tensor, layer in wanted:
-        expected = tensor.shape(_layer_shapes(tensor, params, layer))
-        shape, dtype = file.shape_and_dtype(name)
-        if shape != expected:
-            raise UserError(
-                f"{folder}: tensor {name} is {list(shape)}; config.json makes it {list(expected)}"
-            )
-        if dtype not in ("F32", "F16", "BF16"):
-            raise UserError(f"{folder}: tensor {name} is {dtype}; F32, F16 and BF16 are supported")
-    if "lm_head.weight" in spare:
-        embedding = next(name for name, tensor, _ in wanted if tensor.paths == ("embedding",))
-        if not np.array_equal(file.read("lm_head.weight"), file.read(embedding)):
-            raise UserError(
-                f"{folder}: lm_head.weight is not {embedding}, and config.json ties them; "
-                "set its tie_word_embeddings to false"
-            )
 
 
 def _write_tensors(
