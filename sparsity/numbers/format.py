@@ -184,6 +184,11 @@ class Format(abc.ABC):
         scale = self.given_scale(blocks, axes, stored, zero_point)
         return scale._replace(nan=jnp.isnan(self.spread(stored, blocks, axes)))
 
+    def raised(self, x: jax.Array, axis: int) -> int:
+        """Number of blocks so small, beside the greatest entry of the array, that they are given
+        the least scale there is, where rounding would give 0."""
+        return 0
+
     def for_weights(self) -> "Format":
         """The format that is meant where weights are to be stored in this one."""
         return self

@@ -14,6 +14,7 @@ from sparsity.numbers.scales import Scale, present
 from sparsity.ranges import Count, check_fields
 
 _TENSOR_SCALE_LIMIT = 2.0**100  # with it every product of the two scales is normal
+_LEAST_BLOCK_SCALE = 2.0**-9  # of E4M3
 _LARGEST_SIXTH = float.fromhex("0x1.555554p125")  # a sixth of the greatest float32
 
 
@@ -23,8 +24,10 @@ class NVFP4(ElementFormat):
 
     tensor scale g = 448 * 6 / max |array|, and at most 2^100; block scale s = E4M3(max |x| / 6 *
     g), to nearest even; values = E2M1(x / (s / g)) * (s / g); each step in float32 (so does
-    compressed-tensors, which stores s and g). Where s = 0 the block is zero. A block with NaN or
-    infinity is NaN, and does not count for g.
+    compressed-tensors, which stores s and g). A block that is not all zeros has at least the least
+    E4M3 number, 2^-9, for s: where rounding gives 0 all of the block would vanish, and with that
+    number no element is further from its value. A block with NaN or infinity is NaN, and does not
+    count for g.
 
     Attributes:
       block: entries along the axis that share a block scale.
@@ -91,6 +94,12 @@ class NVFP4(ElementFormat):
         block_scale = present("block_scale", present("blocks", scale).block_scale)
         return jnp.where(block_scale == 0, 0.0, self.element.largest)
 
+    def raised(self, x: jax.Array, axis: int) -> int:
+        blocks, axes = self.split(x, axis)
+        size = float_of(self.largest(blocks, axes))
+        wanted = divide(size, 6.0) * divide(jnp.float32(448 * 6), jnp.max(size, initial=0.0))
+        return int(jnp.sum((size > 0) & (wanted <= _LEAST_BLOCK_SCALE / 2)))
+
     def as_stored_inputs(self) -> dict[str, Any] | None:
         # The tensor scale is given: see `compressed_tensors_codes.input_scales`.
         return None if self.block != 16 else _arguments() | {"dynamic": "local"}
@@ -120,6 +129,7 @@ def _scale(largest: jax.Array, tensor_scale: jax.Array | None) -> Scale:
         tensor_scale = jnp.minimum(divide(jnp.float32(448 * 6), greatest), _TENSOR_SCALE_LIMIT)
     wanted = jnp.minimum(divide(size, 6.0) * tensor_scale, E4M3.largest)
     block_scale = round_to_step(wanted, E4M3.step(wanted), "even")
+    block_scale = jnp.where(size > 0, jnp.maximum(block_scale, _LEAST_BLOCK_SCALE), block_scale)
     return _joined(block_scale, tensor_scale, nan)
 
 

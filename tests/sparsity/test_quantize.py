@@ -283,7 +283,8 @@ def expected_nvfp4(x, block, rounding):
             part = x[row, start : start + block]
             wanted = min(np.abs(part).max() / f(6) * tensor, f(448))
             stored = f(wanted.astype(ml_dtypes.float8_e4m3fn))
-            if stored:
+            if np.abs(part).max() > 0:
+                stored = max(stored, f(2.0**-9))  # the least of E4M3: the block does not vanish
                 scale = min(
                     stored / tensor, f(float.fromhex("0x1.555554p125"))
                 )  # 6 of it are finite
@@ -302,6 +303,18 @@ def test_nvfp4_against_ieee_arithmetic():
         for rounding, got in compiled(NVFP4())(x).items():
             np.testing.assert_array_equal(got, expected_nvfp4(x, 16, rounding), err_msg=rounding)
     assert np.isfinite(quantize(np.full((1, 16), LARGEST), "nvfp4")).all()
+
+
+def test_an_nvfp4_block_beside_a_much_greater_one_does_not_vanish():
+    x = np.zeros((1, 48), np.float32)
+    x[0, 0] = 1
+    x[0, 16:32] = np.linspace(-1e-6, 1e-6, 16)  # 1e-6 / 6 * 2688 is less than half of 2^-9
+    got = np.asarray(quantize(x, "nvfp4"))
+    scale = np.float32(2.0**-9 / 2688)
+    np.testing.assert_allclose(got[0, 16:32] / scale, np.round(x[0, 16:32] / scale * 2) / 2, 1e-6)
+    assert np.abs(got - x).max() < np.abs(x[0, 16:]).max() / 2
+    assert NVFP4().raised(jnp.asarray(x), 1) == 1
+    assert NVFP4().raised(jnp.ones((2, 32)), 1) == 0
 
 
 @pytest.mark.parametrize(
