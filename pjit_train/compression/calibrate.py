@@ -24,10 +24,10 @@ from pjit_train.errors import UserError
 from pjit_train.models.projection import Dense
 from pjit_train.tasks.language_modelling import LanguageModelling
 from pjit_train.tasks.task import Task
-from sparsity.post_training.hessian import add_grams, from_gram, gram
+from sparsity.post_training.hessian import Hessian, add_grams, gram
 
-Change = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
-"""(name, kernel [inputs, outputs], X^T X float64 [inputs, inputs]) -> the kernel to go on with."""
+Change = Callable[[str, np.ndarray, Hessian], np.ndarray]
+"""(name, kernel [inputs, outputs], X^T X of its inputs) -> the kernel to go on with."""
 
 
 def text_of(batches: AnyBatches) -> Batches:
@@ -84,22 +84,45 @@ def change_kernels(
     """
     model = nnx.merge(graph, params)
     changed = params | {"blocks": jax.tree.map(np.copy, params["blocks"])}
-    wanted = [name.split("/")[1:] for name in names if name.startswith("blocks/")]
     hidden = enter_all(model, batches)
     for block, products in walk(model, changed["blocks"], hidden, gram, add_grams):
-        for path in wanted:
-            name = "/".join(["blocks", *path])
-            *parents, last = path
-            holder = functools.reduce(lambda tree, key: tree[key], parents, block)
-            products_II = from_gram(products["/".join(parents)])
-            matrix_IO = holder[last].reshape(len(products_II), -1)
-            new = np.asarray(change(name, matrix_IO, products_II))
-            holder[last][...] = new.reshape(holder[last].shape)
+        change_block(block, products, names, change)
     if "head" in names:
-        sums = (jax.jit(gram)(model.norm(x)) for x, _ in hidden)
-        products_DD = from_gram(functools.reduce(add_grams, sums))
-        changed["head"] = np.asarray(change("head", params["head"], products_DD))
+        changed["head"] = np.asarray(change("head", params["head"], head_products(model, hidden)))
     return changed
+
+
+def change_block(
+    block: dict[str, Any],
+    products: dict[str, Any],
+    names: Collection[str],
+    change: Change,
+) -> None:
+    """Changes kernels of one block in place, given what `gram` found of their inputs.
+
+    Args:
+      products: by name of a Dense; each is taken out when it has been used.
+      names: see `change_kernels`.
+    """
+    products_II = last = None
+    for name in names:
+        dense = name.removeprefix("blocks/").removesuffix("/kernel")
+        if dense not in products:  # the head
+            continue
+        found = products.pop(dense)
+        if found is not last:  # kernels of the same inputs share it
+            last, products_II = found, Hessian(found)
+        *parents, key = [*dense.split("/"), "kernel"]
+        holder = functools.reduce(lambda tree, key: tree[key], parents, block)
+        matrix_IO = holder[key].reshape(len(products_II), -1)
+        new = np.asarray(change(name, matrix_IO, products_II))
+        holder[key][...] = new.reshape(holder[key].shape)
+
+
+def head_products(model, hidden: "States") -> Hessian:
+    """X^T X of the inputs of the head."""
+    sums = (jax.jit(gram)(model.norm(x)) for x, _ in hidden)
+    return Hessian(functools.reduce(add_grams, sums))
 
 
 def input_maxima(
@@ -126,38 +149,74 @@ def input_maxima(
     return maxima
 
 
-Hidden = list[tuple[jax.Array, list[dict[str, Any]]]]
-"""By batch, what blocks are given: activations [batch, tokens, d_model], and each layer's inputs
-besides."""
+class States:
+    """Inputs of blocks, by batch: activations [batch, tokens, d_model], and by layer the others.
+
+    These are held on the device; `pjit_train.compression.states` has them on disk.
+    """
+
+    def __init__(self, held: list[tuple[jax.Array, list[dict[str, Any]]]]):
+        self.held = held
+
+    def __iter__(self) -> Iterator[tuple[jax.Array, list[dict[str, Any]]]]:
+        return iter(self.held)
+
+    def advance(self, forward: Callable[[jax.Array, list[dict[str, Any]]], jax.Array]) -> None:
+        """Puts forward(activations, other inputs) in the place of the activations."""
+        self.held = [(forward(x, rest), rest) for x, rest in self.held]
+
+
+class Walker:
+    """Goes through blocks one at a time, and measures the inputs of their matmuls.
+
+    Args:
+      graph: of one block; all have one shape, so each kind is compiled once.
+      measure: of the inputs of a Dense [..., inputs]; `join` joins those of two batches.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, measure: Callable, join: Callable):
+        static = ("causal", "window")
+        self._join = join
+        self._forward = jax.jit(functools.partial(_forward, graph), static_argnames=static)
+        self._look = jax.jit(functools.partial(_measured, graph, measure), static_argnames=static)
+
+    def measure(self, layer: int, block: dict[str, Any], states: States) -> dict[str, Any]:
+        """Measurements by the name of a Dense, such as "attention/query", in order of their use.
+
+        Those of the same inputs are one object.
+        """
+        on_device = jax.tree.map(jnp.array, block)
+        measured = (self._look(on_device, x, **rest[layer]) for x, rest in states)
+        joined = functools.reduce(
+            lambda a, b: {names: self._join(a[names], b[names]) for names in a}, measured
+        )
+        return {name: found for names, found in joined.items() for name in names.split("+")}
+
+    def advance(self, layer: int, block: dict[str, Any], states: States) -> None:
+        """Sends the states through a block."""
+        on_device = jax.tree.map(jnp.array, block)
+        states.advance(lambda x, rest: self._forward(on_device, x, **rest[layer]))
 
 
 def walk(
-    model, stacked: dict[str, Any], hidden: Hidden, measure: Callable, join: Callable
+    model, stacked: dict[str, Any], states: States, measure: Callable, join: Callable
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Walks through the blocks in order, as views of the stacked arrays, and measures their inputs.
 
-    The text goes on through the block as it is when the next one is asked for; at the end `hidden`
+    The text goes on through the block as it is when the next one is asked for; at the end `states`
     holds what the last one made of it.
 
     Args:
-      measure: of the inputs of a Dense [..., inputs]; `join` joins those of two batches.
+      measure, join: see `Walker`.
 
     Yields:
       The block, and the measurements by the name of a Dense, such as "attention/query".
     """
-    graph = nnx.graphdef(model.blocks)
-    # One shape of a block, so each kind is compiled once.
-    static = ("causal", "window")
-    forward = jax.jit(functools.partial(_forward, graph), static_argnames=static)
-    look = jax.jit(functools.partial(_measured, graph, measure), static_argnames=static)
+    walker = Walker(nnx.graphdef(model.blocks), measure, join)
     for layer in range(model.config.num_layers):
         block = jax.tree.map(lambda x, layer=layer: x[layer], stacked)  # views
-        on_device = jax.tree.map(jnp.array, block)
-        measured = (look(on_device, x, **rest[layer]) for x, rest in hidden)
-        joined = functools.reduce(lambda a, b: {n: join(a[n], b[n]) for n in a}, measured)
-        yield block, joined
-        on_device = jax.tree.map(jnp.array, block)
-        hidden[:] = [(forward(on_device, x, **rest[layer]), rest) for x, rest in hidden]
+        yield block, walker.measure(layer, block, states)
+        walker.advance(layer, block, states)
 
 
 def num_inputs(dense: Dense) -> int:
@@ -166,7 +225,7 @@ def num_inputs(dense: Dense) -> int:
 
 
 class _Tap:
-    """A Dense that notes what it is applied to, [tokens, inputs]."""
+    """A Dense that notes what it is applied to, [..., inputs] or more axes of inputs."""
 
     def __init__(self, dense: Dense, note: Callable[[jax.Array], None]):
         self.dense, self.note = dense, note
@@ -175,8 +234,7 @@ class _Tap:
         return getattr(self.dense, name)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs = math.prod(x.shape[x.ndim - num_inputs(self.dense) :])
-        self.note(x.reshape(-1, inputs))
+        self.note(x)
         return self.dense(x)
 
 
@@ -190,15 +248,25 @@ def _forward(graph, params, x_BTD, **inputs):
 
 
 def _measured(graph, measure, params, x_BTD, **inputs):
-    """{"attention/query": measurement} of the inputs of every Dense of a block."""
-    block, found = nnx.merge(graph, params), {}
+    """{"attention/query+attention/key": measurement} of the inputs of every Dense of a block.
+
+    Those that are given one array are measured once.
+    """
+    block, groups = nnx.merge(graph, params), []
 
     def tapped(name, dense):
-        return _Tap(dense, lambda x: found.__setitem__(name, measure(x)))
+        def note(x):
+            group = next((names for given, names, _ in groups if given is x), None)
+            if group is not None:
+                return group.append(name)
+            inputs = math.prod(x.shape[x.ndim - num_inputs(dense) :])
+            groups.append((x, [name], measure(x.reshape(-1, inputs))))
+
+        return _Tap(dense, note)
 
     replace_dense(block, tapped)
     block(x_BTD, **inputs)
-    return found
+    return {"+".join(names): found for _, names, found in groups}
 
 
 def replace_dense(block: nnx.Module, replacement: Callable[[str, Dense], Any]) -> None:
@@ -221,9 +289,9 @@ class _Entrance(nnx.Module):
         return x_BTD, None
 
 
-def enter_all(model, batches) -> Hidden:
+def enter_all(model, batches) -> States:
     """Inputs of the first block for each batch; for `walk`."""
-    return [enter(LanguageModelling(), model, batch) for batch in batches]
+    return States([enter(LanguageModelling(), model, batch) for batch in batches])
 
 
 def enter(task: Task, model, batch) -> tuple[jax.Array, list[dict[str, Any]]]:

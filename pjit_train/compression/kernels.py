@@ -28,6 +28,7 @@ from sparsity.masks.nm import nm_violations
 from sparsity.numbers.encoding import scale_bits
 from sparsity.numbers.formats import Format, check_blocks, get_format
 from sparsity.post_training.gptq import Scales, gptq, rtn
+from sparsity.post_training.hessian import Hessian
 from sparsity.post_training.one_shot import (
     KeepZeros,
     check_pattern,
@@ -115,7 +116,7 @@ def _magnitude(kernel_IO, products_II, pattern, *, transposable):
 
 
 def _wanda(kernel_IO, products_II, pattern, *, transposable):
-    norms_I = np.sqrt(np.diagonal(products_II))
+    norms_I = np.sqrt(products_II.diagonal)
     mask = wanda_mask(kernel_IO, norms_I, pattern, transposable=transposable)
     return jnp.where(mask, kernel_IO, 0)
 
@@ -175,14 +176,19 @@ def as_matrices(role: Role, kernel):
     return kernel.reshape(role.matrix_shape(kernel.shape))
 
 
-def squares(kernel_IO, changed_IO, products_II) -> tuple[float, float]:
-    """|X W - X W'|^2 and |X W|^2, from X^T X; of any scale."""
+def squares(kernel_IO, changed_IO, products_II: Hessian | None) -> tuple[float, float]:
+    """|X W - X W'|^2 and |X W|^2, from X^T X; of any scale. Where that is None, with X = 1."""
     kernel_IO, changed_IO = (np.asarray(x, np.float32) for x in (kernel_IO, changed_IO))
+    if products_II is None:
+        return tuple(
+            float(np.sum(np.square(x, dtype=np.float64)))
+            for x in (changed_IO - kernel_IO, kernel_IO)
+        )
     _, of_kernel = np.frexp(np.abs(kernel_IO).max(initial=0))
-    _, of_products = np.frexp(np.diagonal(products_II).max(initial=0))
     unit = (np.ldexp(x, -of_kernel) for x in (kernel_IO, changed_IO))
-    found = _squares(*unit, np.ldexp(products_II, -of_products).astype(np.float32))
-    lost, whole = (np.ldexp(np.float64(x), 2 * of_kernel + of_products) for x in found)
+    found = _squares(*unit, products_II.unit_II)
+    exponent = 2 * (of_kernel + products_II.exponent)
+    lost, whole = (np.ldexp(np.float64(x), exponent) for x in found)
     return float(lost), float(whole)
 
 

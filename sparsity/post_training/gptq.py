@@ -17,9 +17,11 @@ import numpy.typing as npt
 from sparsity.numbers.formats import Format, check_blocks, get_format
 from sparsity.numbers.scales import Scale
 from sparsity.post_training.hessian import (
+    Hessian,
     check_block_size,
     check_hessian,
     check_kernel,
+    factored,
     inverse_factor,
     transposed_product,
 )
@@ -67,7 +69,7 @@ def rtn(kernel_IO: jax.Array, format: str | Format) -> Quantized:
 
 def gptq(
     kernel_IO: jax.Array,
-    hessian_II: jax.Array,
+    hessian_II: jax.Array | Hessian,
     format: str | Format,
     *,
     mask_IO: jax.Array | None = None,
@@ -105,11 +107,13 @@ def gptq(
     mask_IO = kernel_IO != 0 if mask_IO is None else jnp.asarray(mask_IO, bool)
     if mask_IO.shape != kernel_IO.shape:
         raise ValueError(f"mask_IO: shape {mask_IO.shape}; use the kernel's, {kernel_IO.shape}")
-    hessian = check_hessian(hessian_II, inputs)
     visited = np.arange(inputs)
     if order:
+        hessian = check_hessian(hessian_II, inputs)
         visited = np.argsort(-np.diagonal(hessian), kind="stable")
-    factor_II, dead_I = inverse_factor(hessian[np.ix_(visited, visited)], damping)
+        factor_II, dead_I = inverse_factor(hessian[np.ix_(visited, visited)], damping)
+    else:
+        factor_II, dead_I = factored(hessian_II, inputs, damping)
     mask_IO = mask_IO.at[visited[dead_I]].set(False)
     length = format.block if isinstance(format.block, int) else 1
     size = max(block_size // length, 1) * length

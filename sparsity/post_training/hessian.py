@@ -50,7 +50,66 @@ def add_grams(
 def from_gram(found: tuple[jax.Array, jax.Array]) -> np.ndarray:
     """X^T X, float64 [I, I], of what `gram` or `add_grams` gives."""
     products_II, exponent = jax.device_get(found)
-    return np.asarray(np.ldexp(products_II.astype(np.float64), 2 * int(exponent)))
+    return _scaled(products_II, int(exponent))
+
+
+def _scaled(products_II: np.ndarray, exponent: int) -> np.ndarray:
+    whole = products_II.astype(np.float64)
+    np.ldexp(whole, 2 * exponent, out=whole)
+    return whole
+
+
+class Hessian:
+    """X^T X of one set of inputs, in float32, with the factor of its inverse, made once.
+
+    So kernels that are given the same inputs, and one that is pruned and then quantized, share it.
+    `numpy.asarray` gives the products in float64, which are held only as long as they are used.
+    """
+
+    def __init__(self, found: tuple[jax.Array, jax.Array]):
+        """Takes over what `gram` or `add_grams` gives."""
+        products_II, exponent = jax.device_get(found)
+        self.unit_II, self.exponent = np.asarray(products_II), int(exponent)
+        self._factors: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+
+    @classmethod
+    def of(cls, products_II: npt.ArrayLike) -> "Hessian":
+        """The Hessian of X^T X, of any finite scale."""
+        products = np.asarray(products_II, np.float64)
+        exponent = int(np.frexp(np.abs(products).max(initial=0))[1]) // 2
+        unit = np.ldexp(products, -2 * exponent).astype(np.float32)
+        return cls((jnp.asarray(unit), jnp.int32(exponent)))
+
+    def __len__(self) -> int:
+        return len(self.unit_II)
+
+    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> np.ndarray:
+        return _scaled(self.unit_II, self.exponent).astype(dtype or np.float64, copy=False)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """The diagonal, float64 [I]."""
+        return _scaled(np.diagonal(self.unit_II), self.exponent)
+
+    def factor(self, damping: float) -> tuple[np.ndarray, np.ndarray]:
+        """The result of `inverse_factor`; ValueErrors as it and `check_hessian`."""
+        if damping not in self._factors:
+            hessian = check_hessian(self, len(self))
+            self._factors = {damping: inverse_factor(hessian, damping)}
+        return self._factors[damping]
+
+
+def factored(
+    hessian_II: npt.ArrayLike | Hessian, inputs: int, damping: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The result of `inverse_factor` of X^T X, which is checked; of a `Hessian` the one it has.
+
+    Raises:
+      ValueError: as `check_hessian` and `inverse_factor`.
+    """
+    if isinstance(hessian_II, Hessian) and len(hessian_II) == inputs:
+        return hessian_II.factor(damping)
+    return inverse_factor(check_hessian(hessian_II, inputs), damping)
 
 
 def to_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,9 +164,8 @@ def check_hessian(hessian_II: npt.ArrayLike, inputs: int) -> np.ndarray:
             f"hessian_II: shape {hessian.shape}; use X^T X of the {inputs} inputs, "
             f"{(inputs, inputs)}"
         )
-    finite = np.isfinite(hessian)
-    if not finite.all():
-        place = [int(i) for i in np.argwhere(~finite)[0]]
+    if not np.isfinite(hessian).all():
+        place = [int(i) for i in np.argwhere(~np.isfinite(hessian))[0]]
         raise ValueError(f"hessian_II: entry {place} is not finite; use X^T X of finite inputs")
     diagonal = np.diagonal(hessian)
     if inputs and diagonal.min() < 0:
@@ -115,10 +173,14 @@ def check_hessian(hessian_II: npt.ArrayLike, inputs: int) -> np.ndarray:
             f"hessian_II: entry {[int(diagonal.argmin())] * 2} is {diagonal.min():.3g}; the "
             "diagonal of X^T X is not negative"
         )
-    difference = np.abs(hessian - hessian.T)
-    if difference.max(initial=0) > 1e-3 * np.abs(hessian).max(initial=0):
-        place = [int(i) for i in np.unravel_index(difference.argmax(), hessian.shape)]
-        raise ValueError(f"hessian_II: entry {place} is not that of its transpose; use X^T X")
+    most = 1e-3 * max(abs(hessian.max(initial=0)), abs(hessian.min(initial=0)))
+    for first in range(0, inputs, 512):  # rows at a time, not to hold a second matrix
+        rows = slice(first, first + 512)
+        difference = np.abs(hessian[rows] - hessian[:, rows].T)
+        if difference.max(initial=0) > most:
+            place = [int(i) for i in np.unravel_index(difference.argmax(), difference.shape)]
+            place[0] += first
+            raise ValueError(f"hessian_II: entry {place} is not that of its transpose; use X^T X")
     return hessian
 
 
@@ -155,52 +217,58 @@ def inverse_factor(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.
     check_damping(damping)
     inputs = len(hessian)
     _, exponent = np.frexp(np.diagonal(hessian).max(initial=0))
+    # H = R R^T with R upper triangular, by Cholesky's factor of H read backwards; then U = R^-1.
     whole = np.eye(-(-inputs // _TILE) * _TILE)  # what fills it up stands by itself
-    whole[:inputs, :inputs] = np.ldexp(hessian, -int(exponent))
-    hessian = whole[:inputs, :inputs]
-    diagonal = np.einsum("ii->i", hessian)  # a view, as `hessian` is
+    last = len(whole) - inputs
+    np.ldexp(hessian[::-1, ::-1], -int(exponent), out=whole[last:, last:])
+    diagonal = np.einsum("ii->i", whole[last:, last:])  # a view
     dead = diagonal == 0
-    mean = diagonal.mean() if inputs else 0.0
-    hessian[dead] = 0
-    hessian[:, dead] = 0
+    mean = diagonal[::-1].mean() if inputs else 0.0
+    whole[last:, last:][dead] = 0
+    whole[last:, last:][:, dead] = 0
     diagonal[dead] = 1
     diagonal += damping * mean
-    # H = R R^T with R upper triangular, by Cholesky's factor of H read backwards; then U = R^-1.
-    upper = _cholesky(whole[::-1, ::-1])[::-1, ::-1]
     least = 4 * max(inputs, 1) * np.finfo(np.float64).eps * diagonal
-    pivots = np.diagonal(upper)[:inputs] ** 2 > least
+    lower = _cholesky(whole)
+    pivots = np.diagonal(lower)[last:] ** 2 > least
     if not pivots.all():  # NaN among them
         raise ValueError(
             f"hessian_II: not positive definite with damping={damping}; "
             "use X^T X, and more damping, such as 0.01"
         )
-    return _inverse(upper)[:inputs, :inputs].astype(np.float32), dead
+    upper = np.ascontiguousarray(lower[::-1, ::-1])
+    del whole, lower
+    return _invert(upper)[:inputs, :inputs].astype(np.float32), dead[::-1].copy()
 
 
 def _cholesky(a: np.ndarray, panel: int = 4 * _TILE) -> np.ndarray:
-    """The lower triangular factor of a symmetric matrix; NaN where it is not positive definite."""
+    """The lower triangular factor of a symmetric matrix, in its place; NaN where it is not positive
+    definite."""
     if len(a) <= _TILE:
         try:
-            return np.linalg.cholesky(a)
+            a[...] = np.linalg.cholesky(a)
         except np.linalg.LinAlgError:
-            return np.full_like(a, np.nan)
-    a = np.tril(a)
+            a[...] = np.nan
+        return a
     for start in range(0, len(a), panel):
         end = start + panel
         here = slice(start, end)
-        a[here, here] = _cholesky(a[here, here], _TILE)
-        a[end:, here] = a[end:, here] @ _inverse(a[here, here].T)
+        _cholesky(a[here, here], _TILE)
+        a[here, end:] = 0
+        a[end:, here] = a[end:, here] @ _invert(a[here, here].T.copy())
         for first in range(end, len(a), 8 * _TILE):
             columns = slice(first, first + 8 * _TILE)
             a[first:, columns] -= a[first:, here] @ a[columns, here].T
-    return np.tril(a)
+    return a
 
 
-def _inverse(upper: np.ndarray) -> np.ndarray:
-    """The inverse of an upper triangular matrix, by halves: numpy's own inverts any matrix."""
+def _invert(upper: np.ndarray) -> np.ndarray:
+    """The inverse of an upper triangular matrix, in its place, by halves: numpy's own inverts any
+    matrix."""
     if len(upper) <= _TILE:
-        return np.linalg.inv(upper)
+        upper[...] = np.linalg.inv(upper)
+        return upper
     h = -(-len(upper) // (2 * _TILE)) * _TILE
-    first, last = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
-    corner = -(first @ upper[:h, h:]) @ last
-    return np.block([[first, corner], [np.zeros_like(upper[h:, :h]), last]])
+    first, last = _invert(upper[:h, :h]), _invert(upper[h:, h:])
+    upper[:h, h:] = -(first @ upper[:h, h:]) @ last
+    return upper

@@ -27,11 +27,11 @@ from sparsity.masks.topk import keep_count, topk_mask
 from sparsity.masks.transposable import transposable_mask
 from sparsity.masks.validity import Validity, by_name, nm_validity, zeros
 from sparsity.post_training.hessian import (
+    Hessian,
     check_block_size,
-    check_hessian,
     check_kernel,
     check_norms,
-    inverse_factor,
+    factored,
     to_unit,
     transposed_product,
 )
@@ -155,7 +155,7 @@ def _wanda_mask(
 
 def sparsegpt(
     kernel_IO: jax.Array,
-    hessian_II: jax.Array,
+    hessian_II: jax.Array | Hessian,
     *,
     pattern: Pattern,
     transposable: bool = False,
@@ -189,8 +189,7 @@ def sparsegpt(
     check_kernel(kernel_IO)
     check_pattern(pattern, *kernel_IO.shape, transposable=transposable)
     check_block_size(block_size)
-    hessian = check_hessian(hessian_II, kernel_IO.shape[0])
-    factor_II, dead_I = inverse_factor(hessian, damping)
+    factor_II, dead_I = factored(hessian_II, kernel_IO.shape[0], damping)
     pattern = parse_pattern(pattern)
     group = pattern.m if isinstance(pattern, NByM) else 1
     size = max(block_size // group, 1) * group

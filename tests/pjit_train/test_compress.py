@@ -16,6 +16,7 @@ from pjit_train.models.transformer import TransformerConfig
 from pjit_train.sharding import Rules
 from sparsity.masks.layers import KERNELS
 from sparsity.numbers.formats import format_text
+from sparsity.post_training.hessian import Hessian
 
 MODEL = TransformerConfig(
     vocab_size=64, max_len=16, d_model=16, num_layers=2, num_heads=2, d_ff=24, use_bias=True
@@ -77,7 +78,7 @@ def test_every_method_is_a_step_from_kernel_to_kernel(method):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100, 16)) * np.arange(1, 17)
     kernel = rng.normal(size=(16, 6)).astype(np.float32)
-    products = (x.T @ x).astype(np.float32)
+    products = Hessian.of(x.T @ x)
     pruned = np.asarray(compress.METHODS[method](kernel, products, "1:4", transposable=False))
     assert ((pruned != 0).reshape(4, 4, 6).sum(1) == 1).all()
     if method != "sparsegpt":
@@ -91,7 +92,7 @@ def test_the_error_is_that_of_the_outputs():
     rng = np.random.default_rng(1)
     x, kernel = rng.normal(size=(50, 8)), rng.normal(size=(8, 3))
     changed = np.where(rng.random((8, 3)) < 0.5, 0, kernel)
-    lost, whole = compress.squares(kernel, changed, (x.T @ x).astype(np.float32))
+    lost, whole = compress.squares(kernel, changed, Hessian.of(x.T @ x))
     np.testing.assert_allclose(lost, np.sum((x @ kernel - x @ changed) ** 2), rtol=1e-4)
     np.testing.assert_allclose(whole, np.sum((x @ kernel) ** 2), rtol=1e-4)
 

@@ -94,7 +94,7 @@ def test_embeddings_are_scaled_by_a_root_of_the_width_rounded_as_transformers_do
     config, _, params = loaded("gemma2")
     half = dataclasses.replace(config, dtype="bfloat16")
     model = nnx.merge(split_model(half, Rules())[0], params)
-    x_BTD = calibrate.enter_all(model, TOKENS[:1])[0][0]
+    x_BTD = calibrate.enter_all(model, TOKENS[:1]).held[0][0]
     rows = params["embedding"][TOKENS[0]["inputs"]].astype("bfloat16")
     want = (rows.astype(np.float32) * 3.46875).astype("bfloat16")
     np.testing.assert_array_equal(np.asarray(x_BTD, np.float32), want.astype(np.float32))
