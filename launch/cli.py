@@ -18,6 +18,7 @@ _COMMANDS = (
     "check",
     "export",
     "compress",
+    "verify",
     "study",
     "tokenizer",
     "slice",

@@ -72,7 +72,8 @@ def json_sha256(body: dict[str, Any]) -> str:
 
 def write_sums(folder: Path) -> None:
     """Writes `SHA256SUMS` of the files of a folder, as `sha256sum -c SHA256SUMS` reads it."""
-    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SUMS]
+    lines = [f"{_sha256(path)}  {path.name}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
 
 

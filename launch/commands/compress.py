@@ -1,11 +1,11 @@
-"""`torsion compress`: prunes and quantizes a trained run in one shot."""
+"""`torsion compress`: prunes and quantizes a trained run or a Hugging Face folder in one shot."""
 
 import contextlib
 import json
 import sys
 from pathlib import Path
 
-from launch.commands.common import add_command, add_step, real, trained_run, whole
+from launch.commands.common import add_command, add_step, is_folder, real, trained_run, whole
 from launch.commands.export import written
 from pjit_train.errors import UserError
 
@@ -15,11 +15,14 @@ def add(commands) -> None:
         commands,
         run,
         "compress",
-        "prune and quantize a trained run in one shot",
+        "prune and quantize a trained run or a Hugging Face folder in one shot",
         "Attention and feed-forward kernels are pruned where a pattern or a method is asked for, "
-        "quantized where a format is, calibrated on the run's training text, and written as a new "
-        "run directory: eval, sample and export read it, and train goes on from it with its zeros "
-        "kept. A pattern is N:M, N weights kept of every M along the inputs, or the fraction to "
+        "and quantized where a format is. A run is calibrated on its training text, and written as "
+        "a new run directory: eval, sample and export read it, and train goes on from it with its "
+        "zeros kept. A folder is calibrated on --calibration FILE, block by block in little "
+        "memory, and written as a new folder with a certificate, which torsion verify checks; "
+        "where it is interrupted, the same command goes on. "
+        "A pattern is N:M, N weights kept of every M along the inputs, or the fraction to "
         "prune, such as 0.5. A format is a name such as int4, int8, fp8_e4m3, mxfp8_e4m3, "
         "mxfp4_e2m1, nvfp4, nf4 or hbfp6, with a block of its own after a colon: int4:128, "
         "int8:tensor; fp8_e4m3:128x128 by tiles; "
@@ -27,7 +30,11 @@ def add(commands) -> None:
         "llm-compressor names it, which may have a format of activations too: W4A16, W8A8, "
         "FP8_DYNAMIC.",
     )
-    compress.add_argument("run", metavar="RUN", help="run directory")
+    compress.add_argument(
+        "run",
+        metavar="RUN_OR_FOLDER",
+        help="run directory, or Hugging Face folder, .gguf file or hf:OWNER/NAME",
+    )
     compress.add_argument(
         "--method",
         metavar="NAME",
@@ -83,9 +90,23 @@ def add(commands) -> None:
     compress.add_argument(
         "--sequences", type=whole(1), default=128, metavar="N", help="of calibration text (128)"
     )
+    compress.add_argument(
+        "--calibration", metavar="FILE", help="of a folder: the text that it is calibrated on"
+    )
+    compress.add_argument(
+        "--sequence",
+        type=whole(2),
+        metavar="N",
+        help="of a folder: tokens of a sequence (default: the longest, at most 2048)",
+    )
+    compress.add_argument(
+        "--calibration-in",
+        choices=("disk", "memory"),
+        help="of a folder: where the text is between two blocks (disk)",
+    )
     add_step(compress)
     compress.add_argument(
-        "--out", metavar="DIR", help="run directory to write (default: RUN-compressed-NAME)"
+        "--out", metavar="DIR", help="directory to write (default: RUN-compressed-NAME)"
     )
     compress.add_argument(
         "--export", metavar="FOLDER", help="write a Hugging Face folder too, as export does"
@@ -105,44 +126,27 @@ def run(args, began: float) -> int:
     out = Path(args.out or f"{named}-compressed-{'-'.join(done)}")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or use another --out")
+    if is_folder(directory):
+        from launch.commands.compress_folder import compress_folder
+
+        asked = lambda model: _compression(args, model, pattern, patterns, formats)
+        return compress_folder(args, out, asked)
+    for option in ("calibration", "sequence", "calibration_in"):
+        if getattr(args, option) is not None:
+            shown = option.replace("_", "-")
+            raise UserError(f"--{shown} is of a Hugging Face folder; a run has text of its own")
     run = trained_run(args)
 
     import dataclasses
 
     from launch.configure import build_run
     from launch.directory import configuration
-    from pjit_train.compression.compress import Compression, compress
-    from pjit_train.compression.kernels import (
-        kernel_formats,
-        kernel_patterns,
-        quantized_kernels,
-    )
+    from pjit_train.compression.compress import compress
+    from pjit_train.compression.kernels import quantized_kernels
     from pjit_train.huggingface import compressed_tensors
-    from sparsity.masks.layers import KERNELS
 
-    if prunes:
-        if pattern:
-            patterns.setdefault(KERNELS, pattern)
-        patterns = kernel_patterns(run.blocks, patterns, transposable=args.transposable)
-    if quantizes:
-        if args.format:
-            formats.setdefault(KERNELS, args.format)
-        formats, activations = _without_schemes(formats, args.activations)
-        formats = kernel_formats(run.blocks, formats)
-    else:
-        activations = None
-    compression = Compression(
-        patterns=patterns,
-        method=method if prunes else "magnitude",
-        transposable=args.transposable,
-        formats=formats,
-        quantizer=quantizer,
-        order=args.order or "sparsify_then_quantize",
-        smooth=args.smooth,
-        finetune=args.finetune,
-        activations=activations,
-        sequences=args.sequences,
-    )
+    compression = _compression(args, run.blocks, pattern, patterns, formats)
+    formats, activations = compression.formats, compression.activations
     if args.export:
         rows = quantized_kernels(directory)
         kept = {name: (row["format"], row["activations"]) for name, row in rows.items()}
@@ -172,6 +176,40 @@ def run(args, began: float) -> int:
         done += [f"quantized to {formatted} by {quantizer}"] * quantizes
         _print(report, out, directory, done)
     return 0
+
+
+def _compression(args, model, pattern, patterns, formats):
+    """The `Compression` of a model that the options ask for; see `_asked`.
+
+    Raises:
+      UserError: a pattern or a format does not fit a kernel, or options contradict each other.
+    """
+    from pjit_train.compression.kernels import kernel_formats, kernel_patterns
+    from pjit_train.compression.recipe import Compression
+    from sparsity.masks.layers import KERNELS
+
+    prunes, quantizes, activations = bool(pattern or patterns), bool(args.format or formats), None
+    if prunes:
+        if pattern:
+            patterns.setdefault(KERNELS, pattern)
+        patterns = kernel_patterns(model, patterns, transposable=args.transposable)
+    if quantizes:
+        if args.format:
+            formats.setdefault(KERNELS, args.format)
+        formats, activations = _without_schemes(formats, args.activations)
+        formats = kernel_formats(model, formats)
+    return Compression(
+        patterns=patterns,
+        method=(args.method or "sparsegpt") if prunes else "magnitude",
+        transposable=args.transposable,
+        formats=formats,
+        quantizer=args.quantizer or "gptq",
+        order=args.order or "sparsify_then_quantize",
+        smooth=args.smooth,
+        finetune=args.finetune,
+        activations=activations,
+        sequences=args.sequences,
+    )
 
 
 def _asked(args) -> tuple[str | None, dict[str, str], dict[str, str]]:

@@ -1,16 +1,22 @@
-"""`torsion export`: a trained run as a Hugging Face folder."""
+"""`torsion export`: a trained run, or another folder, as a Hugging Face folder."""
 
 from pathlib import Path
 from typing import Any
 
-from launch.commands.common import add_command, add_step, trained_run
+from launch.commands.common import add_command, add_step, is_folder, trained_run
+from pjit_train.errors import UserError
 
 
 def add(commands) -> None:
     export = add_command(
-        commands, run, "export", "write a trained run as a Hugging Face folder (safetensors)"
+        commands,
+        run,
+        "export",
+        "write a trained run as a Hugging Face folder (safetensors)",
+        "Of a Hugging Face folder, the values of its weights as plain float32 numbers: also of one "
+        "that is stored in compressed-tensors formats.",
     )
-    export.add_argument("run", metavar="RUN", help="run directory")
+    export.add_argument("run", metavar="RUN_OR_FOLDER", help="run directory, or a folder")
     export.add_argument("folder", metavar="FOLDER", help="to write; new, or empty")
     add_step(export)
     export.add_argument(
@@ -20,12 +26,34 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
+    if is_folder(Path(args.run)):
+        return _folder(args)
     run = trained_run(args)
 
     from pjit_train.huggingface.compressed_tensors import export
 
     done = export(args.folder, run, Path(args.run), step=args.step, plain=args.dense)
     print(f"{args.folder}: the parameters after step {done['step']}, {written(done)}")
+    return 0
+
+
+def _folder(args) -> int:
+    """Writes a folder's weights as plain numbers."""
+    if args.step is not None:
+        raise UserError(f"--step is of a run directory; {args.run} is a Hugging Face folder")
+
+    from pjit_train.huggingface import weights
+    from pjit_train.huggingface.conventions import read_conventions
+    from pjit_train.huggingface.sources import folder_of
+
+    weights.check_new(args.folder)
+    source = folder_of(args.run)
+    config, params = weights.load(source)
+    tokenizer = None
+    if (source / "tokenizer.json").is_file():
+        tokenizer, _ = read_conventions(source)
+    weights.save(args.folder, config, params, tokenizer=tokenizer, like=source)
+    print(f"{args.folder}: the weights of {args.run} as float32 numbers")
     return 0
 
 

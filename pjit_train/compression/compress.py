@@ -6,9 +6,8 @@ import json
 import logging
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +22,6 @@ from pjit_train.compression.calibrate import (
     text_of,
 )
 from pjit_train.compression.kernels import (
-    METHODS,
-    QUANTIZERS,
     REPORT,
     SCALES,
     as_matrices,
@@ -40,6 +37,7 @@ from pjit_train.compression.kernels import (
     stored_scales,
     violations,
 )
+from pjit_train.compression.recipe import Compression
 from pjit_train.errors import UserError
 from pjit_train.evaluate import prepare, restore_weights, validate
 from pjit_train.loop import train
@@ -52,71 +50,9 @@ from pjit_train.step import new_state
 from pjit_train.tasks.language_modelling import LanguageModelling
 from sparsity.numbers.quantized_kernels import QuantizedKernel, unquantized
 from sparsity.post_training.gptq import Scales
-from sparsity.ranges import Count, Fraction, Whole, check_choice, check_fields
 from sparsity.recipes.kernels import dense_tree
 
 log = logging.getLogger("torsion")
-ORDERS = ("sparsify_then_quantize", "quantize_then_sparsify")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compression:
-    """Compression of a run's kernels: smooth, then prune and quantize in the given `order`.
-
-    Attributes:
-      patterns: of the kernels that are pruned, by name; see `kernel_patterns`.
-      method: that prunes them, a name of `METHODS`.
-      transposable: N:M along inputs and outputs.
-      formats: of the kernels that are quantized, by name; see `kernel_formats`.
-      quantizer: a name of `QUANTIZERS`.
-      order: which comes first.
-      smooth: strength of SmoothQuant, or None.
-      finetune: steps that the pruned model is trained before it is quantized, its zeros kept.
-      activations: format of the inputs of the quantized kernels, or None; for the record: the run
-        that is written has it in its configuration.
-      sequences: of calibration text, from the start of the run's training.
-
-    Raises:
-      UserError: parts that do not go together.
-    """
-
-    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    method: str = "sparsegpt"
-    transposable: bool = False
-    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    quantizer: str = "gptq"
-    order: Literal["sparsify_then_quantize", "quantize_then_sparsify"] = "sparsify_then_quantize"
-    smooth: Fraction | None = None
-    finetune: Whole = 0
-    activations: str | None = None
-    sequences: Count = 128
-
-    def __post_init__(self):
-        check_fields(self, UserError)
-        for name, known in (("method", METHODS), ("quantizer", QUANTIZERS), ("order", ORDERS)):
-            check_choice(f"compress: {name}", getattr(self, name), known, UserError)
-        if not self.patterns and not self.formats:
-            raise UserError(
-                "compress: nothing is pruned or quantized; give a pattern such as 2:4, a format "
-                "such as int8, or both"
-            )
-        reverse = self.patterns and self.formats and self.order == "quantize_then_sparsify"
-        if reverse and self.method == "sparsegpt":
-            raise UserError(
-                "compress: sparsegpt moves weights, which leaves the format that they were given "
-                "before; use magnitude or wanda, or order sparsify_then_quantize"
-            )
-        if self.finetune and (not self.patterns or reverse):
-            raise UserError(
-                "compress: fine-tuning trains what pruning left, before it is quantized; use a "
-                "pattern and order sparsify_then_quantize, or finetune=0"
-            )
-
-    @property
-    def passes(self) -> list[str]:
-        """The passes over the model, "sparsify" and "quantize", in their order."""
-        found = ["sparsify"] * bool(self.patterns) + ["quantize"] * bool(self.formats)
-        return found if self.order == "sparsify_then_quantize" else found[::-1]
 
 
 def compress(
@@ -334,13 +270,17 @@ class _Work:
             layers[name] += 1
             changed = kernel_IO
             if name in chosen[kind]:
-                changed, scales = self._apply(kind, name, kernel_IO, products_II)
+                changed, scales = self.compression.apply(kind, name, kernel_IO, products_II)
                 if scales is not None:
                     self.scales[name].append(scales)
             for alone in chosen if first else ():
                 if name in chosen[alone]:
                     other = alone != kind
-                    new = self._apply(alone, name, kernel_IO, products_II)[0] if other else changed
+                    new = (
+                        self.compression.apply(alone, name, kernel_IO, products_II)[0]
+                        if other
+                        else changed
+                    )
                     self._note(alone, name, kernel_IO, new, products_II)
             if last:
                 reference = leaf(self.reference, name)
@@ -349,17 +289,6 @@ class _Work:
             return changed
 
         return change_kernels(self.new.graph, params, self.text, self.names, change)
-
-    def _apply(self, kind: str, name: str, kernel_IO, products_II) -> tuple[Any, Scales | None]:
-        c = self.compression
-        try:
-            if kind == "sparsify":
-                sparsify = functools.partial(METHODS[c.method], transposable=c.transposable)
-                return sparsify(kernel_IO, products_II, c.patterns[name]), None
-            format = parse_format(c.formats[name])
-            return QUANTIZERS[c.quantizer](kernel_IO, products_II, format)
-        except ValueError as error:
-            raise UserError(f"compress: {name}: {error}") from error
 
     def _note(self, kind: str, name: str, before_IO, after_IO, products_II) -> None:
         found = squares(before_IO, after_IO, products_II)

@@ -38,7 +38,7 @@ from pjit_train.huggingface.compressed_tensors_codes import (
     scheme,
 )
 from pjit_train.huggingface.config import write_config
-from pjit_train.huggingface.families import Tensor
+from pjit_train.huggingface.families import Family, Tensor
 from pjit_train.huggingface.sources import folder_of
 from pjit_train.huggingface.stored import Place, places
 from pjit_train.models.block_config import BlockConfig
@@ -63,16 +63,16 @@ class QuantizedWeights:
 
     Attributes:
       format: of the weights.
-      scales: of each layer.
+      scales: of each layer, a sequence or by its number.
       activations: format of the inputs, or None.
       input_scales: of activations in NVFP4 the tensor scale of each layer; see
         `compressed_tensors_codes.input_scales`.
     """
 
     format: Format
-    scales: Sequence[Scales]
+    scales: Sequence[Scales] | Mapping[int, Scales]
     activations: Format | None = None
-    input_scales: Sequence[float] | np.ndarray = ()
+    input_scales: Sequence[float] | Mapping[int, float] | np.ndarray = ()
 
     @property
     def scheme(self) -> Scheme:
@@ -89,7 +89,7 @@ def check(
         `compress_kernels.kernel_formats`.
     """
     huggingface.check_new(folder)
-    _Packing(config, {name: _weights(*given) for name, given in formats.items()})
+    Packing(config, {name: _weights(*given) for name, given in formats.items()})
 
 
 def _weights(format: str, activations: str | None, **rest) -> QuantizedWeights:
@@ -130,7 +130,7 @@ def save(
         or values are not those of their format.
     """
     shapes = {"/".join(path): x.shape for path, x in flatten_dict(dict(params)).items()}
-    packing = _Packing(config, quantized, patterns, shapes)
+    packing = Packing(config, quantized, patterns, shapes)
     huggingface.save(folder, config, params, packing=packing, **options)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return {"bytes": size, "violations": packing.violations}
@@ -163,7 +163,7 @@ def export(
         quantized = {} if plain else _trained(weights, roles) | _compressed(run, directory)
         params = jax.tree.map(np.asarray, dense_tree(weights))
         counted = {} if program.updater is None else program.updater.validity(weights)
-    _Packing(run.blocks, quantized)  # what has no name there is said first
+    Packing(run.blocks, quantized)  # what has no name there is said first
     quantized = _with_input_scales(quantized, program, params, directory)
     patterns = {name: c.pattern for name, c in counted.items() if c.violations is not None}
     tokenizer = getattr(run.data, "tokenizer", None)  # of text
@@ -267,7 +267,7 @@ def _linear(tensor: Tensor, roles: Roles) -> bool:
     return kernel and joined and bool(inputs) and ours == inputs + outputs
 
 
-class _Packing:
+class Packing:
     """Tensors that `huggingface.save` writes in place of some; see `huggingface.Packing`.
 
     Attributes:
@@ -282,8 +282,10 @@ class _Packing:
         quantized: Mapping[str, QuantizedWeights],
         patterns: Mapping[str, str] | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        family: Family | None = None,
     ):
-        family, self._roles = write_config(config)[0], param_roles(config)
+        family, self._roles = family or write_config(config)[0], param_roles(config)
         self.quantized, self.patterns = quantized, patterns or {}
         self._shapes = shapes or {}
         self.violations: dict[str, int] = {}
@@ -330,12 +332,8 @@ class _Packing:
     def _check_parts(self, kernels: Sequence[str], architecture: str) -> None:
         """Raises a UserError unless kernels that one tensor holds are quantized alike."""
         schemes = {repr(self.quantized[k].scheme) if k in self.quantized else None for k in kernels}
-        whole = any(
-            scales.tensor_scale is not None or (scales.scale is not None and scales.scale.size == 1)
-            for k in kernels
-            if k in self.quantized
-            for scales in self.quantized[k].scales
-        )
+        formats = [self.quantized[k].format for k in kernels if k in self.quantized]
+        whole = any(format.block == "tensor" or format.array_bits for format in formats)
         if len(kernels) > 1 and (len(schemes) > 1 or whole):
             raise UserError(
                 f"export: {architecture} has {', '.join(kernels)} in one tensor; give them one "
@@ -364,6 +362,16 @@ class _Packing:
             stored["input_global_scale"] = np.float32(weights.input_scales[layer or 0]).reshape(1)
         self._written[name] = tensor, _digest(decoded_OI)
         return {f"{name.removesuffix('.weight')}.{part}": x for part, x in stored.items()}
+
+    def values(self, name: str, tensor: Tensor, stored: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The Hugging Face tensor that stored tensors stand for; undoes `tensors`."""
+        kernel = _kernels(tensor)[0]
+        if kernel not in self.quantized:
+            return stored[name]
+        prefix = name.removesuffix("weight")
+        parts = {n.removeprefix(prefix): x for n, x in stored.items() if n.startswith(prefix)}
+        scheme = self.quantized[kernel].scheme
+        return decode(parts, scheme.weights, scheme.name)
 
     def check(self, folder: Path) -> None:
         """Reads back what was written: every value, and the N:M that it should have."""

@@ -137,7 +137,7 @@ def test_sparsegpt_by_default_and_a_table(dense_run, capsys):
         (["--pattern", "2;4"], "'2;4' is unknown; use N:M"),
         (["--pattern", "4:2"], "4:2: cannot keep 4 of every 2"),
         (["--pattern", "2:5"], "use an M that divides 16"),
-        (["--pattern", "1:4", "--transposable"], "only 2:4 is kept along both axes"),
+        (["--pattern", "0.5", "--transposable"], "only N:M is kept along both axes"),
         (["--layers", "quary=1:4"], "'quary' matches no parameter"),
         (["--layers", "embedding=1:4"], "'embedding' matches no parameter"),
         (["--layers", "query"], "--layers query: want REGEX=PATTERN"),
@@ -303,21 +303,25 @@ def test_what_is_no_run_directory_is_said(dense_run, capsys):
         ("run.gin", "run.gin is a file; give the directory of a run"),
         ("empty", "empty has no config.gin; give the directory of a run"),
         ("weights", "it holds weights (model.safetensors) and no run; give the directory of"),
-        ("hub", "it is a Hugging Face folder (LlamaForCausalLM), not a run; give the run that"),
-        ("hub", "--gin \"run.Run.initial_weights = 'hub'\""),
-        ("broken", "it is a Hugging Face folder, not a run;"),
         ("runs", "it is a folder of runs; give one of them: runs/a"),
         ("dense/checkpoints", "is a part of the run dense; give that"),
         ("dense/config.gin", "is a part of the run dense; give that"),
         ("x" * 300, "File name too long"),
     ]:
-        of_folders = directory in ("hub", "broken")  # which eval and sample read
-        for command in ("compress", "export") + ("eval", "sample") * (not of_folders):
+        for command in ("compress", "export", "eval", "sample"):
             capsys.readouterr()
             argv = [command, directory, *(["out"] if command == "export" else [])]
             assert main(argv) == 2
             [line] = capsys.readouterr().err.splitlines()
             assert says in line
+    for directory, says in [("hub", "model_type=None is unknown"), ("broken", "cannot be read")]:
+        for argv in (
+            ["compress", directory, "--method", "magnitude"],
+            ["export", directory, "out"],
+        ):
+            assert main(argv) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert f"{directory}/config.json: {says}" in line
     assert not list(Path().glob("*-compressed-magnitude"))
 
 
