@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from pjit_train.compression.kernels import as_matrices, parse_format
@@ -47,9 +48,9 @@ def count(kernel_IO: np.ndarray, pattern: str | None, *, transposable: bool) -> 
     if isinstance(kind, NByM):
         axes = (0, 1) if transposable else (0,)
         found["groups"] = len(axes) * kernel_IO.size // kind.m
-        found["violations"] = sum(
-            int(nm_violations(kernel_IO, kind.n, kind.m, axis=axis)) for axis in axes
-        )
+        kernel = jnp.asarray(kernel_IO)
+        counts = [int(nm_violations(kernel, kind.n, kind.m, axis=axis)) for axis in axes]
+        found["violations"] = sum(counts)
     elif kind is not None:
         found["violations"] = int(found["zeros"] < int(kind * kernel_IO.size) - kernel_IO.shape[1])
     return found

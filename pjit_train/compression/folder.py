@@ -45,7 +45,7 @@ from pjit_train.huggingface.compressed_tensors import Packing, QuantizedWeights,
 from pjit_train.huggingface.compressed_tensors_codes import scheme
 from pjit_train.huggingface.conventions import read_conventions
 from pjit_train.huggingface.families import Tensor
-from pjit_train.huggingface.stored import INDEX, WEIGHTS, check_finite
+from pjit_train.huggingface.stored import INDEX, WEIGHTS, Place, check_finite
 from pjit_train.huggingface.weights import check_new
 from pjit_train.models.roles import param_roles
 from sparsity.post_training.hessian import Hessian, add_grams, gram
@@ -346,7 +346,9 @@ class _Making:
             dense = name.removeprefix("blocks/").removesuffix("/kernel")
             if weights.activations is not None and weights.activations.array_bits:
                 scale = input_scales(maxima[dense].max()[None])[0]
-                weights.input_scales[layer] = scale
+                noted = weights.input_scales
+                assert isinstance(noted, dict)
+                noted[layer] = scale
 
     def _smoothed(self, block: dict[str, Any], maxima: Mapping[str, np.ndarray]) -> dict[str, Any]:
         strength = self.compression.smooth
@@ -381,7 +383,9 @@ class _Making:
         if scales is not None:
             self.raised += parse_format(c.formats[name]).raised(jnp.asarray(kernel_IO), 0)
         if scales is not None and name in self.packed:
-            self.packed[name].scales[layer or 0] = scales
+            noted = self.packed[name].scales
+            assert isinstance(noted, dict)
+            noted[layer or 0] = scales
         rows[self._row(layer, name)] = {
             "kernel": name,
             "pattern": c.patterns.get(name),
@@ -516,7 +520,7 @@ def _assemble(source: FolderSource, work: Workplace, packing: Packing, limit: in
         if path.is_file():
             path.unlink()
     layers = source.config.num_layers
-    tensors = {}
+    tensors: dict[str, Place] = {}
     for part in (layers, *range(layers)):
         if work.done(part) is None:
             raise UserError(f"{work.folder}: part {part} was changed meanwhile; give it again")

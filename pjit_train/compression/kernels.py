@@ -180,10 +180,11 @@ def squares(kernel_IO, changed_IO, products_II: Hessian | None) -> tuple[float, 
     """|X W - X W'|^2 and |X W|^2, from X^T X; of any scale. Where that is None, with X = 1."""
     kernel_IO, changed_IO = (np.asarray(x, np.float32) for x in (kernel_IO, changed_IO))
     if products_II is None:
-        return tuple(
+        lost, whole = (
             float(np.sum(np.square(x, dtype=np.float64)))
             for x in (changed_IO - kernel_IO, kernel_IO)
         )
+        return lost, whole
     _, of_kernel = np.frexp(np.abs(kernel_IO).max(initial=0))
     unit = (np.ldexp(x, -of_kernel) for x in (kernel_IO, changed_IO))
     found = _squares(*unit, products_II.unit_II)

@@ -83,7 +83,7 @@ class Hessian:
     def __len__(self) -> int:
         return len(self.unit_II)
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return _scaled(self.unit_II, self.exponent).astype(dtype or np.float64, copy=False)
 
     @property
