@@ -213,8 +213,8 @@ def test_parameters_that_are_not_in_use_may_be_bound_in_files():
         ),
         (
             "run.Run.model = @transformer.TransformerConfig",
-            "run.Run.model = @transformer.TransformerConfig: want @transformer.TransformerConfig() "
-            "or @vit.ViTConfig()",
+            "run.Run.model = @transformer.TransformerConfig: want @dlrm.DLRMConfig() or "
+            "@transformer.TransformerConfig() or @vit.ViTConfig()",
         ),
         (
             "run.Run.mesh = @run.Samples()",
