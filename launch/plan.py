@@ -25,6 +25,9 @@ class Planned:
       tokens: of a step; flops: of a step, all chips together; params: of the model.
       mesh: sizes by axis, on one slice.
       assumed: what no configuration says, in words.
+      head_flops: of `flops`, those of the head, which are not computed again.
+      residuals: numbers of the residual stream in all layers of a step, all chips together.
+      state_bytes: of weights, and of AdamW's moments where all are kept; at least.
     """
 
     text: str
@@ -33,6 +36,9 @@ class Planned:
     params: int
     mesh: dict[str, int]
     assumed: tuple[str, ...]
+    head_flops: float = 0.0
+    residuals: float = 0.0
+    state_bytes: float = 0.0
 
 
 def planned_run(files: Sequence[str], bindings: Sequence[str], chips: int) -> Planned:
@@ -45,8 +51,10 @@ def planned_run(files: Sequence[str], bindings: Sequence[str], chips: int) -> Pl
       UserError: as `configure.build_run`, or the mesh is not of so many chips.
     """
     import gin
+    import jax.numpy as jnp
 
     from launch.configure import build_run
+    from pjit_train.optimizers import AdamW
 
     run, text = build_run(files, bindings)
     sizes = run.mesh.sizes(chips)
@@ -70,9 +78,16 @@ def planned_run(files: Sequence[str], bindings: Sequence[str], chips: int) -> Pl
     if more:
         run, text = build_run(files, [*bindings, *more])
     run.check_mesh(sizes)
+    model, tokens = run.model, run.units_per_step
+    width = getattr(model, "d_model", 0)
+    kept = 3 if isinstance(run.optimizer, AdamW) and run.sparsity is None else 1
+    itemsize = jnp.dtype(getattr(model, "param_dtype", "float32")).itemsize
     return Planned(
         text=text,
-        tokens=run.units_per_step,
+        tokens=tokens,
+        head_flops=6.0 * tokens * width * getattr(model, "vocab_size", 0),
+        residuals=float(tokens) * width * getattr(model, "num_layers", 0),
+        state_bytes=float(kept * itemsize * model.num_params),
         flops=run.flops_per_step,
         params=run.model.num_params,
         mesh=sizes,
@@ -91,6 +106,15 @@ def lowered(devices: Sequence[Any], text: str, packed: bool = False):
     return program.lower_step(run.steps if packed else 1)
 
 
+def is_compiled_for(slice: Slice) -> bool:
+    """Tells whether the compiler takes a slice."""
+    try:
+        target_of(slice)
+    except ValueError:
+        return False
+    return True
+
+
 def twin_of(slice: Slice) -> Slice | None:
     """The twisted slice of a regular one's shape, or the regular one of a twisted; None where
     there is none that the compiler takes."""
@@ -102,10 +126,9 @@ def twin_of(slice: Slice) -> Slice | None:
             if twist is None:
                 return None
             twin = Slice(shape=slice.sizes, twist=twist, pod=slice.pod)
-        target_of(twin)
     except ValueError:
         return None
-    return twin
+    return twin if is_compiled_for(twin) else None
 
 
 def compile_for(

@@ -6,7 +6,15 @@ import sys
 import time
 from pathlib import Path
 
-from launch.commands.common import add_command, add_pod, mesh_bindings, pod_of, real, whole
+from launch.commands.common import (
+    add_command,
+    add_pod,
+    mesh_bindings,
+    mesh_sizes,
+    pod_of,
+    real,
+    whole,
+)
 from pjit_train.errors import UserError
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
@@ -23,8 +31,18 @@ def add(commands) -> None:
         "slice's network. Needs libtpu: pip install 'torsion[plan]', on Linux; no TPU.",
     )
     plan.add_argument("configs", nargs="*", metavar="CONFIG.gin", help="the run, as of train")
+    plan.add_argument("--slice", metavar="S", help="such as 4x4x8, or 16x16 with --pod v5e")
     plan.add_argument(
-        "--slice", required=True, metavar="S", help="such as 4x4x8, or 16x16 with --pod v5e"
+        "--chips", type=whole(1, 2**16), metavar="N", help="with --search: any slice of so many"
+    )
+    plan.add_argument(
+        "--search",
+        action="store_true",
+        help="find the mesh (unless --mesh is given), the rematerialisation and, with --chips, "
+        "the slice with which the step is shortest",
+    )
+    plan.add_argument(
+        "--search-time", type=whole(1, 10**7), default=1800, metavar="S", help="for it (1800)"
     )
     add_pod(plan, "slice it is")
     plan.add_argument("--slices", type=whole(1, 4096), default=1, metavar="N", help="how many (1)")
@@ -67,9 +85,11 @@ def run(args, began: float) -> int:
     from launch.reports import plan as reports
     from topology.torus.slices import Slice
 
+    _check_slice(args)
     try:
-        slice = Slice.parse(args.slice, pod_of(args.pod))
-        machine, free = _machine(slice.pod, args.what_if)
+        pod = pod_of(args.pod)
+        slice = None if args.slice is None else Slice.parse(args.slice, pod)
+        machine, free = _machine(pod, args.what_if)
     except ValueError as error:
         raise UserError(str(error)) from error
     how = {"machine": machine, "free": free, "slices": args.slices, "tokens": args.tokens}
@@ -78,6 +98,8 @@ def run(args, began: float) -> int:
             raise UserError("--hlo: the program is whole; give no configuration, --mesh or --gin")
         found, prediction = _reported(reports, slice, _text(Path(args.hlo)), how, args.hlo)
         twin = None
+    elif args.search:
+        found, prediction, twin = *_searched(args, slice, pod, how, reports), None
     else:
         found, prediction, twin = _planned(args, slice, how, reports)
     if args.timeline is not None:
@@ -89,6 +111,8 @@ def run(args, began: float) -> int:
         print(json.dumps(found))
         return 0
     print(reports.describe(found))
+    if "search" in found:
+        print("\n" + reports.describe_search(found["search"]))
     if twin is not None:
         said = twin["error"] if "error" in twin else reports.describe_twin(found, twin)
         print(f"\n  {said}")
@@ -97,22 +121,27 @@ def run(args, began: float) -> int:
     return 0
 
 
-def _planned(args, slice, how, reports):
-    """(report, prediction, report of the twin or None) of a configured run."""
+def _check_slice(args) -> None:
+    """Refuses what does not say one slice, or a number of chips to search over."""
+    if args.chips is not None and not args.search:
+        raise UserError("--chips: it is for --search; give --slice")
+    if (args.slice is None) == (args.chips is None):
+        raise UserError("plan: give --slice, such as --slice 4x4x8, or --chips with --search")
+    if args.search and args.hlo is not None:
+        raise UserError("--search: a compiled program has one mesh; give a configuration")
+    if args.search and args.slices > 1:
+        raise UserError("--search: it is over one slice; leave --slices out")
+
+
+def _options(args) -> dict:
+    """The compiler's options. UserErrors where it, or a configuration, is not there."""
     if not args.configs:
         raise UserError(
             "plan: give it a configuration, such as configs/base.gin configs/models/gpt2.gin, or a "
             "compiled program with --hlo"
         )
-    from pjit_train.compiler.records import options_of
-    from pjit_train.compiler.target import target_of
-
-    try:
-        target_of(slice)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    from launch import plan
     from pjit_train.compiler.compile import libtpu_version
+    from pjit_train.compiler.records import options_of
 
     libtpu_version()
     options = options_of(args.xla)
@@ -120,6 +149,53 @@ def _planned(args, slice, how, reports):
         raise UserError(
             f"--xla {args.xla!r}: want flags such as --xla_enable_async_all_gather=true"
         )
+    return options
+
+
+def _searched(args, slice, pod, how, reports):
+    """(report, prediction) of the best way to run a step that a search finds."""
+    from launch import plan_search
+
+    slices = plan_search.slices_of(args.chips, pod) if slice is None else [slice]
+    options = _options(args)
+    mesh = None if args.mesh is None else mesh_sizes(args.mesh)
+    ways = plan_search.trials(args.configs, args.gin, slices, how["machine"], mesh=mesh)
+    predictions = {}
+
+    def report(slice, compiled, planned):
+        found, predictions[id(found)] = _reported_compiled(reports, slice, compiled, planned, how)
+        return found
+
+    best = plan_search.search(
+        args.configs,
+        ways,
+        report,
+        options=options,
+        seconds=args.search_time,
+        limit=args.time_limit,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    found = dict(best.report)
+    found["search"] = {
+        "best": {"slice": str(best.slice), "mesh": best.mesh, "remat": best.remat},
+        "complete": all(way.status != "not reached" for way in ways),
+        "tried": plan_search.table(ways),
+    }
+    return found, predictions[id(best.report)]
+
+
+def _planned(args, slice, how, reports):
+    """(report, prediction, report of the twin or None) of a configured run."""
+    from pjit_train.compiler.target import target_of
+
+    if args.configs:
+        try:
+            target_of(slice)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    options = _options(args)
+    from launch import plan
+
     planned = plan.planned_run(args.configs, args.gin + mesh_bindings(args.mesh), slice.num_chips)
     twin = None if args.no_twin or args.slices > 1 else plan.twin_of(slice)
     wanted = [slice] if twin is None else [slice, twin]

@@ -134,6 +134,34 @@ def describe_twin(found: dict[str, Any], twin: dict[str, Any]) -> str:
     )
 
 
+def describe_search(search: dict[str, Any], most: int = 20) -> str:
+    """The ways that a search tried, the planned ones first, and why each lost."""
+    order = {"planned": 0, "does not fit": 1, "failed": 2, "not reached": 3, "cannot win": 4}
+    tried = [t for t in search["tried"] if t["status"] != "impossible"]
+    impossible = len(search["tried"]) - len(tried)
+
+    def key(t: dict[str, Any]) -> tuple[int, float]:
+        step = t["step_seconds"]
+        return order[t["status"]], t["bound_seconds"] if step is None else _middle(step)
+
+    lines = [f"  {'slice':<16} {'mesh':<28} {'remat':<6} {'bound s':>8} {'step s':>8}  result"]
+    for t in sorted(tried, key=key)[:most]:
+        mesh = ",".join(f"{axis}={size}" for axis, size in t["mesh"].items() if size > 1)
+        step = "" if t["step_seconds"] is None else f"{_middle(t['step_seconds']):.4g}"
+        why = t["why"] or "best" if t["status"] == "planned" else t["status"]
+        lines.append(
+            f"  {t['slice']:<16} {mesh or 'data=1':<28} {t['remat']:<6} "
+            f"{t['bound_seconds']:>8.4g} {step:>8}  {why}"
+        )
+    if len(tried) > most:
+        lines.append(f"  and {len(tried) - most} more (--json has all)")
+    if impossible:
+        lines.append(f"  {impossible} that the run does not allow (--json says why)")
+    if not search["complete"]:
+        lines.append("  the time was up before all were tried; run it again to go on")
+    return "\n".join(lines)
+
+
 def _run(run: dict[str, Any]) -> str:
     energy = run["megawatt_hours"]
     power = "" if energy is None else f", {energy:,.1f} MWh of the chips"
