@@ -4,20 +4,23 @@ Where libtpu does not take a slice it ends its process, so nothing else runs in 
 JSON file: topology and its keywords, compiler options, and a function that lowers a step,
 `module:function`, with its arguments; see `compile.Job`. The folder of JOB gets lowered.json (the
 hash of the program), and program.txt.gz with memory.json, unless a program of that hash is in the
-cache already.
+cache already. It ends when its standard input does: when whoever asked for it is gone.
 """
 
 import gzip
 import hashlib
 import importlib
 import json
+import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
 
 def main(job_file: str) -> None:
+    threading.Thread(target=_end_with_input, daemon=True).start()
     folder, job = Path(job_file).parent, json.loads(Path(job_file).read_text())
     import jax
     from jax.experimental.topologies import get_topology_desc
@@ -50,6 +53,11 @@ def main(job_file: str) -> None:
         file.write(compiled.as_text())
     memory |= {"compile_seconds": time.monotonic() - began, "jax": jax.__version__}
     _write(folder / "memory.json", memory | {"partitions": order})
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def devices_in_order(compiled) -> list[list[int]]:

@@ -167,7 +167,12 @@ def _run(folder: Path, job: dict, seconds: float, progress) -> tuple[str, bool]:
     began = time.monotonic()
     with log.open("wb") as out:
         child = subprocess.Popen(
-            command, env=os.environ | settings, stdout=out, stderr=out, cwd=folder
+            command,
+            env=os.environ | settings,
+            stdin=subprocess.PIPE,  # which ends where this process does, and the child with it
+            stdout=out,
+            stderr=out,
+            cwd=folder,
         )
         try:
             while child.poll() is None:
@@ -186,6 +191,8 @@ def _run(folder: Path, job: dict, seconds: float, progress) -> tuple[str, bool]:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
     if child.returncode == 0:
         answer = json.loads((folder / "lowered.json").read_text())
         return answer["hash"], not (folder / "memory.json").exists()

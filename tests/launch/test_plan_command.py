@@ -1,6 +1,7 @@
 """`torsion plan` and `torsion study plan` without libtpu: programs from files, mistakes."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -228,3 +229,20 @@ def test_what_the_compiler_says_is_one_line(program, error, says, tmp_path, monk
         compile_job(JOB, cache=tmp_path, seconds=1 if "sleep" in program else 60)
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.glob("job-*")]
+
+
+def test_a_compilation_ends_with_whoever_asked_for_it(tmp_path):
+    """Also where that was killed: what is left is a pipe that ends."""
+    program = (
+        "import sys, time; import pjit_train.compiler.child as child;"
+        "sys.modules['jax'] = None; print('begun', flush=True);"
+        "child.json.loads = lambda text: time.sleep(60); child.main(sys.argv[1])"
+    )
+    (tmp_path / "job.json").write_text("{}")
+    command = [sys.executable, "-c", program, str(tmp_path / "job.json")]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"begun\n"
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(30) == 1
+    child.stdout.close()
