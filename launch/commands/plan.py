@@ -99,7 +99,8 @@ def run(args, began: float) -> int:
         found, prediction = _reported(reports, slice, _text(Path(args.hlo)), how, args.hlo)
         twin = None
     elif args.search:
-        found, prediction, twin = *_searched(args, slice, pod, how, reports), None
+        found, prediction = _searched(args, slice, pod, how, reports)
+        twin = None
     else:
         found, prediction, twin = _planned(args, slice, how, reports)
     if args.timeline is not None:
