@@ -45,7 +45,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Of its step, the middle of the interval."""
+        """Seconds of its step: the middle of the interval."""
         assert self.report is not None
         step = self.report["step_seconds"]
         return (step["low"] + step["high"]) / 2
