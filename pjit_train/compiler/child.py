@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main(job_file: str) -> None:
@@ -32,7 +33,8 @@ def main(job_file: str) -> None:
     }
     slice_ = get_topology_desc(platform="tpu", topology_name=job["topology"], **keywords)
     module, _, function = job["function"].partition(":")
-    devices = sorted(slice_.devices, key=lambda d: d.id)  # type: ignore[attr-defined]
+    devices: list[Any] = list(slice_.devices)  # jax's type of these says too little
+    devices.sort(key=lambda device: device.id)
     lowered = getattr(importlib.import_module(module), function)(devices, **job["arguments"])
     # Places in the sources do not change a program.
     text = re.sub(r"loc\(.*?\)$", "", lowered.as_text(), flags=re.MULTILINE)

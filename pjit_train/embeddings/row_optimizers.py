@@ -5,6 +5,7 @@ SGD, Adagrad and row-wise Adagrad that is what the dense optimizer does, too, si
 zero moves nothing there; for Adam and FTRL see the classes.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Literal
@@ -30,7 +31,7 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowOptimizer:
+class RowOptimizer(abc.ABC):
     """Base of the optimizers of rows.
 
     Attributes:
@@ -47,6 +48,7 @@ class RowOptimizer:
         """The numbers that are kept for each row, by name."""
         return {}
 
+    @abc.abstractmethod
     def apply(
         self,
         w: jax.Array,
@@ -65,7 +67,6 @@ class RowOptimizer:
           step: int32 [], the number of this update, from 1.
           scale: float32 [], multiplies the learning rate.
         """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,7 @@ class DLRMConfig(ModelConfig):
                 "features be as wide as rows"
             )
         try:
-            self.features  # noqa: B018  (tables check themselves)
+            _ = self.features  # tables check themselves
         except ValueError as error:
             raise UserError(f"model: {error}") from error
 

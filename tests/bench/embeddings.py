@@ -15,7 +15,15 @@ import re
 import statistics
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pjit_train.data.click_sources import zipf
+from pjit_train.embeddings.collection import Embeddings
+from pjit_train.embeddings.row_optimizers import Adagrad
+from pjit_train.embeddings.tables import Bags, Feature, Table
 
 
 def parse():
@@ -27,19 +35,9 @@ def parse():
 
 
 OPTIONS = parse()
-
-import jax  # noqa: E402
-
+# Before the first use of a device; imports use none.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", OPTIONS.devices)
-
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
-
-from pjit_train.data.click_sources import zipf  # noqa: E402
-from pjit_train.embeddings.collection import Embeddings  # noqa: E402
-from pjit_train.embeddings.row_optimizers import Adagrad  # noqa: E402
-from pjit_train.embeddings.tables import Bags, Feature, Table  # noqa: E402
 
 RATE, EPSILON = 0.01, 1e-10
 
