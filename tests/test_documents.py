@@ -138,7 +138,7 @@ def here(tmp_path_factory, quick_compiles):
 
 def check_pod(options: dict) -> int:
     """What `launch.pod.driver` does before it starts a pod; a run that is read is trained here."""
-    from launch.pod.faults import Fault
+    from launch.pod.faults import Fault, Repair
     from launch.pod.plan import Plan, default_hosts_per_process
     from topology import Slice
 
@@ -154,6 +154,7 @@ def check_pod(options: dict) -> int:
         blocks=options["blocks"] or 64,
         hang_seconds=options["hang_after"],
         faults=tuple(map(Fault.parse, options["fail"])),
+        repairs=tuple(map(Repair.parse, options["repair"])),
         emulate=True,
     )
     if options["out"] in PODS:

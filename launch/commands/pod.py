@@ -62,6 +62,14 @@ def add(commands) -> None:
         "hang:1, sigterm:1, manager, driver; may be repeated",
     )
     group.add_argument(
+        "--repair",
+        action="append",
+        default=[],
+        metavar="PART@step:N",
+        help="bring back a part of the pod that failed, or a new block, after a step: block:1, "
+        "host:1,3, ocs:x,0,0; a run that --elastic made smaller grows; may be repeated",
+    )
+    group.add_argument(
         "--chaos", metavar="RATES", help="random failures a step, such as host=0.01,hang=0.005"
     )
     group.add_argument("--chaos-seed", type=whole(), default=0, metavar="N", help="of --chaos")

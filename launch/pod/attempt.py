@@ -10,8 +10,9 @@ import ray
 
 from launch.pod import events
 from launch.pod.agent import Report
-from launch.pod.faults import Fault
+from launch.pod.faults import Fault, Repair
 from launch.pod.hosts import Hosts, check_mesh, traffic_of
+from launch.pod.manager import Impact
 from launch.pod.manager_actor import ManagerActor
 from launch.pod.orders import Orders, RunningOrder
 from launch.pod.plan import Plan
@@ -32,7 +33,8 @@ class Outcome:
     """End of an attempt.
 
     Attributes:
-      failure: why it failed, in a line; None where the run is over.
+      failure: why it failed, in a line; None where the run is over or goes on on a larger slice.
+      outgrown: the larger slice on which the run goes on, in a line.
       lost: hosts whose agents are dead, or have to be.
       parts: of the pod, that fail.
       notice: the part that is to be taken out of use.
@@ -41,6 +43,7 @@ class Outcome:
     """
 
     failure: str | None = None
+    outgrown: str | None = None
     lost: tuple[Host, ...] = ()
     parts: tuple[Part, ...] = ()
     notice: Part | None = None
@@ -84,6 +87,7 @@ class Attempt:
         self._warming: Host | None = None
         self._notice: Part | None = None
         self._asked = False  # to save and end
+        self._outgrown: str | None = None
         self._failing: list[Part] = []  # that were made to fail
         self._struck: float | None = None  # when the last failure was made that is not yet found
         self._slow: float | None = None
@@ -110,9 +114,8 @@ class Attempt:
                 return outcome
             if len(self._exits) == len(self._hosts):
                 return self._ended()
-            if self._stopping() and not self._asked:
-                self._asked = True
-                self._hosts[0].agent.signal.remote(self._number, "SIGTERM")
+            if self._stopping():
+                self._save_and_end()
             self._warm_one(reports)
             time.sleep(max(0.0, _POLL - (time.monotonic() - asked)))
 
@@ -138,12 +141,18 @@ class Attempt:
             return
         elif isinstance(event, events.Paused):
             self._strike(event.step)
+            self._take_back(event.step)
             self._order(RunningOrder(go_on=True))
         else:
             self._last = event
             if isinstance(event, events.Step):
                 self._step, self.begun = event.step, True
             self._record(event)
+
+    def _save_and_end(self) -> None:
+        if not self._asked:
+            self._asked = True
+            self._hosts[0].agent.signal.remote(self._number, "SIGTERM")
 
     def _order(self, order: RunningOrder) -> None:
         """Gives an order to the trainer of process 0."""
@@ -208,6 +217,8 @@ class Attempt:
         """Returns how the run goes on where trainers all ended well: not, but after a notice."""
         if self._stopping() or self._step >= self._plan.run.steps or not self.begun:
             return Outcome()
+        if self._outgrown is not None:
+            return Outcome(outgrown=self._outgrown)
         text = "a host was given notice: saved and stopped"
         return Outcome(failure=text, notice=self._notice)
 
@@ -278,11 +289,14 @@ class Attempt:
                 "two, and no routing goes around them; let fewer switches of a dimension fail, or "
                 "take a slice that goes without it"
             )
-        share = communication_share(self._plan, self._slice)
-        self._slow = slow = share * (1 / impact.kept - 1)
-        text = f"{switch}: rerouted, {impact.kept:.1%} of the all-to-all kept; a step "
-        self._record(events.PartChanged(text=text + f"takes at most {slow:.2%} longer"))
+        self._record(events.PartChanged(text=f"{switch}: rerouted, {self._slowed(impact.kept)}"))
+
+    def _slowed(self, kept: float) -> str:
+        """Has steps take as long as with so much of the all-to-all; returns that in a line."""
+        slow = communication_share(self._plan, self._slice) * (1 / kept - 1)
+        self._slow = slow
         self._order(RunningOrder(slow=slow))
+        return f"{kept:.1%} of the all-to-all kept; a step takes at most {slow:.2%} longer"
 
     def _fail_manager(self, fault: Fault) -> None:
         self._manager.kill()
@@ -295,10 +309,44 @@ class Attempt:
     def _fail_driver(self, fault: Fault) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    # Repairs.
+
+    def _take_back(self, step: int) -> None:
+        """Notes what is back by now, and has the run saved where that gives it a larger slice."""
+        due = [one for one in self._plan.repairs_to_make(self._record) if one.step <= step]
+        for repair in due:
+            impact = make_repair(repair, self._manager, self._record, self._number)
+            if impact and impact.hit and repair.part.kind == "ocs":
+                text = f"{repair.part}: {self._slowed(impact.kept)}"
+                self._record(events.PartChanged(text=text))
+        if not due:
+            return
+        try:
+            best = self._manager.would_place(self._plan.slice, self._plan.smaller())
+        except ray.exceptions.RayTaskError:  # blocks fail at this very step
+            return
+        if best.num_chips > self._slice.num_chips:
+            self._outgrown = f"room for {best}, in place of {self._slice}: saved, and goes on there"
+            self._save_and_end()
+
     def _name(self, process: int) -> str:
         hosts = self._layout.hosts_of(process)
         which = f"host {hosts[0]}" if len(hosts) == 1 else f"hosts {hosts[0]}-{hosts[-1]}"
         return f"process {process} ({which})"
+
+
+def make_repair(
+    repair: Repair, manager: ManagerActor, record: Record, attempt: int
+) -> Impact | None:
+    """Has a part brought back and records it; returns what that gives, None where it was there."""
+    impact = None
+    try:
+        impact = manager.repair(repair.part)
+        text = f"{repair.part} is back: {impact.free} blocks are free"
+    except ray.exceptions.RayTaskError as error:
+        text = f"nothing to repair: {error.cause}"
+    record(events.RepairMade(attempt=attempt, repair=str(repair), text=text))
+    return impact
 
 
 def patience(plan: Plan, last: events.Event | None) -> float:

@@ -91,6 +91,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
             pod=pod,
             seed=options["chaos_seed"],
         )
+    repairs = tuple(faults.Repair.parse(one, pod) for one in options["repair"])
     plan = Plan(
         run=run,
         config=directory / "pod" / "run.gin",
@@ -101,6 +102,7 @@ def _drive(options: dict, out, problems, stack: contextlib.ExitStack) -> None:
         blocks=options["blocks"] or pod.num_blocks,
         hang_seconds=options["hang_after"],
         faults=tuple(named),
+        repairs=repairs,
         emulate=True,
     )
     if options["address"] is None:

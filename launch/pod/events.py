@@ -86,6 +86,21 @@ class FaultMade(OfAttempt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepairMade(OfAttempt):
+    """A part that came back, by the repair's text, such as block:1@step:80."""
+
+    repair: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptOutgrown(OfAttempt):
+    """End of an attempt, saved, whose run goes on on a larger slice, and which."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokenize(OfAttempt):
     """Start of tokenizing a text."""
 
@@ -223,6 +238,8 @@ NAMES: dict[str, type[Event]] = {
     "attempt": AttemptBegun,
     "failure": AttemptFailed,
     "fault": FaultMade,
+    "repair": RepairMade,
+    "outgrown": AttemptOutgrown,
     "tokenize": Tokenize,
     "tokenizing": Tokenizing,
     "tokenized": Tokenized,

@@ -1,4 +1,4 @@
-"""Faults to inject: named failures at named steps, and random ones by a seed."""
+"""Faults to inject: named failures at named steps, random ones by a seed, and repairs."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ KINDS = {
     "driver": "",
 }
 EXAMPLES = "process:1@step:40, host:3@step:40, block:0@step:9, ocs:x,0,0@step:9 or manager@step:40"
+_REPAIRED = ("block", "host", "ocs")
 CHAOS = ("process", "host", "hang", "sigterm", "block", "ocs", "manager")
 
 
@@ -63,6 +64,34 @@ class Fault:
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """A part of the pod that is back after a step, or a block that comes new to it.
+
+    A host or a block of the pod counts as the pod does, not as the slice does that lies on it.
+    """
+
+    part: Part
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.part}@step:{self.step}"
+
+    @classmethod
+    def parse(cls, text: str, pod: Pod = TPU_V4) -> "Repair":
+        """The repair that a text such as block:1@step:80 names. UserError with the kinds."""
+        what, _, step = text.strip().partition("@step:")
+        if not re.fullmatch(r"[0-9]{1,9}", step) or int(step) < 1:
+            raise UserError(f"--repair {text}: want PART@step:N, such as block:1@step:80")
+        try:
+            part = Part.parse(what, pod)
+        except ValueError as error:
+            raise UserError(f"--repair {text}: {error}") from error
+        if part.kind not in _REPAIRED:
+            raise UserError(f"--repair {text}: want one of {', '.join(_REPAIRED)}, which fail here")
+        return cls(part=part, step=int(step))
 
 
 def parse_chaos(text: str, pod: Pod = TPU_V4) -> dict[str, float]:

@@ -80,6 +80,8 @@ def account(found: Sequence[events.Event]) -> Account:
             cause = "kept" if last[after.step] == after.attempt else "redone"
         elif isinstance(after, events.AttemptFailed):
             cause = "failure"
+        elif isinstance(after, events.AttemptOutgrown):
+            cause = "start"
         elif isinstance(after, _BEGINS) and not isinstance(before, _GOES_ON):
             cause = "away"
         spans.append(Span(start, end, cause, attempt))
@@ -91,7 +93,11 @@ def account(found: Sequence[events.Event]) -> Account:
 
 
 _BEGINS = (events.AttemptBegun, events.Tokenize)  # the first of a driver
-_GOES_ON = (events.AttemptFailed, events.Tokenized)  # after which the same driver begins
+_GOES_ON = (
+    events.AttemptFailed,
+    events.AttemptOutgrown,
+    events.Tokenized,
+)  # after which the same driver begins
 # What the time after an event goes to, where the event that follows does not say it.
 _NEXT: dict[type[events.Event], str] = {
     events.Tokenize: "data",
@@ -107,6 +113,7 @@ _NEXT: dict[type[events.Event], str] = {
     events.Saved: "kept",
     events.Ended: "start",
     events.AttemptFailed: "failure",
+    events.AttemptOutgrown: "start",
 }
 
 

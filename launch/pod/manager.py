@@ -24,6 +24,7 @@ class State:
     Attributes:
       placement: the slice and its blocks; None before one is placed.
       failed, drained: parts out of use, by their texts; not the blocks that may not be used.
+      added: blocks that came to those that may be used.
       free: number of blocks that are healthy and hold no slice.
     """
 
@@ -31,6 +32,7 @@ class State:
     placement: Placement | None
     failed: tuple[Part, ...]
     drained: tuple[Part, ...]
+    added: tuple[Part, ...]
     free: int
 
     def write(self) -> str:
@@ -43,6 +45,7 @@ class State:
                 "blocks": [] if held is None else list(held.blocks),
                 "failed": [str(part) for part in self.failed],
                 "drained": [str(part) for part in self.drained],
+                "added": [str(part) for part in self.added],
                 "free": self.free,
             }
         )
@@ -61,12 +64,13 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Impact:
-    """Impact of a failure.
+    """Impact of a failure, or of a repair.
 
     Attributes:
       hit: whether the slice uses the part, a switch only where it has links there.
       kept: of a switch, the part of the all-to-all throughput that is left when traffic goes around
-        all failed switches, 0 where they cut the slice in two; 1 of another part.
+        all failed switches, 0 where they cut the slice in two; 1 where no switch it passes failed,
+        and of another part.
       free: number of blocks that are healthy and hold no slice.
     """
 
@@ -89,10 +93,13 @@ class Manager:
         self._fabric = Fabric(pod=of_blocks(pod))
         spare = range(blocks, self._fabric.pod.num_blocks)
         self._outside = frozenset(Part("block", (b,)) for b in spare)
+        self._added: frozenset[Part] = frozenset()
         if self._file.exists():
             state = json.loads(self._file.read_text())
             if state.get("pod", TPU_V4.name) == pod.name:  # on another one nothing has failed
                 self._fabric = _read(state, pod)
+                self._added = frozenset(Part.parse(text, pod) for text in state.get("added", ()))
+        self._outside -= self._added
         self._fabric = replace(self._fabric, drained=self._fabric.drained | self._outside)
 
     def place(self, wanted: Slice, smaller: list[Slice]) -> Placed:
@@ -101,6 +108,29 @@ class Manager:
         Raises:
           ValueError: too few blocks are free and healthy.
         """
+        before = self._fabric
+        after = self._placed(wanted, smaller)
+        self._keep(after)
+        changes = fabric.reconfigure(before, after)
+        switch = after.pod.switch  # without one nothing is known to be switched
+        seconds = 0.0 if switch is None else changes.seconds(switch)
+        return Placed(
+            placement=after.placements[_NAME],
+            failed=self.state().failed,
+            breaks=changes.num_breaks,
+            makes=changes.num_makes,
+            seconds=seconds,
+        )
+
+    def would_place(self, wanted: Slice, smaller: list[Slice]) -> Slice:
+        """The slice that `place` would place, which changes nothing.
+
+        Raises:
+          ValueError: too few blocks are free and healthy.
+        """
+        return self._placed(wanted, smaller).placements[_NAME].slice
+
+    def _placed(self, wanted: Slice, smaller: list[Slice]) -> Fabric:
         before, error = self._fabric, None
         for slice in (wanted, *smaller):
             held = before.placements.get(_NAME)
@@ -116,17 +146,7 @@ class Manager:
             except ValueError as refusal:
                 error = error or refusal
                 continue
-            self._keep(after)
-            changes = fabric.reconfigure(before, after)
-            switch = after.pod.switch  # without one nothing is known to be switched
-            seconds = 0.0 if switch is None else changes.seconds(switch)
-            return Placed(
-                placement=after.placements[_NAME],
-                failed=self.state().failed,
-                breaks=changes.num_breaks,
-                makes=changes.num_makes,
-                seconds=seconds,
-            )
+            return after
         raise ValueError(str(error))
 
     def fail(self, part: Part) -> Impact:
@@ -135,7 +155,31 @@ class Manager:
         Raises:
           ValueError: the pod has no such part.
         """
-        after = fabric.fail(self._fabric, part)
+        return self._change(part, fabric.fail(self._fabric, part))
+
+    def repair(self, part: Part) -> Impact:
+        """Notes that a part is back: of a block all of it, and also one that was none of the pod's.
+
+        Raises:
+          ValueError: the pod has no such part, or it was not out of use.
+        """
+        before = self._fabric
+        back = [
+            out
+            for out in before.failed | before.drained
+            if out == part or (part.kind == "block" and out.block == part.block)
+        ]
+        if not back:
+            raise ValueError(f"{part} is not out of use")
+        after = before
+        for one in back:
+            after = fabric.repair(after, one)
+        self._added |= self._outside & {part}
+        self._outside -= {part}
+        return self._change(part, after)
+
+    def _change(self, part: Part, after: Fabric) -> Impact:
+        """Keeps the fabric in which a part failed or came back."""
         placement, kept = after.placements.get(_NAME), 1.0
         if part.kind == "ocs":
             hit = bool(_links(after, part))
@@ -155,6 +199,7 @@ class Manager:
             placement=self._fabric.placements.get(_NAME),
             failed=tuple(sorted(self._fabric.failed, key=str)),
             drained=tuple(sorted(self._fabric.drained - self._outside, key=str)),
+            added=tuple(sorted(self._added, key=str)),
             free=len(self._fabric.free_blocks),
         )
 

@@ -38,6 +38,12 @@ class ManagerActor:
     def fail(self, part: Part) -> Impact:
         return self._ask("fail", part)
 
+    def repair(self, part: Part) -> Impact:
+        return self._ask("repair", part)
+
+    def would_place(self, wanted: Slice, smaller: list[Slice]) -> Slice:
+        return self._ask("would_place", wanted, smaller)
+
     def drain(self, part: Part) -> None:
         self._ask("drain", part)
 

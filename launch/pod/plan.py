@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.pod.agent import log_file
-from launch.pod.events import FaultMade
-from launch.pod.faults import Fault
+from launch.pod.events import FaultMade, RepairMade
+from launch.pod.faults import Fault, Repair
 from launch.pod.hosts import Hosts, check_mesh
+from launch.pod.manager import smaller_shapes
 from launch.pod.orders import StandingOrders
 from launch.pod.record import Record
 from pjit_train.errors import UserError
@@ -36,6 +37,7 @@ class Plan:
       blocks: of the pod that may be used.
       hang_seconds: without a step after which an attempt is given up.
       faults: what is made to fail.
+      repairs: what comes back, or new to the pod.
       emulate: whether devices are emulated CPU devices, or those that hosts have.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     blocks: int
     hang_seconds: float
     faults: tuple[Fault, ...]
+    repairs: tuple[Repair, ...]
     emulate: bool
 
     def __post_init__(self):
@@ -81,6 +84,24 @@ class Plan:
         """The faults that, by the record, were not yet made."""
         made = {event.fault for event in record.of(FaultMade)}
         return [fault for fault in self.faults if str(fault) not in made]
+
+    def repairs_to_make(self, record: Record) -> list[Repair]:
+        """The repairs that, by the record, were not yet made."""
+        made = {event.repair for event in record.of(RepairMade)}
+        return [repair for repair in self.repairs if str(repair) not in made]
+
+    def smaller(self) -> list[Slice]:
+        """Slices to go on on where the pod has too few blocks for `slice`, the largest first."""
+        if not self.elastic:
+            return []
+        return [slice for slice in smaller_shapes(self.slice) if self._can_take(slice)]
+
+    def _can_take(self, slice: Slice) -> bool:
+        try:
+            check_mesh(self.run, slice)
+        except UserError:
+            return False
+        return True
 
     def standing_orders(self) -> StandingOrders:
         devices = self.hosts(self.slice).devices_per_process

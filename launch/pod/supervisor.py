@@ -13,17 +13,16 @@ import ray
 
 from launch.directory import steps_before
 from launch.pod import events
-from launch.pod.attempt import Attempt, Outcome, shown
+from launch.pod.attempt import Attempt, Outcome, make_repair, shown
 from launch.pod.hosts import Hosts, check_mesh, traffic_of
-from launch.pod.manager import Placed, smaller_shapes
+from launch.pod.manager import Placed
 from launch.pod.manager_actor import ManagerActor
 from launch.pod.orders import Orders
 from launch.pod.plan import Plan
 from launch.pod.record import Record
 from launch.pod.staff import Staff
 from launch.pod.trainer import Fence
-from pjit_train.errors import TrainingError, UserError
-from topology import Slice
+from pjit_train.errors import TrainingError
 
 _FRUITLESS = 3  # attempts in a row that reach no new step, after which the run is given up
 
@@ -63,9 +62,13 @@ class Supervisor:
         while not self._stopping:
             best = self._best_step()
             outcome = self._try()
+            number = self._fence.current()
+            if outcome.outgrown is not None:
+                self._record(events.AttemptOutgrown(attempt=number, text=outcome.outgrown))
+                self._replace(outcome)
+                continue
             if outcome.failure is None:
                 return
-            number = self._fence.current()
             self._record(events.AttemptFailed(attempt=number, text=outcome.failure))
             self._replace(outcome)
             fruitless = 0 if self._best_step() > best else fruitless + 1
@@ -92,6 +95,10 @@ class Supervisor:
         self._attempt = None
         number = self._fence.current() + 1
         self._fence.raise_to(number)
+        done = self._best_step()
+        for repair in self._plan.repairs_to_make(self._record):
+            if repair.step <= done:  # asked for when the run had ended for want of blocks
+                make_repair(repair, self._manager, self._record, number)
         placed = self._place()
         layout = self._plan.hosts(placed.placement.slice)
         self._record(
@@ -145,7 +152,10 @@ class Supervisor:
             axes=list(sizes),
             order=order.tolist(),
             coordinates=layout.coordinates.tolist(),
-            pauses=sorted({fault.step for fault in plan.faults_to_make(self._record)}),
+            pauses=sorted(
+                {fault.step for fault in plan.faults_to_make(self._record)}
+                | {repair.step for repair in plan.repairs_to_make(self._record)}
+            ),
             steps_before=steps_before(plan.directory),
             slow=self._slow,
             memory=self._staff.gather(self._newest_checkpoint()),
@@ -153,13 +163,12 @@ class Supervisor:
 
     def _place(self) -> Placed:
         """Has the slice placed, a smaller one where that is allowed."""
-        smaller = []
-        if self._plan.elastic:
-            smaller = [slice for slice in smaller_shapes(self._plan.slice) if self._can_take(slice)]
         try:
-            placed = self._manager.place(self._plan.slice, smaller)
+            placed = self._manager.place(self._plan.slice, self._plan.smaller())
         except ray.exceptions.RayTaskError as error:
-            hint = "" if self._plan.elastic else "; --elastic goes on on a smaller one"
+            hint = "; --repair tells what has been mended"
+            if not self._plan.elastic:
+                hint = "; --elastic goes on on a smaller one" + hint.replace("; ", ", ")
             raise TrainingError(f"{error.cause}{hint}") from error
         if placed.breaks or placed.makes:
             held = placed.placement
@@ -168,13 +177,6 @@ class Supervisor:
             text += f"{placed.seconds * 1e3:.0f} ms of switching"
             self._record(events.Switched(text=text))
         return placed
-
-    def _can_take(self, slice: Slice) -> bool:
-        try:
-            check_mesh(self._plan.run, slice)
-        except UserError:
-            return False
-        return True
 
     def _replace(self, outcome: Outcome) -> None:
         """Ends what is left of the attempt, and takes out of use what was lost with it."""

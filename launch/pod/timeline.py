@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pod.events import Event, Saved, text_of
+from launch.pod.events import AttemptBegun, Event, Saved, text_of
 from launch.pod.goodput import CAUSES, Account, Span, account, expected_goodput
 from pjit_train.files import write_whole
 from pjit_train.run import Run
@@ -20,7 +20,7 @@ _COLOURS = {
     "failure": "#c0392b",
     "away": "#333333",
 }
-_WIDTH, _ROW = 1000, 22  # pixels
+_WIDTH, _ROW, _LABEL = 1000, 22, 160  # pixels
 
 
 def write(events: Sequence[Event], file: Path) -> None:
@@ -29,17 +29,18 @@ def write(events: Sequence[Event], file: Path) -> None:
 
 
 def page(events: Sequence[Event]) -> str:
-    """An attempt is a row of bars; a table has the seconds of each cause, and the events."""
+    """An attempt is a row of bars beside its slice; tables have the causes' seconds, and events."""
     found = account(events)
     begin = found.spans[0].start if found.spans else 0.0
     scale = _WIDTH / max(found.total, 1e-9)
     attempts = list(dict.fromkeys(span.attempt for span in found.spans))
+    slices = {e.attempt: e.slice for e in events if isinstance(e, AttemptBegun)}
     bars = [
-        f'<text x="0" y="{_ROW * row + 15}">{attempt}</text>'
+        f'<text x="0" y="{_ROW * row + 15}">{attempt} {html.escape(slices.get(attempt, ""))}</text>'
         for row, attempt in enumerate(attempts)
     ]
     for span in _joined(found):
-        x, width = (span.start - begin) * scale + 40, (span.end - span.start) * scale
+        x, width = (span.start - begin) * scale + _LABEL, (span.end - span.start) * scale
         what = f"attempt {span.attempt}, {CAUSES[span.cause]}: {span.end - span.start:.2f} s"
         bars.append(
             f'<rect x="{x:.2f}" y="{_ROW * attempts.index(span.attempt)}" width="{width:.2f}" '
@@ -58,14 +59,14 @@ def page(events: Sequence[Event]) -> str:
     height = _ROW * max(1, len(attempts))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Timeline of a pod</title><style>
-body {{ font: 14px sans-serif; margin: 2em; max-width: {_WIDTH + 60}px }}
+body {{ font: 14px sans-serif; margin: 2em; max-width: {_WIDTH + _LABEL + 20}px }}
 td {{ padding: 2px 1em 2px 0; vertical-align: top }}
 td span {{ display: inline-block; width: 1em; height: 1em; margin-right: .5em }}
 </style></head><body>
 <h1>Timeline</h1>
 <p>{time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begin))}, {found.total:.1f} s,
 {len(attempts)} attempts, goodput {found.goodput:.1%}</p>
-<svg width="{_WIDTH + 50}" height="{height}">{"".join(bars)}</svg>
+<svg width="{_WIDTH + _LABEL + 10}" height="{height}">{"".join(bars)}</svg>
 <h2>Where the time went</h2><table>{"".join(rows)}</table>
 <h2>Events</h2><table>{"".join(lines)}</table>
 </body></html>

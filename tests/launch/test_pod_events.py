@@ -36,6 +36,9 @@ LINES = """\
 {"time": 1700000010.25, "event": "part", "text": "out of use: host:0,0; 62 blocks are free"}
 {"time": 1700000011.0, "event": "ended", "attempt": 2, "at": 1700000010.75, "cpu": 7.0}
 {"time": 1700000012.0, "event": "stopped", "attempt": 3, "error": "no text"}
+{"time": 1700000013.0, "event": "repair", "attempt": 3, "repair": "block:1@step:8", \
+"text": "block:1 is back: 1 blocks are free"}
+{"time": 1700000014.0, "event": "outgrown", "attempt": 3, "text": "room for 4x4x8"}
 """.splitlines()
 OF_A_NEWER_VERSION = """\
 {"time": 1700000010.5, "event": "comet", "text": "a <comet> hit the pod", "size": {"km": [3]}}

@@ -1,9 +1,11 @@
 """Failures that are asked for: by name, and by rates and a seed."""
 
+import re
+
 import numpy as np
 import pytest
 
-from launch.pod.faults import CHAOS, Fault, chaos, parse_chaos
+from launch.pod.faults import CHAOS, Fault, Repair, chaos, parse_chaos
 from pjit_train.errors import UserError
 from topology import TPU_V5P
 
@@ -36,6 +38,20 @@ def test_what_is_no_failure_is_one_line(text):
     with pytest.raises(UserError, match="--fail") as error:
         Fault.parse(text)
     assert "\n" not in str(error.value)
+
+
+def test_repairs_are_of_parts_of_the_pod():
+    for text in ("block:63@step:80", "host:1,3@step:7", "ocs:x,0,3@step:9"):
+        assert str(Repair.parse(text)) == text
+    for text, says in (
+        ("block:1", "want PART@step:N, such as block:1@step:80"),
+        ("block:1@step:0", "want PART@step:N"),
+        ("block:64@step:2", "'64' is no block; there are 0 .. 63"),
+        ("process:1@step:2", "process"),
+        ("link:0,0,0,0,+x@step:2", "want one of block, host, ocs"),
+    ):
+        with pytest.raises(UserError, match=f"^--repair {re.escape(text)}: .*{says}"):
+            Repair.parse(text)
 
 
 def test_a_failure_is_of_something_that_is_there():

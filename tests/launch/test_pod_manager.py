@@ -60,8 +60,42 @@ def test_what_is_half_written_is_not_read(file, tmp_path):
         "blocks": [0],
         "failed": [],
         "drained": [],
+        "added": [],
         "free": 63,
     }
+
+
+def test_a_repaired_or_new_block_makes_room_again(file):
+    wanted, smaller = Slice.parse("4x4x8"), [Slice.parse("4x4x4")]
+    manager = Manager(file, 2)
+    manager.place(wanted, smaller)
+    manager.fail(part("host:1,3"))
+    manager.fail(part("block:1"))
+    assert manager.would_place(wanted, smaller) == smaller[0]
+    assert manager.state().placement.slice == wanted  # to ask has changed nothing
+    manager.place(wanted, smaller)
+    impact = manager.repair(part("block:1"))
+    assert (impact.hit, impact.free, manager.state().failed) == (False, 1, ())
+    assert manager.would_place(wanted, smaller) == wanted
+    with pytest.raises(ValueError, match="block:1 is not out of use"):
+        manager.repair(part("block:1"))
+    # Another block fails, and one comes that was none of the two; its successor knows of it.
+    manager.fail(part("block:0"))
+    manager.repair(part("block:5"))
+    again = Manager(file, 2)
+    assert again.state() == manager.state()
+    assert again.place(wanted, smaller).placement.blocks == (1, 5)
+    assert light.check(again._fabric) == []
+
+
+def test_a_repaired_switch_gives_its_links_back(file):
+    manager = Manager(file, 64)
+    manager.place(Slice.parse("4x4x8"), [])
+    kept = [manager.fail(part("ocs:z,0,0")).kept, manager.fail(part("ocs:z,1,1")).kept]
+    assert 0 < kept[1] < kept[0] < 1
+    assert manager.repair(part("ocs:z,1,1")).kept == kept[0]
+    assert manager.repair(part("ocs:z,0,0")).kept == 1.0
+    assert light.check(manager._fabric) == []
 
 
 def test_a_pod_of_another_generation_begins_anew_and_knows_no_switches(file):

@@ -32,6 +32,7 @@ def plan(*bindings: str, slice: str = "2x2x1") -> Plan:
         blocks=64,
         hang_seconds=60.0,
         faults=(),
+        repairs=(),
         emulate=True,
     )
 

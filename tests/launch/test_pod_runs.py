@@ -16,7 +16,7 @@ import pytest
 from helpers.gin_files import tiny
 from helpers.processes import TORSION, environment, free_address
 
-from launch.pod.events import AttemptBegun, AttemptFailed, FaultMade
+from launch.pod.events import AttemptBegun, AttemptFailed, AttemptOutgrown, FaultMade, RepairMade
 from launch.pod.record import read_events
 
 STEPS = 36
@@ -209,6 +209,34 @@ def test_whatever_fails_the_losses_are_those_of_a_quiet_run(folder, undisturbed)
     assert (folder / "disturbed" / "pod" / "timeline.html").read_text().count("<rect") > 20
     assert watched.left() == []
     assert list((folder / "t").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_pod_that_went_on_smaller_grows_back_when_its_block_is_repaired(folder):
+    options = ["--slice", "4x4x8", "--hosts-per-process", "32", "--mesh", "data=-1,fsdp=4"]
+    options += ["--gin", "text.TextData.batch_size = 128", "--steps", "10"]
+    lost = ["--blocks", "2", "--elastic", "--fail", "block:1@step:4", "--repair", "block:1@step:6"]
+    output, _ = (process := start(folder, "grown", *options, *lost)).communicate(timeout=400)
+    assert process.returncode == 0, output
+    events = read_events(folder / "grown" / "pod" / "events.jsonl")
+    attempts = [event for event in events if isinstance(event, AttemptBegun)]
+    assert [event.slice for event in attempts] == ["4x4x8", "4x4x4", "4x4x8"]
+    assert [event.blocks for event in attempts] == [(0, 1), (0,), (0, 1)]
+    [repaired] = [event for event in events if isinstance(event, RepairMade)]
+    assert repaired.text == "block:1 is back: 1 blocks are free"
+    [outgrown] = [event for event in events if isinstance(event, AttemptOutgrown)]
+    assert outgrown.attempt == 2
+    assert "1 failures" in output  # growing is none
+    page = (folder / "grown" / "pod" / "timeline.html").read_text()
+    assert page.index(">1 4x4x8<") < page.index(">2 4x4x4<") < page.index(">3 4x4x8<")
+    # No step is computed twice for growing, and a quiet run on one device has the same losses.
+    steps = [row[0] for row in rows(folder, "grown")]
+    assert steps == list(range(1, 11))
+    alone = [*TORSION, "train", "run.gin", *options[6:], "--out", "alone"]
+    env = environment(TORSION_CACHE=str(folder / "cache"))
+    subprocess.run(alone, cwd=folder, env=env, check=True, capture_output=True, timeout=200)
+    for mine, other in zip(rows(folder, "grown"), rows(folder, "alone"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.slow
