@@ -5,6 +5,7 @@ A library of its own: it needs numpy and scipy, and no JAX.
 
 from topology import collectives, embeddings, fabric
 from topology.collectives.collectives import Cost, Network, collective_cost
+from topology.collectives.degraded import degraded_cost
 from topology.collectives.groups import Groups, groups_of_axes
 from topology.collectives.layout import Layout, Traffic, lay_mesh, traffic_seconds
 from topology.collectives.replay import replay
@@ -53,6 +54,7 @@ __all__ = [
     "checkpoint_interval",
     "collective_cost",
     "collectives",
+    "degraded_cost",
     "dimension_rings",
     "embeddings",
     "fabric",

@@ -12,7 +12,8 @@ def add(commands) -> None:
         "collective",
         "say what a collective takes on a slice, beside bounds for every schedule",
         "The time of a schedule that `topology.schedule` makes, by its latencies and its fullest "
-        "link, and lower bounds that hold for all schedules.",
+        "link, and lower bounds that hold for all schedules. Around failed parts traffic takes "
+        "detours, in the parts that load the fullest link least.",
     )
     collective.add_argument(
         "kind",
@@ -32,6 +33,23 @@ def add(commands) -> None:
     collective.add_argument(
         "--axes", metavar="AXES", help="dimensions that it goes over, such as x,y (default: all)"
     )
+    collective.add_argument(
+        "--failed",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PART",
+        help="parts that fail and are gone around: ocs:x,0,0 port:x,0,0,1 link:1,0,1,3,+x, with "
+        "blocks counted in the slice; on v5e and v6e link:0,1,+x",
+    )
+    collective.add_argument(
+        "--failed-one-way",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LINK",
+        help="links that fail in their own direction only: link:1,0,1,3,+x",
+    )
     add_pod(collective, "slice it is")
     collective.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -39,6 +57,14 @@ def add(commands) -> None:
 def run(args, began: float) -> int:
     from launch.reports.collectives import describe, report
 
-    found = report(args.kind, args.bytes, args.slice, args.axes, pod_of(args.pod))
+    found = report(
+        args.kind,
+        args.bytes,
+        args.slice,
+        args.axes,
+        pod_of(args.pod),
+        failed=args.failed,
+        failed_one_way=args.failed_one_way,
+    )
     print(json.dumps(found) if args.json else describe(found))
     return 0

@@ -21,7 +21,7 @@ from launch.pod.staff import Host, Staff
 from launch.pod.waits import Waits
 from launch.process import proxy_note
 from pjit_train.errors import TrainingError, UserError
-from topology import Part, Slice, lay_mesh
+from topology import Part, Slice, lay_mesh, traffic_seconds
 
 _POLL = 0.1  # seconds between two questions to every agent
 _ANSWER = 5.0  # seconds in which an agent must answer
@@ -289,14 +289,14 @@ class Attempt:
                 "two, and no routing goes around them; let fewer switches of a dimension fail, or "
                 "take a slice that goes without it"
             )
-        self._record(events.PartChanged(text=f"{switch}: rerouted, {self._slowed(impact.kept)}"))
+        self._record(events.PartChanged(text=f"{switch}: rerouted, {self._slowed(impact)}"))
 
-    def _slowed(self, kept: float) -> str:
-        """Has steps take as long as with so much of the all-to-all; returns that in a line."""
-        slow = communication_share(self._plan, self._slice) * (1 / kept - 1)
+    def _slowed(self, impact: Impact) -> str:
+        """Has steps take as long as around failed switches; returns that in a line."""
+        slow = slowdown(self._plan, self._slice, impact.links)
         self._slow = slow
         self._order(RunningOrder(slow=slow))
-        return f"{kept:.1%} of the all-to-all kept; a step takes at most {slow:.2%} longer"
+        return f"{impact.kept:.1%} of the all-to-all kept; a step takes at most {slow:.2%} longer"
 
     def _fail_manager(self, fault: Fault) -> None:
         self._manager.kill()
@@ -317,7 +317,7 @@ class Attempt:
         for repair in due:
             impact = make_repair(repair, self._manager, self._record, self._number)
             if impact and impact.hit and repair.part.kind == "ocs":
-                text = f"{repair.part}: {self._slowed(impact.kept)}"
+                text = f"{repair.part}: {self._slowed(impact)}"
                 self._record(events.PartChanged(text=text))
         if not due:
             return
@@ -361,14 +361,18 @@ def patience(plan: Plan, last: events.Event | None) -> float:
     return plan.hang_seconds * (_SAVING if validating else 1)
 
 
-def communication_share(plan: Plan, slice: Slice) -> float:
-    """The part of a step on a TPU slice that is communication, if none of it is hidden.
+def slowdown(plan: Plan, slice: Slice, failed_links: Sequence[int]) -> float:
+    """What going around failed links adds to a step, as a part of it, if nothing is hidden.
 
-    The traffic at the links' bandwidth against the step's arithmetic at the chips' peak.
+    The step's collectives around the links, less those of the whole slice, over the latter and the
+    step's arithmetic at the chips' peak.
     """
     sizes = check_mesh(plan.run, slice)
-    links = lay_mesh(slice, sizes, traffic_of(plan.run, sizes)).seconds
-    return links / (links + plan.run.flops_per_step / (slice.num_chips * slice.pod.chip.peak_bf16))
+    traffic = traffic_of(plan.run, sizes)
+    layout = lay_mesh(slice, sizes, traffic)
+    around = traffic_seconds(slice, sizes, layout.devices, traffic, failed_links=failed_links)
+    computing = plan.run.flops_per_step / (slice.num_chips * slice.pod.chip.peak_bf16)
+    return (sum(around) - layout.seconds) / (layout.seconds + computing)
 
 
 def shown(items: Sequence, most: int = 8) -> str:

@@ -71,11 +71,13 @@ class Impact:
       kept: of a switch, the part of the all-to-all throughput that is left when traffic goes around
         all failed switches, 0 where they cut the slice in two; 1 where no switch it passes failed,
         and of another part.
+      links: of a switch, the directed links that the slice has lost with all failed ones.
       free: number of blocks that are healthy and hold no slice.
     """
 
     hit: bool
     kept: float
+    links: tuple[int, ...] = ()
     free: int
 
 
@@ -181,13 +183,19 @@ class Manager:
     def _change(self, part: Part, after: Fabric) -> Impact:
         """Keeps the fabric in which a part failed or came back."""
         placement, kept = after.placements.get(_NAME), 1.0
+        lost: tuple[int, ...] = ()
         if part.kind == "ocs":
             hit = bool(_links(after, part))
-            kept = _kept(after, placement) if hit else 1.0
+            if hit:
+                switches = [one for one in after.failed if one.kind == "ocs"]
+                lost = tuple(sorted({link for one in switches for link in _links(after, one)}))
+                kept = float(
+                    throughput.all_to_all_kept(placement.slice, lost, time_limit=scene.TIME_LIMIT)
+                )
         else:
             hit = placement is not None and part.block in placement.blocks
         self._keep(after)
-        return Impact(hit=hit, kept=kept, free=len(after.free_blocks))
+        return Impact(hit=hit, kept=kept, links=lost, free=len(after.free_blocks))
 
     def drain(self, part: Part) -> None:
         """Takes a host, with its block, out of use, which is not known to have failed."""
@@ -206,14 +214,6 @@ class Manager:
     def _keep(self, new: Fabric) -> None:
         self._fabric = new
         write_whole(self._file, self.state().write())
-
-
-def _kept(pod, placement):
-    switches = [part for part in pod.failed if part.kind == "ocs"]
-    links = {link for part in switches for link in _links(pod, part)}
-    return float(
-        throughput.all_to_all_kept(placement.slice, sorted(links), time_limit=scene.TIME_LIMIT)
-    )
 
 
 def _links(pod, part):

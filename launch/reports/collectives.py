@@ -1,26 +1,41 @@
 """`torsion collective`: the time of a collective on a slice, and bounds below it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from launch.reports.sizes import parse_size, shown_size
 from pjit_train.errors import UserError
-from topology import Network, Slice, collective_cost, groups_of_axes
+from topology import Network, Part, Slice, collective_cost, groups_of_axes
 from topology.collectives.collectives import lower_bounds
+from topology.collectives.degraded import degraded_cost
+from topology.fabric import losses
 from topology.hardware import Pod
 
 
-def report(kind: str, size: str, shape: str, axes: str | None, pod: Pod) -> dict[str, Any]:
+def report(
+    kind: str,
+    size: str,
+    shape: str,
+    axes: str | None,
+    pod: Pod,
+    *,
+    failed: Sequence[str] = (),
+    failed_one_way: Sequence[str] = (),
+) -> dict[str, Any]:
     """The figures of a collective, as `torsion collective --json` prints them.
 
     Returns:
       `seconds` of the schedule, `latency_seconds` of its hops and `transfer_seconds` of the bytes
       on its fullest link. `bound_seconds` is the largest of `bounds`; no schedule takes less.
-      `bytes_per_second` is bytes / seconds. `members` are the chips of a group.
+      `bytes_per_second` is bytes / seconds. `members` are the chips of a group. With failures
+      `failed` and `failed_one_way` name them, `lost_links` counts the directed links that carry
+      nothing, and `whole_seconds` is the time without failures.
 
     Raises:
-      UserError: there is no such collective, slice or axis, or the size is none.
+      UserError: there is no such collective, slice, axis or part, the size is none, or the failures
+        take chips or cut the slice in two.
     """
     bytes = parse_size(size, "--bytes")
     try:
@@ -30,13 +45,18 @@ def report(kind: str, size: str, shape: str, axes: str | None, pod: Pod) -> dict
         devices = np.arange(slice.num_chips).reshape(slice.shape)
         groups = groups_of_axes(slice, devices, [names.index(name) for name in over])
         network = Network.of(pod)
-        cost = collective_cost(kind, groups)
-        bounds = lower_bounds(kind, groups, bytes, network)
+        links = _failed_links(slice, failed, failed_one_way)
+        cost = healthy = collective_cost(kind, groups)
+        if links:
+            longer = (2,) if kind == "all_to_all" else (0, 2)  # of which one round takes little
+            around = [degraded_cost(kind, groups, links, longer=hops) for hops in longer]
+            cost = min(around, key=lambda one: one.seconds(bytes, network))
+        bounds = lower_bounds(kind, groups, bytes, network, failed_links=links)
     except ValueError as error:
         raise UserError(str(error)) from error
     seconds = cost.seconds(bytes, network)
     latency = cost.hops * network.hop_latency
-    return {
+    found = {
         "kind": kind,
         "pod": pod.name,
         "slice": str(slice),
@@ -51,6 +71,26 @@ def report(kind: str, size: str, shape: str, axes: str | None, pod: Pod) -> dict
         "bound_seconds": max(bounds.values()),
         "bounds": bounds,
     }
+    if links:
+        found |= {
+            "failed": list(failed),
+            "failed_one_way": list(failed_one_way),
+            "lost_links": len(links),
+            "whole_seconds": healthy.seconds(bytes, network),
+        }
+    return found
+
+
+def _failed_links(slice: Slice, failed: Sequence[str], one_way: Sequence[str]) -> list[int]:
+    """Ids of the directed links that carry nothing. ValueError where chips are lost."""
+    chips, links = losses.lost(slice, [Part.parse(name, slice.pod) for name in failed])
+    if chips.size:
+        raise ValueError(
+            f"--failed {' '.join(failed)}: takes {chips.size} of the slice's chips, without which "
+            "no collective is whole; take a slice that goes without them"
+        )
+    alone = [losses.lost_one_way(slice, Part.parse(name, slice.pod)) for name in one_way]
+    return sorted({int(link) for part in (links, *alone) for link in part})
 
 
 def _axes(axes: str | None, names: str) -> list[str]:
@@ -75,9 +115,18 @@ def describe(found: dict[str, Any]) -> str:
     ]
     if found["bytes_per_second"]:
         lines.append(f"rate      {found['bytes_per_second'] / 1e9:,.1f} GB/s")
+    if "failed" in found:
+        lines.append(
+            f"failed    {', '.join(_failures(found))}: {found['lost_links']} directed links; whole "
+            f"{_time(found['whole_seconds'])}"
+        )
     lines.append(f"bound     {_time(found['bound_seconds'])}: no schedule takes less")
     lines += [f"  {_time(seconds):>12}  {name}" for name, seconds in found["bounds"].items()]
     return "\n".join(lines)
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    return found["failed"] + [f"{link} one way" for link in found["failed_one_way"]]
 
 
 def _time(seconds: float) -> str:

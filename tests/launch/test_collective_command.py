@@ -45,6 +45,38 @@ def test_a_twisted_slice_has_the_faster_all_to_all(capsys):
     assert times[0] / times[1] == pytest.approx(128 / (7 * 4**4 - 2 * 4**2) * 24, rel=1e-3)
 
 
+def test_around_a_failed_switch_an_all_gather_takes_what_the_poorest_chip_needs(capsys):
+    """511 of 512 shards come to a chip over the five links that it has left, and no faster."""
+    arguments = ["all_gather", "--bytes", "512MB", "--slice", "8x8x8"]
+    what = found(capsys, *arguments, "--failed", "ocs:x,0,0")
+    assert what["transfer_seconds"] == pytest.approx(511e6 / (5 * 45e9), rel=1e-6)
+    assert what["bounds"]["chip"] == pytest.approx(1e-6 + what["transfer_seconds"])
+    assert what["lost_links"] == 16  # of four rings along x, two links each, both directions
+    assert what["whole_seconds"] == found(capsys, *arguments)["seconds"] < what["seconds"]
+
+
+def test_a_link_may_fail_one_way(capsys):
+    """Who sends to the next of a ring of four goes round it backwards, where nobody else sends."""
+    arguments = ["permute", "--bytes", "1GB", "--slice", "4x4x4", "--axes", "x"]
+    there, back = (
+        found(capsys, *arguments, "--failed-one-way", f"link:0,0,0,0,{direction}")
+        for direction in ("+x", "-x")
+    )
+    assert (there["lost_links"], back["lost_links"]) == (1, 1)
+    assert back["seconds"] == back["whole_seconds"] == there["whole_seconds"]
+    assert there["seconds"] == pytest.approx(there["whole_seconds"] + 2e-6, abs=1e-9)
+    both = found(capsys, *arguments, "--failed", "link:0,0,0,0,-x")  # and chip 3's link +x to it
+    assert (both["lost_links"], both["seconds"]) == (2, there["seconds"])
+
+
+def test_few_bytes_take_short_detours(capsys):
+    few, many = (
+        found(capsys, "all_gather", "--bytes", size, "--slice", "4x4x8", "--failed", "ocs:z,0,0")
+        for size in ("1kB", "1GB")
+    )
+    assert few["latency_seconds"] < many["latency_seconds"]
+
+
 def test_the_page_says_time_rate_and_bounds(capsys):
     assert (
         main(["collective", "all_gather", "--bytes", "1GB", "--slice", "8x8", "--pod", "v5e"]) == 0
@@ -69,6 +101,19 @@ def test_the_page_says_time_rate_and_bounds(capsys):
         ),
         (["permute", "--bytes", "1", "--slice", "4x4x4", "--axes", "x,x"], "names an axis twice"),
         (["permute", "--bytes", "1", "--slice", "8x8", "--pod", "v5e", "--axes", "z"], "use x, y"),
+        (["permute", "--bytes", "1", "--slice", "4x4x4", "--failed", "chip:0,0,0,0"], "takes 1 of"),
+        (["permute", "--bytes", "1", "--slice", "4x4x4", "--failed", "link:9"], "part 'link:9'"),
+        (
+            ["permute", "--bytes", "1", "--slice", "4x4x4", "--failed-one-way", "ocs:x,0,0"],
+            "only a link fails one way",
+        ),
+        (
+            [
+                *("permute", "--bytes", "1", "--slice", "2x2x1"),
+                *("--failed", "link:0,0,0,0,+x", "link:0,0,0,0,+y"),
+            ],
+            "cut it in two",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from launch.configure import build_run
-from launch.pod.attempt import patience
+from launch.pod.attempt import patience, slowdown
 from launch.pod.events import Save, Saved, Step
 from launch.pod.plan import GiB, Plan, default_hosts_per_process
 from pjit_train.errors import UserError
 from pjit_train.program import Program
 from pjit_train.sharding import make_mesh
 from topology import Slice
+from topology.routing.throughput import switch_links
 
 SMALL = ["max_len = 128", "d_model = 64", "num_layers = 2", "num_heads = 2", "d_ff = 192"]
 SMALL = [f"transformer.TransformerConfig.{binding}" for binding in SMALL]
@@ -99,3 +100,17 @@ def test_a_validation_has_the_time_of_one():
         assert patience(plan(*config), last) == 300.0
     never = plan("run.Run.steps = 100", "run.Run.eval_every = 0")
     assert [patience(never, step) for step in steps(30, 100)] == [60.0, 60.0]
+
+
+def test_around_a_failed_switch_steps_take_as_much_longer_as_their_collectives():
+    """All of it is gathers and scatters over all chips: six links' bytes go by five."""
+    whole = plan("sharding.MeshShape.fsdp = -1", "text.TextData.batch_size = 512", slice="8x8x8")
+    links = switch_links(whole.slice, 2, 0, 0).tolist()
+    assert slowdown(whole, whole.slice, []) == 0.0
+    bytes = 3 * 4 * whole.run.model.num_params  # two gathers and a scatter, in float32
+    least = bytes * 511 / 512 / (6 * whole.slice.pod.chip.usable_link_bandwidth)
+    computing = whole.run.flops_per_step / (512 * whole.slice.pod.chip.peak_bf16)
+    waits = 3 * 12 * 1e-6  # hops of a microsecond from end to end
+    longer = 0.2 * least / (least + waits + computing)
+    assert longer < slowdown(whole, whole.slice, links)  # and the detours' latency
+    assert slowdown(whole, whole.slice, links) < longer + 3 * 48e-6 / (least + waits + computing)

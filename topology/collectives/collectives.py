@@ -27,10 +27,11 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, shortest_path
 
-from topology.arrays import Integers
+from topology.arrays import Floats, Integers
 from topology.collectives.groups import Groups, path_links, vectors_between, ways_between
 from topology.hardware import TPU_V4, Pod
 from topology.numbers import choice, number
+from topology.routing.loads import links_left
 from topology.routing.loads import lower_bounds as traffic_lower_bounds
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
@@ -242,10 +243,14 @@ def lower_bounds(
     network: Network,
     *,
     to: npt.ArrayLike | None = None,
+    failed_links: Iterable[int] = (),
 ) -> dict[str, float]:
     """Seconds below which no schedule whatsoever can be, by several proofs; the largest counts.
 
     Chips that are no members of a group may help it.
+
+    Args:
+      failed_links: ids 6 * chip + direction of directed links that carry nothing.
 
     Returns:
       "latency": the hops between the two members furthest apart.
@@ -261,6 +266,7 @@ def lower_bounds(
     """
     check_kind(kind)
     slice, n = groups.slice, groups.size
+    failed = list(failed_links)
     sources = np.repeat(groups.representatives, n)
     destinations = np.tile(np.arange(n), len(groups.representatives))
     if kind == "permute":
@@ -273,12 +279,12 @@ def lower_bounds(
             else:
                 traffic[np.ix_(members, members)] = bytes / n
         np.fill_diagonal(traffic, 0)
-        loads = traffic_lower_bounds(slice, traffic)
+        loads = traffic_lower_bounds(slice, traffic, failed_links=failed)
     else:
         loads = {
-            "chip": _chip_load(kind, groups) * bytes,
-            "cut": _cut_load(kind, groups) * bytes,
-            "projection": _projection_load(kind, groups) * bytes,
+            "chip": _chip_load(kind, groups, failed) * bytes,
+            "cut": _cut_load(kind, groups, failed) * bytes,
+            "projection": _projection_load(kind, groups, failed) * bytes,
         }
     chips = groups.members[0]
     apart = vectors_between(slice, chips[sources], chips[destinations])
@@ -289,23 +295,32 @@ def lower_bounds(
     }
 
 
-def _chip_load(kind: str, groups: Groups) -> float:
-    degree = max(1, (groups.slice.neighbours >= 0).sum(axis=1).min())
+def _chip_load(kind: str, groups: Groups, failed: list[int]) -> float:
+    if groups.size == 1:
+        return 0.0
+    tail, head = links_left(groups.slice, failed)
+    N = groups.slice.num_chips
+    out, into = np.bincount(tail, minlength=N).min(), np.bincount(head, minlength=N).min()
     # In an all-reduce of n members each chip sends all its data, as parts or as sums.
-    part = (groups.size - 1) / groups.size if kind != "all_reduce" else float(groups.size > 1)
-    return float(part / degree)
+    part = (groups.size - 1) / groups.size if kind != "all_reduce" else 1.0
+    least = {"all_gather": into, "reduce_scatter": out}.get(kind, min(out, into))
+    return float(part / max(1, least))
 
 
-def _cut_load(kind: str, groups: Groups) -> float:
+def _cut_load(kind: str, groups: Groups, failed: list[int]) -> float:
     slice, n = groups.slice, groups.size
-    tail, direction = np.nonzero(slice.neighbours >= 0)
-    head, best = slice.neighbours[tail, direction], 0.0
+    tail, head = links_left(slice, failed)
+    if kind == "reduce_scatter":  # an all-gather backwards
+        tail, head = head, tail
+    best = 0.0
     for d, k in enumerate(slice.shape):
         plane = slice.coordinates[:, d]
         for first in range(k):
             for last in range(first + 1, k + (first > 0)):
                 inside = (plane >= first) & (plane < last)
-                links = (inside[head] & ~inside[tail]).sum()
+                links = int((inside[head] & ~inside[tail]).sum())
+                if kind == "all_reduce":
+                    links = min(links, int((inside[tail] & ~inside[head]).sum()))
                 count = inside[groups.members].sum(axis=1)
                 split = (count > 0) & (count < n)
                 # The shards from outside; of an all-reduce, at least one sum of them.
@@ -315,15 +330,17 @@ def _cut_load(kind: str, groups: Groups) -> float:
     return best
 
 
-def _projection_load(kind: str, groups: Groups) -> float:
+def _projection_load(kind: str, groups: Groups, failed: list[int]) -> float:
     slice, best = groups.slice, 0.0
     N, neighbours = slice.num_chips, slice.neighbours
+    left = neighbours.copy()
+    left.ravel()[failed] = -1
     for kept in range(1, 8):
         along = np.repeat([kept >> d & 1 for d in range(3)], 2).astype(bool)
         tail, direction = np.nonzero((neighbours >= 0) & ~along)
         graph = csr_array((np.ones(len(tail)), (tail, neighbours[tail, direction])), (N, N))
         places = connected_components(graph, directed=False)[1]
-        links = (neighbours[:, along] >= 0).sum()
+        links = (left[:, along] >= 0).sum()
         visited = len(np.unique(places[groups.members[0]]))
         if links:
             best = max(best, (visited - 1) * len(groups.members) / links)
@@ -338,13 +355,27 @@ def _paths_cost(
     Args:
       spread: the sources stand for all their images under the group's symmetries.
     """
-    if not len(sources):
-        return Cost(0, 0.0)
+    hops, loads = path_loads(groups, sources, destinations, spread=spread)
+    return Cost(hops, float(loads.max()))
+
+
+def path_loads(
+    groups: Groups, sources: Integers, destinations: Integers, *, spread: bool = False
+) -> tuple[int, Floats]:
+    """Load that a byte along shortest paths from each source to its destination puts on the links.
+
+    Args:
+      sources, destinations: int [P], members of every group; all groups send at once.
+      spread: the sources stand for all their images under the group's symmetries.
+
+    Returns:
+      The longest path in hops, and float [N, 6], the load of every directed link.
+    """
     slice, members = groups.slice, groups.members
     different = sources != destinations
     sources, destinations = members[0][sources[different]], members[0][destinations[different]]
     if not len(sources):
-        return Cost(0, 0.0)
+        return 0, np.zeros((slice.num_chips, 6))
     pair, vectors, part = ways_between(slice, sources, destinations, np.ones(len(sources)))
     labels = firsts = np.arange(slice.num_chips)
     if spread:
@@ -364,8 +395,7 @@ def _paths_cost(
     for offset in offsets:
         moved = slice.index(slice.reduce(slice.coordinates[firsts[touched]] + offset))
         total[labels[moved]] += loads[touched]  # a translation takes orbits to orbits
-    hops = int(np.abs(vectors).sum(axis=1).max())
-    return Cost(hops, float(total.max()))
+    return int(np.abs(vectors).sum(axis=1).max()), total[labels]
 
 
 def _orbits(groups: Groups) -> tuple[Integers, Integers]:

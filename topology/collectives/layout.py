@@ -12,7 +12,7 @@ last to the first each take whole dimensions, or factors of them where it may sp
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from topology.arrays import Floats, Integers
 from topology.collectives.collectives import Cost, Network, check_kind, collective_cost
+from topology.collectives.degraded import degraded_cost
 from topology.collectives.groups import Groups, groups_of_axes
 from topology.numbers import number, whole
 from topology.routing.routing import short_vectors
@@ -57,8 +58,14 @@ class Traffic:
         if self.kind == "permute" and len(self.axes) != 1:
             raise ValueError(f"traffic permute over {self.axes}: it goes over one axis")
 
-    def seconds(self, groups: Groups, network: Network) -> float:
-        return self.cost_seconds(collective_cost(self.kind, groups), network)
+    def seconds(
+        self, groups: Groups, network: Network, failed_links: Collection[int] = ()
+    ) -> float:
+        """Seconds of all of it in groups of chips, around failed links."""
+        if not failed_links:
+            return self.cost_seconds(collective_cost(self.kind, groups), network)
+        around = [degraded_cost(self.kind, groups, failed_links, longer=n) for n in (0, 2)]
+        return min(self.cost_seconds(cost, network) for cost in around)
 
     def cost_seconds(self, cost: Cost, network: Network) -> float:
         """Seconds of a collective of this kind and size, where one of a byte has a cost."""
@@ -162,12 +169,17 @@ def traffic_seconds(
     devices: npt.ArrayLike,
     traffic: Sequence[Traffic],
     network: Network | None = None,
+    failed_links: Collection[int] = (),
 ) -> tuple[float, ...]:
     """Seconds of each entry of the traffic for any order of devices.
 
+    Args:
+      failed_links: ids 6 * chip + direction of directed links that carry nothing; traffic goes
+        around them (`topology.collectives.degraded`).
+
     Raises:
-      ValueError: the array has another shape than the mesh, or its groups are no translations of
-        each other.
+      ValueError: the array has another shape than the mesh, its groups are no translations of each
+        other, or the failed links cut the slice in two.
     """
     _check_mesh(slice, mesh, traffic)
     devices, names = np.asarray(devices), list(mesh)
@@ -177,6 +189,7 @@ def traffic_seconds(
         one.seconds(
             groups_of_axes(slice, devices, [names.index(a) for a in one.axes]),
             network or Network.of(slice.pod),
+            failed_links,
         )
         for one in traffic
     )

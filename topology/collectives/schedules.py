@@ -8,6 +8,7 @@ Letters: N chips, n members of a group, items of K equal pieces.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import lcm, prod
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from topology.arrays import Integers
+from topology.arrays import Floats, Integers
 from topology.collectives.collectives import arrivals, broadcast_rounds, check_kind, permute_pairs
 from topology.collectives.groups import Groups, path_links, vectors_between, ways_between
 from topology.torus.slices import Slice
@@ -226,21 +227,39 @@ def _share_out(
 
     Yields (item, move, first piece, last piece).
     """
+    of, flow = _flow(possible, limits, K)
+    for s, row in enumerate(flow):
+        mine = items[of == s]
+        at = 0
+        for move, amount in enumerate(row):
+            end = at + amount
+            for i in range(at // K, -(-end // K) if end > at else 0):
+                yield mine[i], move, max(at - i * K, 0), min(end - i * K, K)
+            at = end
+
+
+def shares_by_move(possible: Integers, limits: Sequence[Fraction]) -> Floats:
+    """float [M], the shards that come by each move, within its limit.
+
+    Args:
+      possible: int [P], of each shard the set of moves by which it can come; bit m is move m.
+      limits: of each move, in shards.
+    """
+    K = lcm(*(limit.denominator for limit in limits))
+    _, flow = _flow(possible, [int(limit * K) for limit in limits], K)
+    return np.asarray(flow.sum(axis=0) / K)
+
+
+def _flow(possible: Integers, limits: list[int], K: int) -> tuple[Integers, Integers]:
+    """(int [P], the set of each item by its number s; int [S, M], its pieces by each move)."""
     sets, of = np.unique(possible, return_inverse=True)
     S, M = len(sets), len(limits)
     capacity = np.zeros((S + M + 2,) * 2, np.int32)
     capacity[-2, :S] = np.bincount(of, minlength=S) * K
-    capacity[:S, S : S + M] = (sets[:, None] >> np.arange(M) & 1) * (len(items) * K)
+    capacity[:S, S : S + M] = (sets[:, None] >> np.arange(M) & 1) * (len(possible) * K)
     capacity[S : S + M, -1] = limits
     flow = maximum_flow(csr_array(capacity), S + M, S + M + 1).flow.toarray()
-    for s in range(S):
-        mine = items[of == s]
-        at = 0
-        for move in range(M):
-            end = at + flow[s, S + move]
-            for i in range(at // K, -(-end // K) if end > at else 0):
-                yield mine[i], move, max(at - i * K, 0), min(end - i * K, K)
-            at = end
+    return of, flow[:S, S : S + M]
 
 
 def _ring_phase(

@@ -21,7 +21,7 @@ from topology.hardware import switch_of
 from topology.routing.flows import Flow
 from topology.routing.loads import link_loads
 from topology.routing.routing import dimension_order, direction_loads
-from topology.routing.throughput import all_to_all, is_cut, orbits
+from topology.routing.throughput import all_to_all, is_cut, is_quick
 from topology.torus.shapes import DIMENSIONS, Shape
 from topology.torus.slices import Slice
 
@@ -46,7 +46,6 @@ MANY = 800
 
 _GAP = 1.0  # between blocks, beside the distance of two chips
 _SPACING = 2.0  # of blocks in a picture of a fabric
-_WORK = 2**18  # sources x chips up to which the optimum around failures takes seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +104,7 @@ def optimum(
       ValueError: the failures cut the slice in two.
     """
     failed = np.asarray(failed_links, int)
-    sources = len(np.unique(orbits(slice, failed)[0])) if failed.size else 1
-    if sources * slice.num_chips > _WORK:
+    if not is_quick(slice, failed):
         return None
     return all_to_all(slice, failed, time_limit=time_limit, progress=progress)
 

@@ -37,6 +37,22 @@ def lost(slice: Slice, parts: Iterable[Part]) -> tuple[Integers, Integers]:
     return np.array(sorted(chips), int), np.array(sorted(links), int)
 
 
+def lost_one_way(slice: Slice, part: Part) -> Integers:
+    """The directed link (int [1], its id) that a slice loses where a link carries nothing in its
+    own direction, and still does in the other.
+
+    Raises:
+      ValueError: the part is no link, or none of the slice's.
+    """
+    if part.kind != "link":
+        raise ValueError(f"part {part}: only a link fails one way, such as link:0,0,0,0,+x")
+    ends = _ends(slice, check_part(part, slice.pod))
+    there = ends[slice.neighbours.ravel()[ends] >= 0]
+    if not there.size:
+        raise ValueError(f"part {part}: carries nothing of {slice}, whose {_has(slice)}")
+    return np.asarray(there)
+
+
 def _lost(slice: Slice, part: Part) -> tuple[Integers, Integers]:
     """(chips, directed links) that a slice loses with one part, both maybe none."""
     nothing = np.zeros(0, int)

@@ -4,6 +4,8 @@ A traffic matrix is float [N, N]: what each chip (row) sends to each other (colu
 the diagonal costs nothing. Loads are in the same unit, times are load / bandwidth.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse.csgraph import shortest_path
@@ -69,8 +71,15 @@ def least_load(
     return least_max_load(slice.neighbours, demands, tolerance=tolerance, max_rounds=max_rounds)
 
 
-def lower_bounds(slice: Slice, traffic: npt.ArrayLike) -> dict[str, float]:
+def lower_bounds(
+    slice: Slice, traffic: npt.ArrayLike, *, failed_links: Iterable[int] = ()
+) -> dict[str, float]:
     """Loads that the most loaded link has at least, whatever the routing; cheap on 4096 chips.
+
+    Args:
+      traffic: float [N, N].
+      failed_links: ids 6 * chip + direction of directed links that carry nothing. "distance" and
+        "average" hold without them too, and are those of the slice with all its links.
 
     Returns:
       "chip": the largest of what a chip sends, or receives, over its links.
@@ -81,7 +90,8 @@ def lower_bounds(slice: Slice, traffic: npt.ArrayLike) -> dict[str, float]:
         it. At least "distance", and equal to the optimum for traffic that is alike for all chips.
     """
     demands = _checked(slice, traffic)
-    bounds = {"chip": _chip_bound(slice, demands), "cut": _cut_bound(slice, demands)}
+    left = links_left(slice, failed_links)
+    bounds = {"chip": _chip_bound(slice, demands, left), "cut": _cut_bound(slice, demands, left)}
     links = max(1, (slice.neighbours >= 0).sum())
     if not slice.is_torus:
         tail, direction = np.nonzero(slice.neighbours >= 0)
@@ -120,15 +130,24 @@ def _steps(slice: Slice, d: int, reach: int) -> Integers:
     return np.array(forward + back)
 
 
-def _chip_bound(slice: Slice, traffic: Floats) -> float:
-    degree = np.maximum(1, (slice.neighbours >= 0).sum(axis=1))
-    return float(np.maximum(traffic.sum(axis=1) / degree, traffic.sum(axis=0) / degree).max())
+def links_left(slice: Slice, failed_links: Iterable[int] = ()) -> tuple[Integers, Integers]:
+    """(tails, heads), int [L] each, of the directed links but for those that failed."""
+    left = slice.neighbours.copy()
+    left.ravel()[list(failed_links)] = -1
+    tail, direction = np.nonzero(left >= 0)
+    return tail, left[tail, direction]
 
 
-def _cut_bound(slice: Slice, traffic: Floats) -> float:
+def _chip_bound(slice: Slice, traffic: Floats, left: tuple[Integers, Integers]) -> float:
+    tail, head = left
+    out = np.maximum(1, np.bincount(tail, minlength=slice.num_chips))
+    into = np.maximum(1, np.bincount(head, minlength=slice.num_chips))
+    return float(np.maximum(traffic.sum(axis=1) / out, traffic.sum(axis=0) / into).max())
+
+
+def _cut_bound(slice: Slice, traffic: Floats, left: tuple[Integers, Integers]) -> float:
     best = 0.0
-    tail, direction = np.nonzero(slice.neighbours >= 0)
-    head = slice.neighbours[tail, direction]
+    tail, head = left
     for d, k in enumerate(slice.shape):
         plane = slice.coordinates[:, d]
         planes = (plane == np.arange(k)[:, None]).astype(float)
@@ -139,11 +158,9 @@ def _cut_bound(slice: Slice, traffic: Floats) -> float:
             for last in range(first + 1, k + (first > 0)):
                 # planes first .. last - 1, so that the rest is a slab or two
                 inside = (np.arange(k) >= first) & (np.arange(k) < last)
-                crossing = links[inside][:, ~inside].sum()
-                if crossing:
-                    out = between[inside][:, ~inside].sum()
-                    into = between[~inside][:, inside].sum()
-                    best = max(best, out / crossing, into / crossing)
+                for here, there in ((inside, ~inside), (~inside, inside)):
+                    if crossing := links[here][:, there].sum():
+                        best = max(best, between[here][:, there].sum() / crossing)
     return float(best)
 
 

@@ -25,6 +25,8 @@ from topology.routing.flows import Flow, least_max_load
 from topology.torus.shapes import shipped_twist
 from topology.torus.slices import DIRECTIONS, Slice
 
+_WORK = 2**18  # sources x chips up to which the optimum around failures takes seconds
+
 
 def all_to_all(
     slice: Slice,
@@ -98,6 +100,17 @@ def is_cut(slice: Slice, failed_links: Iterable[int]) -> bool:
     N = slice.num_chips
     graph = coo_array((np.ones(len(tails)), (tails, neighbours[tails, directions])), (N, N))
     return int(connected_components(graph, connection="strong")[0]) > 1
+
+
+def is_quick(slice: Slice, failed_links: Iterable[int] = ()) -> bool:
+    """Tells whether the first routing that `all_to_all` finds takes seconds, and not minutes.
+
+    It takes minutes around failures of a large slice that leave few of its symmetries, such as a
+    single link's; one optical switch leaves enough.
+    """
+    failed = np.unique(np.array(list(failed_links), int))
+    sources = len(np.unique(orbits(slice, failed)[0])) if failed.size else 1
+    return sources * slice.num_chips <= _WORK
 
 
 def all_to_all_kept(
