@@ -104,7 +104,8 @@ def test_a_validation_has_the_time_of_one():
 
 def test_around_a_failed_switch_steps_take_as_much_longer_as_their_collectives():
     """All of it is gathers and scatters over all chips: six links' bytes go by five."""
-    whole = plan("sharding.MeshShape.fsdp = -1", "text.TextData.batch_size = 512", slice="8x8x8")
+    mesh = ["sharding.MeshShape.data = 1", "sharding.MeshShape.fsdp = -1"]
+    whole = plan(*mesh, "text.TextData.batch_size = 512", slice="8x8x8")
     links = switch_links(whole.slice, 2, 0, 0).tolist()
     assert slowdown(whole, whole.slice, []) == 0.0
     bytes = 3 * 4 * whole.run.model.num_params  # two gathers and a scatter, in float32

@@ -89,6 +89,10 @@ CALLS = [
     ),
     (topology.groups_of_axes, {"slice": ONE, "devices": DEVICES, "axes": (0,)}),
     (topology.collective_cost, {"kind": "all_gather", "groups": Groups(ONE, DEVICES)}),
+    (
+        topology.degraded_cost,
+        {"kind": "all_gather", "groups": Groups(ONE, DEVICES), "failed_links": [0]},
+    ),
     (Slice, {"shape": (4, 4, 8), "twist": ((0, 0, 4), (0, 0, 4), (0, 0, 0))}),
     (BLOCKS.hop_distances, {"chip": 5}),
     (
