@@ -23,6 +23,7 @@ _COMMANDS = (
     "tokenizer",
     "slice",
     "collective",
+    "layout",
     "plan",
     "embeddings",
     "dataflow",

@@ -99,6 +99,7 @@ def here(tmp_path_factory, quick_compiles):
     folder = tmp_path_factory.mktemp("documents")
     (folder / "configs").mkdir()
     (folder / "configs" / "quickstart.gin").write_text(TINY)
+    (folder / "docs").symlink_to(ROOT / "docs")  # whose examples the pages name
     (folder / "corpus.txt").write_text(" ".join(map(str, range(4000))))
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         import launch.process

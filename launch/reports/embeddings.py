@@ -1,11 +1,11 @@
 """`torsion embeddings plan`: reads a model's tables, plans them, and says what was found."""
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from launch.reports.documents import read_json
 from pjit_train.errors import UserError
 from pjit_train.markdown import markdown_table
 from topology import Slice
@@ -21,7 +21,6 @@ from topology.hardware import Pod
 _NAMES = {"dlrm_v2": lambda: DLRM_V2, "synthetic": synthetic}
 _SHOWN = 60  # tables, of which a page shows each
 _LARGEST_SHOWN = 20
-_MOST_BYTES = 2**26  # of a file of tables
 
 
 def model_named(
@@ -41,33 +40,11 @@ def model_named(
             tables = tuple(dataclasses.replace(table, skew=skew) for table in model.tables)
             changed["tables"] = tables
         return dataclasses.replace(model, **changed)
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(
-                f"{name}: is larger than {_MOST_BYTES >> 20} MiB; give a file of tables"
-            )
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{name}: no such file; give a JSON file of tables, or {' or '.join(_NAMES)}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
-        raise UserError(f"{name}: is no JSON document: {error}") from error
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}; give a JSON file of tables") from error
+    document = read_json(name, f"a JSON file of tables, or {' or '.join(_NAMES)}")
     try:
         return model_of(document, name=path.stem, batch=batch, skew=skew)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a document; no key of it may be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {twice!r} stands twice in an object; give it once")
-    return found
 
 
 def report(model: EmbeddingModel, shape: str, pod: Pod) -> dict[str, Any]:
