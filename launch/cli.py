@@ -24,6 +24,7 @@ _COMMANDS = (
     "slice",
     "collective",
     "layout",
+    "availability",
     "plan",
     "embeddings",
     "dataflow",

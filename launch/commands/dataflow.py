@@ -48,7 +48,8 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.reports.dataflow import check_picture, describe, draw, report
+    from launch.reports.dataflow import describe, draw, report
+    from launch.reports.pictures import check_picture
 
     path = None if args.draw is None else check_picture(args.draw)
     found = report(

@@ -4,16 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from launch.reports.pictures import written
 from launch.reports.sizes import parse_size
-from launch.reports.slices import check_folder
 from pjit_train.errors import UserError
-from pjit_train.files import replacing
 from topology.accelerator import accelerator as accelerators
 from topology.accelerator import dataflow_curves as curves
 from topology.accelerator import workloads
 from topology.accelerator.dataflow import DATAFLOWS, best_tile, lower_bound
-
-_FORMATS = (".png", ".svg", ".pdf")
 
 
 def report(
@@ -138,19 +135,6 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_picture(path: str) -> Path:
-    """The path of a picture that can be written.
-
-    Raises:
-      UserError: its ending is no format, its folder is missing or cannot be written.
-    """
-    found = Path(path)
-    if found.suffix.lower() not in _FORMATS:
-        raise UserError(f"--draw {path}: must end in {', '.join(_FORMATS)}")
-    check_folder(path, found.parent)
-    return found
-
-
 def draw(found: dict[str, Any], path: Path) -> None:
     """Draws the curves of a report; the file is written whole or not at all."""
     title = f"{found['model']}, sequence {found['sequence']}, {found['platform']}"
@@ -160,11 +144,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         "curves": found["curves"],
         "mark": found["buffer"],
     }
-    try:
-        with replacing(path) as new:
-            curves.draw_curves([panel], new)
-    except OSError as error:
-        raise UserError(f"--draw {path}: cannot be written ({error.strerror})") from error
+    with written(path) as new:
+        curves.draw_curves([panel], new)
 
 
 def _seconds(seconds: float) -> str:
