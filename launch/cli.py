@@ -25,6 +25,7 @@ _COMMANDS = (
     "collective",
     "layout",
     "availability",
+    "traffic",
     "plan",
     "embeddings",
     "dataflow",

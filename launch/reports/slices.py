@@ -268,10 +268,10 @@ def check_drawing(path: str | None) -> None:
     check_folder(path, named(path, "x").parent)
 
 
-def check_folder(path: str, folder: Path) -> None:
-    """Checks that the folder of a `--draw` path is there to write in; else raises UserError."""
+def check_folder(path: str, folder: Path, option: str = "--draw") -> None:
+    """Checks that the folder of an option's path is there to write in; else raises UserError."""
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"--draw {path}: no folder {folder} to write in")
+        raise UserError(f"{option} {path}: no folder {folder} to write in")
 
 
 def named(path: str, name: str) -> Path:

@@ -60,15 +60,29 @@ def link_loads(slice: Slice, routing: Routing, traffic: npt.ArrayLike) -> Floats
 
 
 def least_load(
-    slice: Slice, traffic: npt.ArrayLike, *, tolerance: float = 1e-4, max_rounds: int = 200
+    slice: Slice,
+    traffic: npt.ArrayLike,
+    *,
+    tolerance: float = 1e-4,
+    max_rounds: int = 200,
+    time_limit: float = np.inf,
 ) -> Flow:
     """The best routing of a traffic matrix, paths splitting at will, with the bound that it meets.
 
     The multi-commodity linear program over all links: a second on 32 chips, minutes on 128. For
     more chips see `lower_bounds`.
+
+    Args:
+      time_limit: seconds after which the best found by then is returned.
     """
     demands = _checked(slice, traffic)
-    return least_max_load(slice.neighbours, demands, tolerance=tolerance, max_rounds=max_rounds)
+    return least_max_load(
+        slice.neighbours,
+        demands,
+        tolerance=tolerance,
+        max_rounds=max_rounds,
+        time_limit=time_limit,
+    )
 
 
 def lower_bounds(
