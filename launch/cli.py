@@ -26,6 +26,7 @@ _COMMANDS = (
     "layout",
     "availability",
     "traffic",
+    "packets",
     "plan",
     "embeddings",
     "dataflow",

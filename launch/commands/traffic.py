@@ -52,9 +52,8 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.reports.pictures import check_picture
+    from launch.reports.pictures import check_picture, check_table
     from launch.reports.traffic import (
-        check_table,
         describe,
         draw,
         read_demands,

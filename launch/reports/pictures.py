@@ -1,4 +1,4 @@
-"""Pictures that commands draw: where they can be written, and writing them whole."""
+"""Pictures and tables of commands: where they can be written, and writing them whole."""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,6 +27,14 @@ def check_picture(path: str) -> Path:
         raise UserError(f"--draw {path}: must end in {', '.join(FORMATS)}")
     check_folder(path, found.parent)
     return found
+
+
+def check_table(path: str) -> Path:
+    """The path of a table that can be written; else raises UserError."""
+    check_folder(path, Path(path).parent, "--csv")
+    if Path(path).is_dir():
+        raise UserError(f"--csv {path}: is a folder; give a file")
+    return Path(path)
 
 
 @contextlib.contextmanager

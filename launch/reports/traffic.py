@@ -11,7 +11,6 @@ import numpy as np
 
 from launch.reports.documents import read_text
 from launch.reports.pictures import save, written
-from launch.reports.slices import check_folder
 from pjit_train.errors import UserError
 from topology import Slice
 from topology.arrays import Floats
@@ -54,22 +53,45 @@ def read_demands(pattern: str, shape: str, pod: Pod, hot: float | None = None) -
       UserError: there is no such slice, pattern or file, the pattern is not defined for the shape,
         or the file is wrong; names the line.
     """
-    if hot is not None and pattern != "hotspot":
+    if pattern in PATTERNS or not (Path(pattern).suffix or Path(pattern).exists()):
+        return read_pattern(pattern, shape, pod, hot, f", or {_FILE}")
+    if hot is not None:
         raise UserError(f"--hot is of --pattern hotspot, not of {pattern}")
-    try:
-        slice = Slice.parse(shape, pod)
-        if pattern in PATTERNS:
-            matrix = traffic_of(slice, pattern, hot=HOT if hot is None else hot)
-            return Demands(name=pattern, slice=slice, matrix=matrix, of_file=False)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if not Path(pattern).suffix and not Path(pattern).exists():
-        known = ", ".join(PATTERNS)
-        raise UserError(f"--pattern {pattern}: is no pattern and no file; use {known}, or {_FILE}")
+    slice = _slice(shape, pod)
     matrix = _read(pattern, slice)
     if not matrix.any():
         raise UserError(f"{pattern}: nothing is sent; give an amount that is more than 0")
     return Demands(name=pattern, slice=slice, matrix=matrix, of_file=True)
+
+
+def read_pattern(
+    pattern: str, shape: str, pod: Pod, hot: float | None = None, otherwise: str = ""
+) -> Demands:
+    """The traffic of a pattern.
+
+    Args:
+      otherwise: what else could have been given, for the message.
+
+    Raises:
+      UserError: there is no such slice or pattern, or it is not defined for the shape.
+    """
+    if pattern not in PATTERNS:
+        raise UserError(f"--pattern {pattern}: is no pattern; use {', '.join(PATTERNS)}{otherwise}")
+    if hot is not None and pattern != "hotspot":
+        raise UserError(f"--hot is of --pattern hotspot, not of {pattern}")
+    slice = _slice(shape, pod)
+    try:
+        matrix = traffic_of(slice, pattern, hot=HOT if hot is None else hot)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return Demands(name=pattern, slice=slice, matrix=matrix, of_file=False)
+
+
+def _slice(shape: str, pod: Pod) -> Slice:
+    try:
+        return Slice.parse(shape, pod)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _read(name: str, slice: Slice) -> Floats:
@@ -240,14 +262,6 @@ def _rate(row: dict[str, Any]) -> str:
 
 def _amount_text(load: float) -> str:
     return f"{load:,.4f}" if load < 1e6 else f"{load:.6g}"
-
-
-def check_table(path: str) -> Path:
-    """The path of a table that can be written; else raises UserError."""
-    check_folder(path, Path(path).parent, "--csv")
-    if Path(path).is_dir():
-        raise UserError(f"--csv {path}: is a folder; give a file")
-    return Path(path)
 
 
 def write_loads(slice: Slice, loads: dict[str, Floats], path: Path) -> None:
