@@ -32,7 +32,7 @@ _NAMES = {_FIRST: "dimension order", "best": "best found"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Demands:
-    """What the chips of a slice send to each other.
+    """Traffic between the chips of a slice.
 
     Attributes:
       name: of the pattern or file.

@@ -33,7 +33,7 @@ TRIES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What was measured at a rate.
+    """Latency and throughput at a rate.
 
     Attributes:
       rate: packets that a chip makes a cycle, those to itself included.
@@ -186,7 +186,7 @@ class _Network:
         self.buffer = np.zeros(1024, int)  # in which a packet under way is
 
     def step(self, source: Integers, hops: Integers, now: int) -> None:
-        """One cycle, with the packets that are made at its beginning."""
+        """Carries out a cycle, with the packets that are made at its beginning."""
         self._queue(source, hops, now)
         heads = self.head[self.head >= 0]
         packets = np.concatenate([self.under_way, heads])
