@@ -27,6 +27,7 @@ _COMMANDS = (
     "availability",
     "traffic",
     "packets",
+    "fleet",
     "plan",
     "embeddings",
     "dataflow",

@@ -97,8 +97,8 @@ def draw_kept(results: dict[str, Any], path: Path) -> None:
 
 def draw_year(results: dict[str, Any], path: Path) -> None:
     """Draws the shares of a pod's time under each policy."""
-    figure, axes = _figure(8, 3.6)
     policies = results["year"]["policies"][::-1]
+    figure, axes = _figure(8, 2 + 0.4 * len(policies))
     left = np.zeros(len(policies))
     for share, (label, colour) in _SHARES.items():
         parts = np.array([100 * row["shares"].get(share, 0) for row in policies])

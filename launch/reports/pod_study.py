@@ -12,6 +12,8 @@ from typing import Any
 
 from scipy.optimize import brentq
 
+from launch.reports.fleet import policy_row
+from launch.reports.fleet_workload import POLICIES
 from launch.reports.pod_figures import FIGURES
 from launch.reports.pod_table import make_table
 from launch.study_files import compute_and_write
@@ -21,7 +23,6 @@ from topology.fabric import light
 from topology.fabric.parts import fibre_end
 from topology.fleet import checkpoint_interval
 from topology.fleet.availability import ocs_goodput, sample_goodput, static_goodput
-from topology.fleet.policies import ContiguousBox, NeverReroute
 from topology.fleet.workload import (
     DAY,
     YEAR,
@@ -42,12 +43,6 @@ NSDI24 = "Zu et al., Resiliency at Scale, NSDI 2024"
 MEASURED_GAINS = {"4x4x8": 1.63, "4x8x8": 1.31}  # of the shipped twist in all-to-all, ISCA 2023
 KEPT = (0.922, 1.017)  # of all-to-all under one failed switch, least and most; NSDI 2024
 BOXES = {1024: (2, 2, 4), 2048: (2, 4, 4), 3072: (3, 4, 4)}  # chips of a slice: its blocks
-POLICIES = {
-    "switches": Policy(),
-    "switches, never rerouting": Policy(recovery=NeverReroute()),
-    "static wiring": Policy(placement=ContiguousBox()),
-    "static wiring, jobs moved": Policy(placement=ContiguousBox(), defragment=True),
-}
 SAVE, FACTORS = 30.0, (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
 
 
@@ -348,19 +343,7 @@ def a_year(years: float) -> dict[str, Any]:
     rows = []
     for name, policy in POLICIES.items():
         report = simulate_pod(jobs, outages, horizon=horizon, policy=policy)
-        machine = report.horizon * report.blocks
-        rows.append(
-            {
-                "policy": name,
-                "utilisation": report.utilisation,
-                "goodput": report.goodput,
-                "mean_wait_hours": report.mean_wait / 3600,
-                "finished_jobs": sum(record.finished is not None for record in report.jobs),
-                "interrupted_jobs": report.interrupted_jobs,
-                "interruptions": dict(report.interruptions),
-                "shares": {key: s / machine for key, s in report.block_seconds.items()},
-            }
-        )
+        rows.append(policy_row(name, report))
     return {"years": years, "jobs": len(jobs), "outages": len(outages), "policies": rows}
 
 

@@ -145,7 +145,7 @@ def generate_jobs(
     *,
     load: float = 0.8,
     mean_work: float = DAY,
-    sizes: Mapping[float, Sequence[str]] = SIZES,
+    sizes: Mapping[float, Sequence[str]] | Sequence[tuple[float, Sequence[str]]] = SIZES,
     urgent: float = 0.1,
     opt_in: float = 0.95,
     slowdown: tuple[float, float] = (0.005, 0.086),
@@ -157,7 +157,7 @@ def generate_jobs(
     Args:
       load: the part of all blocks that the jobs would hold if nothing failed.
       mean_work: an assumption.
-      sizes: {share: slices}, as `SIZES`.
+      sizes: {share: slices}, as `SIZES`, or such pairs.
       urgent: part of the jobs that have priority 1 (an assumption); the others have 0.
       opt_in: part of the jobs that may be rerouted; published: 95 % (NSDI 2024).
       slowdown: of those, between these, evenly; published: 0.5 .. 8.6 % of step time.
@@ -172,15 +172,16 @@ def generate_jobs(
         number("jobs: slowdown", end)
     if len(slowdown) != 2 or slowdown[0] > slowdown[1]:
         raise ValueError(f"jobs: slowdown {slowdown}: the least and the most, in this order")
-    for share, group in sizes.items():
+    groups = list(sizes.items() if isinstance(sizes, Mapping) else sizes)
+    for share, group in groups:
         number("jobs: share of sizes", share)
         if not group:
             raise ValueError(f"jobs: sizes: the share {share} has no slices")
-    if not sum(sizes) > 0:
+    if not sum(share for share, _ in groups) > 0:
         raise ValueError(f"jobs: sizes {sizes}: shares of slices, together more than 0")
     pod = of_blocks(pod)
     names, shares = list[str](), list[float]()
-    for share, group in sizes.items():
+    for share, group in groups:
         weights = np.array([1 / _slice(name, pod).num_blocks for name in group])
         names += group
         shares += (share * weights / weights.sum()).tolist()
