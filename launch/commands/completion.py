@@ -18,7 +18,8 @@ def add(to) -> None:
 def run(args, began: float) -> int:
     import shtab
 
-    kinds = {"configs": shtab.FILE, "files": shtab.FILE}
+    files = ("configs", "files", "tables", "traffic", "workload", "draw", "csv")
+    kinds = dict.fromkeys(files, shtab.FILE)
     kinds |= {"run": shtab.DIRECTORY, "folder": shtab.DIRECTORY}
     for name, sub in commands(args.parser).items():
         for action in arguments(sub):

@@ -362,7 +362,7 @@ def patience(plan: Plan, last: events.Event | None) -> float:
 
 
 def slowdown(plan: Plan, slice: Slice, failed_links: Sequence[int]) -> float:
-    """What going around failed links adds to a step, as a part of it, if nothing is hidden.
+    """Part of a step that going around failed links adds, if nothing is hidden.
 
     The step's collectives around the links, less those of the whole slice, over the latter and the
     step's arithmetic at the chips' peak.

@@ -12,7 +12,7 @@ from launch.reports.pictures import chart, save, written
 from launch.reports.traffic import Demands
 from pjit_train.errors import UserError
 from topology.routing.loads import link_loads, lower_bounds
-from topology.routing.open_loop import Point, latency_curve
+from topology.routing.open_loop import OVERLOAD, Point, latency_curve
 from topology.routing.routing import dimension_order
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Point))
@@ -37,8 +37,8 @@ def report(
       Rates in packets that a chip makes a cycle, as many as a link moves being 1. `bound`: the rate
       at which the fullest link of dimension order is full; `bound_any` that of the best routing is
       not larger. `saturation`: the largest rate that was stable, and the smallest that was not,
-      null where all up to the bound were. `points`: by rate, the fields of
-      `topology.routing.open_loop.Point`, latency in cycles.
+      or the bound. `overload`: packets that arrive, by chip and cycle, at 1.1 times the bound.
+      `points`: by rate, the fields of `topology.routing.open_loop.Point`, latency in cycles.
 
     Raises:
       UserError: no chip sends anything to another.
@@ -62,7 +62,6 @@ def report(
         seed=seed,
         told=lambda point: tell(_row(point, largest)),
     )
-    low, high = curve.saturation
     return {
         "pod": slice.pod.name,
         "slice": str(slice),
@@ -73,7 +72,8 @@ def report(
         "seed": seed,
         "bound": 1 / largest,
         "bound_any": 1 / max(lower_bounds(slice, matrix).values()),
-        "saturation": [low, high],
+        "saturation": list(curve.saturation),
+        "overload": curve.points[-1].accepted,
         "points": [_row(point, largest) for point in curve.points],
     }
 
@@ -110,18 +110,16 @@ def summary(found: dict[str, Any]) -> str:
     """Says where it saturates, beside the bounds."""
     low, high = found["saturation"]
     bound = found["bound"]
-    if high is None:
-        saturates = f"above {low:.4f}, {low / bound:.1%} of the bound"
-    else:
-        parts = f"{low / bound:.1%} to {high / bound:.1%} of the bound"
-        saturates = f"between {low:.4f} and {high:.4f}, {parts}"
+    parts = f"{low / bound:.1%} to {high / bound:.1%} of the bound"
     places = "any number of" if found["places"] is None else found["places"]
     return "\n".join(
         [
             "",
-            f"saturates {saturates}; {places} places a buffer, windows of {found['cycles']} cycles",
+            f"saturates between {low:.4f} and {high:.4f}, {parts}",
+            f"overload  {found['overload']:.4f} packets arrive at {OVERLOAD} times the bound",
             f"bound     {bound:.4f}: the fullest link of dimension order is full",
             f"          {found['bound_any']:.4f}: no routing carries more",
+            f"{places} places a buffer, windows of {found['cycles']} cycles",
         ]
     )
 
@@ -152,9 +150,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             label="mean, saturated (grows with the run)",
             color="#d62728",
         )
-    low, high = found["saturation"]
-    if high is not None:
-        axes.axvspan(low, high, color="#ffcc80", alpha=0.5, lw=0, label="saturation")
+    axes.axvspan(*found["saturation"], color="#ffcc80", alpha=0.5, lw=0, label="saturation")
     axes.axvline(found["bound"], color="k", ls="--", lw=1, label="bound, dimension order")
     axes.axvline(found["bound_any"], color="k", ls=":", lw=1, label="bound, any routing")
     axes.set_yscale("log")

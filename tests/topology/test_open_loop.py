@@ -116,8 +116,10 @@ def test_a_curve_rises_to_saturation():
     stable = [point for point in curve.points if point.stable and point.rate <= low]
     assert [p.rate for p in curve.points] == sorted(p.rate for p in told)
     assert all(a.latency < b.latency for a, b in itertools.pairwise(stable))
-    assert low > 0
-    assert high is None or high <= 1
+    assert 0 < low < high <= 1
+    assert curve.points[-1].rate == pytest.approx(1.1)
+    assert not curve.points[-1].stable
+    assert curve.points[-1].accepted <= 1
     assert curve.points[0].hops == 3  # one along each dimension of 4
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from topology.arrays import Integers
 from topology.fabric.fabric import boxes
@@ -48,8 +48,9 @@ def ocs_goodput(host_availability: float, slice_blocks: int, pod: Pod = TPU_V4) 
     """
     p, total = block_availability(host_availability, pod), of_blocks(pod).num_blocks
     n = _fitting(slice_blocks, total)
-    chances = stats.binom.pmf(np.arange(total + 1), total, p)
-    return float(chances @ (np.arange(total + 1) // n)) * n / total
+    up = np.arange(total + 1)
+    chances = special.comb(total, up) * p**up * (1 - p) ** (total - up)
+    return float(chances @ (up // n)) * n / total
 
 
 def static_goodput(

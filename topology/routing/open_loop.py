@@ -30,6 +30,9 @@ from topology.torus.slices import Slice
 TRIES = 6
 """How often a chip tries to make a packet in a cycle; the largest rate."""
 
+OVERLOAD = 1.1
+"""Times the bound, at which a curve ends: what arrives then is what the slice carries at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -287,18 +290,12 @@ class Curve:
 
     Attributes:
       points: by rate, each as `measure` gives it.
-      saturation: (the largest rate that was stable, the smallest that was not); the latter None
-        where all were.
+      saturation: the largest rate that was stable (0: none), and the smallest that was not, or the
+        bound, which is not: there a link is full, and its queue grows without end.
     """
 
     points: tuple[Point, ...]
-
-    @property
-    def saturation(self) -> tuple[float, float | None]:
-        unstable = [point.rate for point in self.points if not point.stable]
-        limit = min(unstable, default=None)
-        stable = [p.rate for p in self.points if p.stable and (limit is None or p.rate < limit)]
-        return max(stable, default=0.0), limit
+    saturation: tuple[float, float]
 
 
 def latency_curve(
@@ -314,18 +311,18 @@ def latency_curve(
     seed: int = 0,
     told: Callable[[Point], object] = lambda point: None,
 ) -> Curve:
-    """Measures up to saturation: at `steps` rates below a bound, and between the last and the next.
+    """Measures up to saturation, in steps and then halves of the last, and at an overload.
 
     Args:
       bound: packets a chip and cycle that the most loaded link can carry; the rates are multiples
-        of bound / steps, up to the first at which the network is saturated.
+        of bound / steps below it, and for the overload `OVERLOAD` times as much.
       halvings: of the interval in which saturation lies.
       told: of each point, as soon as it is measured.
     """
-    number("bound", bound, above=0, unit="packets a chip and cycle")
+    number("bound", bound, above=0, most=TRIES, unit="packets a chip and cycle")
     points = list[Point]()
 
-    def at(rate: float) -> bool:
+    def is_stable_at(rate: float) -> bool:
         point = measure(
             slice, routing, traffic, rate, places=places, cycles=cycles, seed=seed + len(points)
         )
@@ -333,16 +330,16 @@ def latency_curve(
         told(point)
         return point.stable
 
-    low, high = 0.0, min(bound, TRIES)
-    for step in range(1, steps + 1):
-        rate = min(bound * step / steps, TRIES)
-        if not at(rate):
+    low, high = 0.0, bound
+    for step in range(1, steps):
+        rate = bound * step / steps
+        if not is_stable_at(rate):
             high = rate
             break
         low = rate
-    else:
-        return Curve(points=tuple(points))
     for _ in range(halvings):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle) else (low, middle)
-    return Curve(points=tuple(sorted(points, key=lambda point: point.rate)))
+        low, high = (middle, high) if is_stable_at(middle) else (low, middle)
+    is_stable_at(min(OVERLOAD * bound, TRIES))
+    points.sort(key=lambda point: point.rate)
+    return Curve(points=tuple(points), saturation=(low, high))
