@@ -7,7 +7,7 @@ import pytest
 
 from launch.cli import main
 
-SHORT = ["--slice", "2x2x2", "--cycles", "300"]
+SHORT = ["--slice", "2x2x2", "--cycles", "200"]
 
 
 def test_the_curve_ends_at_saturation_below_the_bounds(tmp_path, capsys):

@@ -96,7 +96,8 @@ def measure(
         network.step(*source.packets(), now)
     last, growth = network.made, network.inside - before
     made = last - first
-    for now in range(end, end + 2 * cycles):
+    stable = growth <= max(0.02 * made, 3 * made**0.5)
+    for now in range(end, end + 2 * cycles if stable else end):
         if not network.waits(first, last):
             break
         network.step(*source.packets(), now)
@@ -110,7 +111,7 @@ def measure(
         latency_99=float(np.quantile(latency, 0.99)) if len(latency) else np.nan,
         hops=float(hops.mean()) if len(hops) else np.nan,
         packets=made,
-        stable=len(latency) == made and growth <= max(0.02 * made, 3 * made**0.5),
+        stable=stable and len(latency) == made,
     )
 
 
@@ -179,6 +180,7 @@ class _Network:
         self.made = self.inside = 0
         self.begun, self.ended, self.distance = (np.zeros(1024, int) for _ in range(3))
         self.left = np.zeros((1024, 3), int)  # hops, signed
+        self.away = np.zeros(1024, int)  # hops left, in all
         self.target = np.zeros(1024, int)  # the link that is next
         self.channel = np.zeros(1024, int)  # virtual, of the link that is next
         self.behind = np.full(1024, -1)  # the packet behind in a chip's queue
@@ -196,7 +198,7 @@ class _Network:
         target = self.target[packets]
         able = np.arange(len(packets))
         if self.room is not None:
-            arrives = np.abs(self.left[packets]).sum(axis=1) == 1
+            arrives = self.away[packets] == 1
             free = self.held[self.channel[packets] * self.links + target] < self.room
             able = np.flatnonzero(arrives | free)
         first = np.full(self.links, -1)
@@ -214,7 +216,7 @@ class _Network:
         self.inside += P
         self.begun[new], self.ended[new], self.behind[new] = now, -1, -1
         self.left[new] = hops
-        self.distance[new] = np.abs(hops).sum(axis=1)
+        self.distance[new] = self.away[new] = np.abs(hops).sum(axis=1)
         self._aim(new, source, np.full(P, -1))
         links = self.target[new]
         sort = np.argsort(links, kind="stable")
@@ -258,18 +260,29 @@ class _Network:
             np.subtract.at(self.held, self.buffer[packets[through]], 1)
             self.buffer[movers] = self.channel[movers] * self.links + target
         self.left[movers, d] -= sign
-        on = self.left[movers].any(axis=1)
+        self.away[movers] -= 1
+        on = self.away[movers] > 0
         self.ended[movers[~on]] = now + 1
         self.inside -= int((~on).sum())
         if self.room is not None:
-            np.add.at(self.held, self.buffer[movers[on]], 1)
+            self.held[self.buffer[movers[on]]] += 1  # over each link comes one at most
         self._aim(movers[on], self.to[target[on]], d[on])
         stays = np.ones(len(self.under_way), bool)
         stays[through] = False
         self.under_way = np.concatenate([self.under_way[stays], movers[on]])
 
     def _grow(self) -> None:
-        for name in ("begun", "ended", "distance", "left", "target", "channel", "behind", "buffer"):
+        for name in (
+            "begun",
+            "ended",
+            "distance",
+            "left",
+            "away",
+            "target",
+            "channel",
+            "behind",
+            "buffer",
+        ):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
 
