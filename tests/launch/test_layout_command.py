@@ -91,8 +91,20 @@ def test_a_ring_takes_what_the_formula_says(tmp_path, capsys):
     assert what["bound_seconds"] >= transfer
     assert what["seconds"] >= what["bound_seconds"] * (1 - 1e-9)
     assert what["traffic"][0]["members"] == 8
+    assert what["any_layout_seconds"] == pytest.approx(transfer + 3e-6)
     ring = found(capsys, str(path), "a=8,b=128", "8x8x16")
     assert ring["seconds"] <= 3 * (7 / 8 * 9e9 / 90e9 + 4e-6) * (1 + 1e-9)
+
+
+def test_no_order_is_below_the_bound_of_any_layout(file, capsys):
+    for slice in ("4x4x8", "4x4x8_twisted"):
+        what = found(capsys, file, "data=16,tensor=8", slice)
+        assert what["any_layout_seconds"] <= what["bound_seconds"] <= what["seconds"]
+        assert what["any_layout_seconds"] <= what["jax"]["seconds"]
+        for row in what["traffic"]:  # a chip of a torus has six links of 45 GB/s
+            times = row["count"] * (2 if row["kind"] == "all_reduce" else 1)
+            received = (row["members"] - 1) / row["members"] * row["bytes"] / 6 / 45e9
+            assert row["any_layout_seconds"] <= times * received + row["count"] * 1e-6 + 1e-12
 
 
 def test_the_page_says_digits_times_and_bounds(file, capsys):
