@@ -14,6 +14,7 @@ from pjit_train.errors import UserError
 
 # What is bound by its last name (`run.Run.steps`) on the command line, without an import.
 STANDARD = (
+    "pjit_train.adapters",
     "pjit_train.checkpoint",
     "pjit_train.data.click_sources",
     "pjit_train.data.clicks",

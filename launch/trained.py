@@ -32,5 +32,10 @@ def read_run(directory: Path, bindings: Sequence[str] = ()) -> tuple[Run, str]:
         run, operative = build_run([], bindings, text=text)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
-    data = record.to_read(run.data, directory, record.read_if_whole(directory))
+    kept = record.read_if_whole(directory)
+    data = record.to_read(run.data, directory, kept)
+    if kept is not None and run.initial_weights is not None:
+        source = str(Path(kept.folder, run.initial_weights))
+        if Path(source).exists():  # what adapters were trained beside is read again
+            run = dataclasses.replace(run, initial_weights=source)
     return dataclasses.replace(run, data=data), operative

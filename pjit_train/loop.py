@@ -119,6 +119,8 @@ def train(
             f"{run.task.describe(batches)}, {program.describe_mesh()}; "
             f"run directory {directory}"
         )
+        if program.adapters is not None:
+            display.say(program.adapters.describe())
         if program.embeddings is not None:
             display.say(program.embeddings.describe())
         if program.updater is not None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, auto_axes
 from pjit_train.activation_metrics import observe_activations
 from pjit_train.attention.dispatch import check_way
 from pjit_train.data.text import TextData
+from pjit_train.digest import digests
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.sources import folder_of
@@ -61,6 +62,7 @@ class Program:
         run.check_mesh(mesh.shape)
         self.run, self.mesh = run, mesh
         self._observe: Callable | None = None
+        self._merge: Callable | None = None
         self._evaluations: dict[Any, Callable] = {}  # by the structure and types of the weights
         with jax.set_mesh(mesh):
             check_layout(run.model, run.rules, mesh)
@@ -86,10 +88,16 @@ class Program:
 
     def _build_optimizer(self, params) -> None:
         """The recipe, the optimizer inside it, and the state that they make of the parameters."""
-        self.updater = self.run.build_updater(params, self.quantizer)
-        self.optimizer, self.schedule = self.run.optimizer.build(
-            self.run.steps, param_roles(self.run.model), self.updater
-        )
+        run = self.run
+        self.updater = run.build_updater(params, self.quantizer)
+        self.adapters = None
+        if run.adapters is None:
+            roles, around = param_roles(run.model), self.updater
+        else:
+            run.check_adapters(self.updater)
+            self.adapters = run.adapters.build(run.model, run.rules, params)
+            roles, around = self.adapters.roles, None
+        self.optimizer, self.schedule = run.optimizer.build(run.steps, roles, around)
         self.abstract_state = abstract(self._new_state, params)
         self._packs_at = None if self.updater is None else self.updater.packs_at
         if self._packs_at is not None:
@@ -102,19 +110,25 @@ class Program:
     def new_state(self) -> State:
         """The state before the first step, every array created sharded."""
         with jax.set_mesh(self.mesh):
-            source = self.run.initial_weights
-            if source is None:
+            if self.run.initial_weights is None:
                 make = lambda seed: self._new_state(self._new_params(seed))
                 return jax.jit(make, static_argnums=0)(self.run.seed)
-            params = huggingface.load(folder_of(source), self.run.blocks, rules=self.run.rules)[1]
-            return jax.jit(self._new_state, donate_argnums=0)(params)
+            return jax.jit(self._new_state, donate_argnums=0)(self._initial_params())
+
+    def _initial_params(self):
+        """The parameters that the run begins with."""
+        source = self.run.initial_weights
+        if source is None:
+            return jax.jit(self._new_params, static_argnums=0)(self.run.seed)
+        return huggingface.load(folder_of(source), self.run.blocks, rules=self.run.rules)[1]
 
     def _new_params(self, seed: int):
         return new_params(self.run.model, self.run.rules, seed)
 
     def _new_state(self, params) -> State:
         run = self.run
-        return new_state(params, self.optimizer, self.updater, self.embeddings, run.seed)
+        trained = None if self.adapters is None else self.adapters.init(run.seed)
+        return new_state(params, self.optimizer, self.updater, self.embeddings, run.seed, trained)
 
     def masks(self, state: State):
         """A copy of the part of a sparse run's state with its masks, which a step would donate."""
@@ -138,14 +152,14 @@ class Program:
             if self.updater is not None:
                 found |= observe(self.updater, self.run.optimizer, before, state)
             if self.quantizer is not None:
-                found |= observe_quantization(self.quantizer, self.updater, state)
+                found |= observe_quantization(self.quantizer, self.updater, state, self.adapters)
             return found
 
         def observed(before, state, batch):
             found = auto_axes(figures, out_sharding=PartitionSpec())(before, state)
             if self.quantizer is None or not isinstance(self.run.model, BlockConfig):
                 return found
-            read = weights(state, self.updater, self.quantizer)
+            read = weights(state, self.updater, self.quantizer, adapters=self.adapters)
             return found | observe_activations(self.run, self.graph, read, batch, self.quantizer)
 
         if self._observe is None:
@@ -157,10 +171,21 @@ class Program:
         """The parameters as a model reads them to evaluate or sample, masked and quantized; of one
         with embeddings {"params": these, "embeddings": their state}."""
         with jax.set_mesh(self.mesh):
-            params = weights(state, self.updater, self.quantizer)
+            params = self._read(state)
         if self.embeddings is None:
             return params
         return {"params": params, "embeddings": state["embeddings"]}
+
+    def _read(self, state: State):
+        """`step.weights` for an evaluation; one compiled pass where adapters are merged."""
+        if self.adapters is None:
+            return weights(state, self.updater, self.quantizer)
+        if self._merge is None:
+            read = lambda state: weights(
+                state, self.updater, self.quantizer, adapters=self.adapters
+            )
+            self._merge = jax.jit(read)
+        return self._merge({name: x for name, x in state.items() if name != "optimizer"})
 
     def _sums(self, weights, batch: Batch) -> Sums:
         """The sums of the run's task over a batch."""
@@ -178,7 +203,12 @@ class Program:
         return self.embeddings.update(state, routing, gradients, step, scale=scale, apply=apply)
 
     def saved(self, state: State) -> State:
-        """The state as a checkpoint has it: tables by logical rows, which no mesh changes."""
+        """The state as a checkpoint has it: tables by logical rows, which no mesh changes.
+
+        Of frozen parameters it has their digests.
+        """
+        if self.adapters is not None:
+            return _without_frozen(state, digests(state["params"]))
         if self.embeddings is None:
             return state
         with jax.set_mesh(self.mesh):
@@ -186,7 +216,13 @@ class Program:
         return _with_tables(state, tables)
 
     def loaded(self, saved: State) -> State:
-        """The state of what `saved` gave; or of a part without the optimizer's, for `weights`."""
+        """The state of what `saved` gave; or of a part without the optimizer's, for `weights`.
+
+        Raises:
+          UserError: the frozen parameters are not those that the run began with.
+        """
+        if self.adapters is not None:
+            return self._with_frozen(saved)
         if self.embeddings is None:
             return saved
         tables = {name: saved[_TABLES[name]] for name in _TABLES if _TABLES[name] in saved}
@@ -198,9 +234,27 @@ class Program:
     def abstract_saved_after(self, step: int) -> State:
         """Shapes, dtypes and shardings of what `saved` gives of the state after a step."""
         state = self.abstract_state_after(step)
+        if self.adapters is not None:
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            digest = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
+            return _without_frozen(state, jax.tree.map(lambda x: digest, state["params"]))
         if self.embeddings is None:
             return state
         return _with_tables(state, self.embeddings.abstract_saved())
+
+    def _with_frozen(self, saved: State) -> State:
+        """The state with the parameters that it began with, which are made or read again."""
+        with jax.set_mesh(self.mesh):
+            params = self._initial_params()
+        same = jax.tree.map(
+            np.array_equal, *map(jax.device_get, (digests(params), saved["frozen"]))
+        )
+        if not all(jax.tree.leaves(same)):
+            raise UserError(
+                f"initial_weights={self.run.initial_weights}: not the weights that the run began "
+                "with, beside which its adapters were trained; put those back"
+            )
+        return {name: x for name, x in saved.items() if name != "frozen"} | {"params": params}
 
     def abstract_state_after(self, step: int) -> State:
         """Shapes, dtypes and shardings of the state after a step: packed, where the recipe says."""
@@ -269,6 +323,7 @@ class Program:
             self.quantizer,
             None if self.embeddings is None else self._lookup,
             None if self.embeddings is None else self._update,
+            self.adapters,
         )
         return jax.jit(function, donate_argnums=0), self.abstract_state_after(step)
 
@@ -339,6 +394,11 @@ class Program:
             )
             for name, array in rows(next(iter(indices.values()))).items()
         }
+
+
+def _without_frozen(state: State, frozen) -> State:
+    """A state with digests in place of the parameters that its run does not change."""
+    return {name: x for name, x in state.items() if name != "params"} | {"frozen": frozen}
 
 
 def _with_tables(state: State, tables: dict[str, Any]) -> State:

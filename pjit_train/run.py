@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from pjit_train.adapters import Lora
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.data import Data
 from pjit_train.errors import UserError
@@ -61,6 +62,7 @@ class Run:
       sparsity: such as `recipes.Recipe` or `pruning.Pruning` of the package `sparsity`; None trains
         dense.
       quantization: a `quantized.Quantization` of the package `sparsity`; None quantizes nothing.
+      adapters: trained in place of the parameters, which stay as they begin; None trains these.
       accumulate: parts that a batch goes through the model in, their gradients summed.
       log_every: steps between rows of metrics.
       eval_every: steps between validations, 0 for none; one always ends a run that has them.
@@ -83,6 +85,7 @@ class Run:
     samples: Samples = Samples()
     sparsity: Sparsity | None = None
     quantization: Quantization | None = None
+    adapters: Lora | None = None
     accumulate: Count = 1
     log_every: Count = 10
     eval_every: Whole = 250
@@ -176,6 +179,12 @@ class Run:
                 )
         return quantizer
 
+    @property
+    def _masks_quantized(self) -> bool:
+        """Tells whether masks are made of, and applied to, quantized weights."""
+        order = None if self.quantization is None else self.quantization.order
+        return order == "quantize_then_sparsify"
+
     def build_updater(self, params, quantizer: Quantizer | None = None) -> Updater | None:
         """The updater of the run's recipe for these parameters; None for a dense run.
 
@@ -188,15 +197,30 @@ class Run:
         """
         if self.sparsity is None:
             return None
-        quantized_first = (
-            self.quantization is not None and self.quantization.order == "quantize_then_sparsify"
-        )
         return self.sparsity.build(
             params,
             steps=self.steps,
             contraction=contraction(param_roles(self.model)),
-            scored=quantizer.scored if quantized_first and quantizer is not None else None,
+            scored=quantizer.scored if self._masks_quantized and quantizer is not None else None,
         )
+
+    def check_adapters(self, updater: Updater | None) -> None:
+        """Raises a UserError where the run's parts do not go with adapters.
+
+        Args:
+          updater: what `build_updater` gave.
+        """
+        why = None
+        if not isinstance(self.model, BlockConfig):
+            why = f"{type(self.model).__name__} has no blocks with kernels to adapt; leave them out"
+        elif updater is not None and updater.packs_at is not None:
+            why = "frozen weights are not packed; use a recipe with packed = False"
+        elif updater is not None and updater.variance is not None:
+            why = "frozen weights have no second moments; use a recipe with variance = None"
+        elif updater is not None and self._masks_quantized:
+            why = "a recipe's masks are applied before quantizing; use 'sparsify_then_quantize'"
+        if why is not None:
+            raise UserError(f"adapters: {why}")
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
         """Raises a UserError where a mesh of these sizes, by axis, does not divide a batch."""

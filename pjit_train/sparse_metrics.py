@@ -56,7 +56,7 @@ def observe(updater: Updater, optimizer: Any, before: Any, state: State) -> dict
 
 
 def observe_quantization(
-    quantizer: Quantizer, updater: Updater | None, state: State
+    quantizer: Quantizer, updater: Updater | None, state: State, adapters: Any = None
 ) -> dict[str, jax.Array]:
     """Figures of the weights of a quantized run; scalars, float32. As `observe`, run by itself.
 
@@ -67,7 +67,8 @@ def observe_quantization(
       `clipped/<layer kind>`: fraction of weights above the greatest value of their block.
     """
     figures = {}
-    for name, (error, clipped) in quantizer.errors(weights(state, updater)).items():
+    read = weights(state, updater, adapters=adapters)
+    for name, (error, clipped) in quantizer.errors(read).items():
         figures[f"quantization_error/{kind(name)}"] = error
         figures[f"clipped/{kind(name)}"] = clipped
     return figures

@@ -15,8 +15,9 @@ from sparsity.updater import Updater
 
 State = dict[str, Any]
 """{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}; and in a sparse
-run "sparsity": the updater's state (masks), without the optimizer's inside it; and of a model with
-`Embeddings` "embeddings": their state."""
+run "sparsity": the updater's state (masks), without the optimizer's inside it; of a model with
+`Embeddings` "embeddings": their state; and of a run with adapters "adapters": what is trained in
+place of "params", a nested dict of arrays."""
 
 
 def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
@@ -43,8 +44,18 @@ def new_state(
     updater: Updater | None = None,
     embeddings: Any = None,
     seed: int = 0,
+    trained: Any = None,
 ) -> State:
-    """Makes the state before the first step; the tables of `embeddings` from the seed."""
+    """Makes the state before the first step; the tables of `embeddings` from the seed.
+
+    Args:
+      trained: the parameters of adapters; None where `params` are trained.
+    """
+    if trained is not None:
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "adapters": trained}
+        if updater is not None:
+            state["sparsity"] = idle(updater).init(params)._replace(inner_state=None)
+        return state | {"optimizer": optimizer.init(trained)}
     optimizer_state = optimizer.init(params)
     if updater is not None:
         params = updater.post_gradient_update(params, optimizer_state)
@@ -70,17 +81,22 @@ def weights(
     updater: Updater | None = None,
     quantizer: Quantizer | None = None,
     clock: jax.Array | None = None,
+    adapters: Any = None,
 ) -> Any:
     """The parameters as the forward pass reads them: of a sparse run masked, of others quantized.
 
     Embeddings are not among them.
 
     Args:
-      clock: of `Quantizer.weights`; None for an evaluation.
+      clock: of `Quantizer.weights`; None for an evaluation, for which adapters are merged.
+      adapters: the `Adapters` of the run; None where it has none.
     """
     params = state["params"]
     if updater is not None:
         params = updater.weights(params, state["sparsity"])
+    if adapters is not None:
+        params = adapters.adapt(params, state["adapters"], sparse=updater is not None)
+        params = adapters.merge(params) if clock is None else params
     return params if quantizer is None else quantizer.weights(params, clock)
 
 
@@ -92,6 +108,11 @@ def split(optimizer_state, updater: Updater | None) -> State:
         "optimizer": optimizer_state.inner_state,
         "sparsity": optimizer_state._replace(inner_state=None),
     }
+
+
+def idle(updater: Updater) -> optax.GradientTransformationExtraArgs:
+    """A recipe around an optimizer that changes nothing: it goes on with the masks alone."""
+    return updater.wrap_optax(optax.set_to_zero(), learning_rate=0.0)
 
 
 def joined(state: State) -> Any:
@@ -111,6 +132,7 @@ def train_step(
     quantizer: Quantizer | None = None,
     lookup: Callable | None = None,
     update: Callable | None = None,
+    adapters: Any = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
 
@@ -123,6 +145,7 @@ def train_step(
       lookup: (state of embeddings, batch) -> (what it found by feature, which the loss reads as
         the batch's "embedded"; routing); None where the model has none.
       update: `Embeddings.update`, with these.
+      adapters: the `Adapters` that are trained; None trains the parameters.
       accumulate: the batch goes through in this many parts, whose gradients are summed: the update
         is that of the whole batch, with the activations of a part in memory.
 
@@ -130,13 +153,15 @@ def train_step(
     the state keeps its parameters and moments, only steps are counted on.
     """
 
+    trained = "params" if adapters is None else "adapters"
+
     def gradients(state, found, batch):
-        """The mean loss, and its gradients by the parameters and by what was looked up."""
-        params = state["params"]
+        """The mean loss, and its gradients by what is trained and by what was looked up."""
+        params = state[trained]
 
         def summed(params, found, part, index=0):
             clock = state["step"] * accumulate + index
-            read = weights(state | {"params": params}, updater, quantizer, clock)
+            read = weights(state | {trained: params}, updater, quantizer, clock, adapters)
             return loss(nnx.merge(graph, read), part | ({"embedded": found} if found else {}))
 
         def mean(params, found, batch):
@@ -162,7 +187,7 @@ def train_step(
         if lookup is not None:
             found, routing = lookup(state["embeddings"], batch)
         value, (grads, of_found) = gradients(state, found, batch)
-        if updater is None:
+        if updater is None or adapters is not None:
             norm = optax.tree.norm(grads)
         else:
             norm = updater.global_norm(grads, state["step"])
@@ -206,7 +231,11 @@ def _update(optimizer, grads, norm, state: State, updater: Updater | None, finit
     The choice between the branches is one of whole states, so that arrays are updated in place.
     """
 
-    def applied(grads, norm, state):
+    frozen = {} if "adapters" not in state else {"params": state["params"]}
+
+    def applied(grads, norm, state, frozen):
+        if frozen:
+            return of_adapters(grads, norm, state, frozen["params"])
         params = state["params"]
         updates, optimizer_state = optimizer.update(grads, joined(state), params, norm=norm)
         params = optax.apply_updates(params, updates)
@@ -214,11 +243,27 @@ def _update(optimizer, grads, norm, state: State, updater: Updater | None, finit
             params = updater.post_gradient_update(params, optimizer_state)
         return {"params": params, **split(optimizer_state, updater)}
 
-    def skipped(grads, norm, state):
-        """Counts go on, so that the schedule stays with the step, and masks that follow it."""
-        new = applied(jax.tree.map(jnp.zeros_like, grads), jnp.ones_like(norm), state)
+    def of_adapters(grads, norm, state, params):
+        """Adapters are trained by the bare optimizer; a recipe sees frozen weights and no more."""
+        updates, optimizer_state = optimizer.update(
+            grads, state["optimizer"], state["adapters"], norm=norm
+        )
+        new = {
+            "adapters": optax.apply_updates(state["adapters"], updates),
+            "optimizer": optimizer_state,
+        }
         if updater is not None:
-            sparsity = updater.skip(state["params"], joined(state))
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            clock = state["sparsity"]._replace(inner_state=optax.EmptyState())
+            _, sparsity = idle(updater).update(zeros, clock, params)
+            new["sparsity"] = sparsity._replace(inner_state=None)
+        return new
+
+    def skipped(grads, norm, state, frozen):
+        """Counts go on, so that the schedule stays with the step, and masks that follow it."""
+        new = applied(jax.tree.map(jnp.zeros_like, grads), jnp.ones_like(norm), state, frozen)
+        if updater is not None:
+            sparsity = updater.skip((frozen or state)["params"], joined(state))
             state = state | {"sparsity": sparsity._replace(inner_state=None)}
 
         def keep(new, old):
@@ -229,14 +274,16 @@ def _update(optimizer, grads, norm, state: State, updater: Updater | None, finit
         counted = jax.tree.map(keep, new["optimizer"], state["optimizer"])
         return state | {"optimizer": counted}
 
-    def choose(finite, grads, norm, state):
-        return jax.lax.cond(finite, applied, skipped, grads, norm, state)
+    def choose(finite, grads, norm, state, frozen):
+        return jax.lax.cond(finite, applied, skipped, grads, norm, state, frozen)
 
-    state = {name: x for name, x in state.items() if name not in ("step", "embeddings")}
+    left = {"step", "embeddings", *frozen}
+    state = {name: x for name, x in state.items() if name not in left}
     if not has_mesh():
-        return choose(finite, grads, norm, state)
+        return choose(finite, grads, norm, state, frozen) | frozen
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
-    return auto_axes(choose, out_sharding=specs)(finite, grads, norm, state)
+    chosen = auto_axes(choose, out_sharding=specs)(finite, grads, norm, state, frozen)
+    return chosen | frozen
 
 
 def _parts(batch, accumulate):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from pjit_train.models.adapted import AdaptedKernel
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.parameters import (
     Dtype,
@@ -24,6 +25,7 @@ from pjit_train.models.roles import Role
 from pjit_train.sharding import (
     Axes,
     Rules,
+    fan_out,
     out_sharding,
     reshard,
     spec_axes,
@@ -268,15 +270,36 @@ class Dense(nnx.Module):
         self.bias = init.constant(*made, 0.0) if biased else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        rules, dtype = self.rules, self.config.dtype
-        kernel = StoredKernel(
-            stored=self.kernel.get_value(),
-            rules=rules,
-            axes=self.kernel.get_metadata("axes"),
-            dtype=dtype,
-        )
-        y = project(self.equation, x, kernel, out_sharding(rules.spec(self.out_axes)))
-        return y if self.bias is None else y + gathered(self.bias, rules, dtype)
+        stored = self.kernel.get_value()
+        if isinstance(stored, AdaptedKernel) and stored.separate:
+            y = self._product(x, stored.frozen) + self._low_rank(x, stored)
+        else:
+            y = self._product(x, stored)
+        return y if self.bias is None else y + gathered(self.bias, self.rules, self.config.dtype)
+
+    def _product(self, x: jax.Array, stored) -> jax.Array:
+        axes = self.kernel.get_metadata("axes")
+        return self._project(self.equation, x, stored, axes, self.out_axes)
+
+    def _low_rank(self, x: jax.Array, stored: AdaptedKernel) -> jax.Array:
+        """The trained part of the outputs, whose matmuls are those of its rank only."""
+        x_letters, letters, y_letters = re.split(",|->", self.equation)
+        count, leading = stored.inputs, x_letters[: -stored.inputs]
+        axes = self.kernel.get_metadata("axes")[-len(letters) :]
+        inner = (*self.out_axes[: len(leading)], None)
+        x = _plain(x)  # `down` is not split over the axes that the outputs are
+        down, up = letters[:count] + "r", "r" + letters[count:]
+        equation = f"{x_letters},{down}->{leading}r"
+        h = self._project(equation, x, stored.down, (*axes[:count], None), inner)
+        equation = f"{leading}r,{up}->{y_letters}"
+        split = spec_axes(self.rules.spec(self.out_axes[len(leading) :]))
+        h = fan_out(h * jnp.asarray(stored.scale, h.dtype), split)
+        return self._project(equation, h, stored.up, (None, *axes[count:]), self.out_axes)
+
+    def _project(self, equation: str, x: jax.Array, stored, axes: Axes, out_axes) -> jax.Array:
+        rules = self.rules
+        kernel = StoredKernel(stored=stored, rules=rules, axes=axes, dtype=self.config.dtype)
+        return project(equation, x, kernel, out_sharding(rules.spec(out_axes)))
 
     def as_operand(self, y: jax.Array) -> jax.Array:
         """The outputs as an attention product reads them, [batch, tokens, heads, head_dim]."""

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from launch.cli import main
@@ -130,3 +131,49 @@ def test_without_the_folder_that_it_began_from_a_run_is_exported_with_its_tokeni
     tokenizer, kept = read_conventions(tmp_path / "out")
     assert kept.chat_template is None
     assert tokenizer.text == (folder / "tokenizer.json").read_text()
+
+
+def test_adapters_are_trained_resumed_and_exported_without_the_weights_beside_them(
+    folder, tmp_path, capsys
+):
+    argv = ["train", "configs/finetune.gin", "--mesh", "data=1"]
+    for binding in bindings(folder, "run.Run.adapters = @adapters.Lora()"):
+        argv += ["--gin", binding]
+    argv += ["--gin", "optimizers.Schedule.shape = 'constant'"]
+    argv += ["--gin", "optimizers.Schedule.warmup_steps = 0"]
+    assert main([*argv, "--steps", "4", "--out", str(tmp_path / "whole")]) == 0
+    assert main([*argv, "--steps", "2", "--out", str(tmp_path / "parts")]) == 0
+    assert main([*argv, "--steps", "4", "--out", str(tmp_path / "parts")]) == 0
+    merged = []
+    for name in ("whole", "parts"):
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-hf")]) == 0
+        merged.append(huggingface.load(tmp_path / f"{name}-hf")[1])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), *merged)
+    start = huggingface.load(folder)[1]
+    assert np.array_equal(merged[0]["embedding"], start["embedding"])
+    query = [x["blocks"]["attention"]["query"]["kernel"] for x in (merged[0], start)]
+    assert np.abs(query[0] - query[1]).max() > 1e-5
+    leaves = json.loads((tmp_path / "parts/checkpoints/4/digests/metadata").read_text())["leaves"]
+    assert not any(name.startswith("params") for name in leaves)
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "parts"), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)["val_loss"]
+    rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["val_loss"] == pytest.approx(evaluated, rel=1e-6)
+
+
+def test_adapters_beside_other_weights_are_refused(folder, tmp_path, capsys):
+    other, out = tmp_path / "hf", tmp_path / "run"
+    shutil.copytree(folder, other)
+    argv = ["train", "configs/finetune.gin", "--mesh", "data=1", "--steps", "1", "--out", str(out)]
+    for binding in bindings(folder, "run.Run.adapters = @adapters.Lora()"):
+        argv += ["--gin", binding.replace(f"'{folder}'", f"'{other}'")]
+    assert main(argv) == 0
+    shutil.rmtree(other)
+    params = jax.device_get(new_params(CONFIG, Rules(), 1))
+    huggingface.save(other, CONFIG, params)
+    shutil.copy(folder / "tokenizer.json", other)
+    capsys.readouterr()
+    assert main(["eval", str(out)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not the weights that the run began with" in said

@@ -47,7 +47,7 @@ CLASSES = sorted(
 )
 # Filled by the library itself, not by a configuration.
 MADE = {"KeepZerosUpdater", "PruningUpdater", "Quantizer", "_Plan", "CycleSchedule"}
-MADE |= {"_InMemory", "_OfFiles", "_OfRows", "Slot"}
+MADE |= {"_InMemory", "_OfFiles", "_OfRows", "Slot", "_Placed"}
 # What an example needs beyond its numbers, by field, or class and field.
 NEEDED = {
     "name": "a",
