@@ -23,6 +23,7 @@ STANDARD = (
     "pjit_train.data.sources",
     "pjit_train.data.text",
     "pjit_train.data.tokenizers",
+    "pjit_train.distillation",
     "pjit_train.embeddings.row_optimizers",
     "pjit_train.embeddings.storage",
     "pjit_train.embeddings.tables",

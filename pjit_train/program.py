@@ -70,6 +70,7 @@ class Program:
                 check_way(run.model.attention, mesh.devices.flat[0].platform)
             self.embeddings = run.model.embeddings(run.rules, mesh)
             self.graph, _ = split_model(run.model, run.rules)
+            self.teacher = None if run.distillation is None else run.distillation.build(run)
             params = abstract(self._new_params, 0)
             try:
                 self.quantizer = run.build_quantizer(params, mesh)
@@ -99,6 +100,11 @@ class Program:
             roles, around = self.adapters.roles, None
         self.optimizer, self.schedule = run.optimizer.build(run.steps, roles, around)
         self.abstract_state = abstract(self._new_state, params)
+        if self._has_teacher:
+            config = self.teacher.config
+            make = lambda: new_params(config, run.rules, 0)
+            check_layout(config, run.rules, self.mesh)
+            self.abstract_state["teacher"] = abstract(make)
         self._packs_at = None if self.updater is None else self.updater.packs_at
         if self._packs_at is not None:
             self._abstract_packed = abstract(self._pack, self.abstract_state)
@@ -112,8 +118,20 @@ class Program:
         with jax.set_mesh(self.mesh):
             if self.run.initial_weights is None:
                 make = lambda seed: self._new_state(self._new_params(seed))
-                return jax.jit(make, static_argnums=0)(self.run.seed)
-            return jax.jit(self._new_state, donate_argnums=0)(self._initial_params())
+                state = jax.jit(make, static_argnums=0)(self.run.seed)
+            else:
+                state = jax.jit(self._new_state, donate_argnums=0)(self._initial_params())
+            return state | ({"teacher": self._teacher_params()} if self._has_teacher else {})
+
+    @property
+    def _has_teacher(self) -> bool:
+        """Tells whether the state holds a teacher, apart from parameters that adapters freeze."""
+        if self.teacher is None:
+            return False
+        return self.adapters is None or self.teacher.folder is not None
+
+    def _teacher_params(self):
+        return self._initial_params() if self.teacher.folder is None else self.teacher.load()
 
     def _initial_params(self):
         """The parameters that the run begins with."""
@@ -185,7 +203,9 @@ class Program:
                 state, self.updater, self.quantizer, adapters=self.adapters
             )
             self._merge = jax.jit(read)
-        return self._merge({name: x for name, x in state.items() if name != "optimizer"})
+        return self._merge(
+            {name: x for name, x in state.items() if name not in ("optimizer", "teacher")}
+        )
 
     def _sums(self, weights, batch: Batch) -> Sums:
         """The sums of the run's task over a batch."""
@@ -207,8 +227,8 @@ class Program:
 
         Of frozen parameters it has their digests.
         """
-        if self.adapters is not None:
-            return _without_frozen(state, digests(state["params"]))
+        if frozen := self._frozen:
+            return _without(state, frozen, {name: digests(state[name]) for name in frozen})
         if self.embeddings is None:
             return state
         with jax.set_mesh(self.mesh):
@@ -221,7 +241,7 @@ class Program:
         Raises:
           UserError: the frozen parameters are not those that the run began with.
         """
-        if self.adapters is not None:
+        if self._frozen:
             return self._with_frozen(saved)
         if self.embeddings is None:
             return saved
@@ -234,27 +254,41 @@ class Program:
     def abstract_saved_after(self, step: int) -> State:
         """Shapes, dtypes and shardings of what `saved` gives of the state after a step."""
         state = self.abstract_state_after(step)
-        if self.adapters is not None:
+        if frozen := self._frozen:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             digest = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
-            return _without_frozen(state, jax.tree.map(lambda x: digest, state["params"]))
+            kept = {name: jax.tree.map(lambda x: digest, state[name]) for name in frozen}
+            return _without(state, frozen, kept)
         if self.embeddings is None:
             return state
         return _with_tables(state, self.embeddings.abstract_saved())
 
+    @property
+    def _frozen(self) -> tuple[str, ...]:
+        """Entries of the state that the run does not change, which are made or read again."""
+        frozen = {"params": self.adapters is not None, "teacher": self._has_teacher}
+        return tuple(name for name, is_so in frozen.items() if is_so)
+
     def _with_frozen(self, saved: State) -> State:
-        """The state with the parameters that it began with, which are made or read again."""
-        with jax.set_mesh(self.mesh):
-            params = self._initial_params()
-        same = jax.tree.map(
-            np.array_equal, *map(jax.device_get, (digests(params), saved["frozen"]))
-        )
-        if not all(jax.tree.leaves(same)):
-            raise UserError(
-                f"initial_weights={self.run.initial_weights}: not the weights that the run began "
-                "with, beside which its adapters were trained; put those back"
-            )
-        return {name: x for name, x in saved.items() if name != "frozen"} | {"params": params}
+        """The state with what its run does not change; no teacher where it is not trained on."""
+        found, run = {}, self.run
+        sources = {
+            "params": (f"initial_weights={run.initial_weights}", self._initial_params),
+            "teacher": (
+                f"teacher={getattr(run.distillation, 'teacher', None)}",
+                self._teacher_params,
+            ),
+        }
+        for name in self._frozen:
+            if name == "teacher" and "optimizer" not in saved:
+                continue
+            what, make = sources[name]
+            with jax.set_mesh(self.mesh):
+                found[name] = make()
+            now, then = jax.device_get((digests(found[name]), saved["frozen"][name]))
+            if not all(jax.tree.leaves(jax.tree.map(np.array_equal, now, then))):
+                raise UserError(f"{what}: not the weights that the run began with; put those back")
+        return {name: x for name, x in saved.items() if name != "frozen"} | found
 
     def abstract_state_after(self, step: int) -> State:
         """Shapes, dtypes and shardings of the state after a step: packed, where the recipe says."""
@@ -279,7 +313,9 @@ class Program:
 
     def _pack(self, state: State) -> State:
         params, optimizer_state = self.updater.pack(state["params"], joined(state))
-        return {"step": state["step"], "params": params, **split(optimizer_state, self.updater)}
+        teacher = {name: state[name] for name in ("teacher",) if name in state}
+        parts = split(optimizer_state, self.updater)
+        return {"step": state["step"], "params": params, **parts, **teacher}
 
     def compile_step(self, batch: Batch, step: int = 1) -> Callable:
         """The compiled training step: (state, batch) -> (state, metrics), donating the state.
@@ -324,6 +360,7 @@ class Program:
             None if self.embeddings is None else self._lookup,
             None if self.embeddings is None else self._update,
             self.adapters,
+            self.teacher,
         )
         return jax.jit(function, donate_argnums=0), self.abstract_state_after(step)
 
@@ -396,9 +433,9 @@ class Program:
         }
 
 
-def _without_frozen(state: State, frozen) -> State:
-    """A state with digests in place of the parameters that its run does not change."""
-    return {name: x for name, x in state.items() if name != "params"} | {"frozen": frozen}
+def _without(state: State, names: tuple[str, ...], digests) -> State:
+    """A state with digests in place of what its run does not change."""
+    return {name: x for name, x in state.items() if name not in names} | {"frozen": digests}
 
 
 def _with_tables(state: State, tables: dict[str, Any]) -> State:

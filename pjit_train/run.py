@@ -8,6 +8,7 @@ from typing import Literal
 from pjit_train.adapters import Lora
 from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.data import Data
+from pjit_train.distillation import Distillation
 from pjit_train.errors import UserError
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.model_config import ModelConfig
@@ -63,6 +64,7 @@ class Run:
         dense.
       quantization: a `quantized.Quantization` of the package `sparsity`; None quantizes nothing.
       adapters: trained in place of the parameters, which stay as they begin; None trains these.
+      distillation: adds the distance from a frozen teacher to the loss; None has none.
       accumulate: parts that a batch goes through the model in, their gradients summed.
       log_every: steps between rows of metrics.
       eval_every: steps between validations, 0 for none; one always ends a run that has them.
@@ -86,6 +88,7 @@ class Run:
     sparsity: Sparsity | None = None
     quantization: Quantization | None = None
     adapters: Lora | None = None
+    distillation: Distillation | None = None
     accumulate: Count = 1
     log_every: Count = 10
     eval_every: Whole = 250

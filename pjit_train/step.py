@@ -17,7 +17,8 @@ State = dict[str, Any]
 """{"step": int32 [], "params": nested dict of arrays, "optimizer": optax's state}; and in a sparse
 run "sparsity": the updater's state (masks), without the optimizer's inside it; of a model with
 `Embeddings` "embeddings": their state; and of a run with adapters "adapters": what is trained in
-place of "params", a nested dict of arrays."""
+place of "params", a nested dict of arrays; and "teacher": the parameters of one, where it is not
+those of "params" that adapters leave as they are."""
 
 
 def split_model(config, rules: Rules) -> tuple[nnx.GraphDef, nnx.State]:
@@ -133,6 +134,7 @@ def train_step(
     lookup: Callable | None = None,
     update: Callable | None = None,
     adapters: Any = None,
+    teacher: Any = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The function (state, batch) -> (state, metrics) that the loop jits, donating the state.
 
@@ -146,6 +148,7 @@ def train_step(
         the batch's "embedded"; routing); None where the model has none.
       update: `Embeddings.update`, with these.
       adapters: the `Adapters` that are trained; None trains the parameters.
+      teacher: a `Teacher`, whose loss takes the place of `loss`; None for no teacher.
       accumulate: the batch goes through in this many parts, whose gradients are summed: the update
         is that of the whole batch, with the activations of a part in memory.
 
@@ -162,6 +165,9 @@ def train_step(
         def summed(params, found, part, index=0):
             clock = state["step"] * accumulate + index
             read = weights(state | {trained: params}, updater, quantizer, clock, adapters)
+            if teacher is not None:
+                taught = state["teacher"] if "teacher" in state else state["params"]
+                return teacher.loss(nnx.merge(graph, read), taught, part)
             return loss(nnx.merge(graph, read), part | ({"embedded": found} if found else {}))
 
         def mean(params, found, batch):
@@ -231,10 +237,11 @@ def _update(optimizer, grads, norm, state: State, updater: Updater | None, finit
     The choice between the branches is one of whole states, so that arrays are updated in place.
     """
 
-    frozen = {} if "adapters" not in state else {"params": state["params"]}
+    names = ("params", "teacher") if "adapters" in state else ("teacher",)
+    frozen = {name: state[name] for name in names if name in state}
 
     def applied(grads, norm, state, frozen):
-        if frozen:
+        if "adapters" in state:
             return of_adapters(grads, norm, state, frozen["params"])
         params = state["params"]
         updates, optimizer_state = optimizer.update(grads, joined(state), params, norm=norm)
@@ -263,7 +270,7 @@ def _update(optimizer, grads, norm, state: State, updater: Updater | None, finit
         """Counts go on, so that the schedule stays with the step, and masks that follow it."""
         new = applied(jax.tree.map(jnp.zeros_like, grads), jnp.ones_like(norm), state, frozen)
         if updater is not None:
-            sparsity = updater.skip((frozen or state)["params"], joined(state))
+            sparsity = updater.skip((state | frozen)["params"], joined(state))
             state = state | {"sparsity": sparsity._replace(inner_state=None)}
 
         def keep(new, old):

@@ -278,6 +278,7 @@ def run_layers(
     *,
     cache=None,
     position=0,
+    collect: bool = False,
 ):
     """Applies a stack of blocks.
 
@@ -288,6 +289,7 @@ def run_layers(
       cache: (keys, values), each [layers, batch, max_tokens, kv_heads, head_dim], or `Layers` as
         the parameters; or None.
       position: tokens that the cache holds already.
+      collect: gives, in place of a cache, what each layer gives: [layers, batch, tokens, d_model].
 
     Returns:
       [batch, tokens, d_model], and the updated cache (None where there was none).
@@ -298,6 +300,8 @@ def run_layers(
         params, cache = of_layer
         cached = None if cache is None else (*cache, position)
         x_BTD, keys_values = nnx.merge(graph, params)(x_BTD, cache=cached, **of_kind)
+        if collect:
+            return x_BTD, x_BTD
         return x_BTD, None if cache is None else keys_values
 
     layers = [_remat(functools.partial(layer, of_kind), config.remat) for of_kind in inputs]

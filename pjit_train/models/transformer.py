@@ -233,7 +233,9 @@ class Transformer(nnx.Module):
         x_BTD, cache = self.body(tokens_BT, **options)
         return self.norm(x_BTD), cache
 
-    def body(self, tokens_BT, *, segments=None, cache=None, position=0, padding=None):
+    def body(
+        self, tokens_BT, *, segments=None, cache=None, position=0, padding=None, collect=False
+    ):
         """The output of the last block [batch, tokens, d_model], and the new cache.
 
         Args:
@@ -243,6 +245,7 @@ class Transformer(nnx.Module):
           position: of the first token: how many tokens the cache holds.
           padding: int [batch]; so many of a row's first tokens, from position 0 on, are none, and
             its text begins after them. Only with a cache.
+          collect: without a cache; what each layer gives is returned in place of it.
         """
         c = self.config
         columns_T = positions = position + jnp.arange(tokens_BT.shape[1])
@@ -271,7 +274,8 @@ class Transformer(nnx.Module):
         beyond = everywhere | dict(angles=angles, window=None)
         within = everywhere | dict(angles=local_angles, window=c.window)
         inputs = [within if local else beyond for local in c.local_layers]
-        return run_layers(self.blocks, x_BTD, c, inputs, cache=cache, position=position)
+        options = dict(cache=cache, position=position, collect=collect)
+        return run_layers(self.blocks, x_BTD, c, inputs, **options)
 
     def head_kernel(self) -> jax.Array:
         """The head [d_model, vocab], in the dtype of the activations."""

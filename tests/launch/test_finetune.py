@@ -177,3 +177,51 @@ def test_adapters_beside_other_weights_are_refused(folder, tmp_path, capsys):
     assert main(["eval", str(out)]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "not the weights that the run began with" in said
+
+
+def test_a_pruned_model_is_recovered_under_its_dense_self_and_stays_2_4(folder, tmp_path):
+    params = huggingface.load(folder)[1]
+
+    def prune(path, x):
+        """Zeros the first two of every four weights along the inputs of a kernel."""
+        if path[-1].key != "kernel":
+            return x
+        axis = 2 if path[-2].key == "out" else 1  # of [layers, heads, head_dim, d_model]
+        places = np.arange(x.shape[axis]).reshape([-1] + [1] * (x.ndim - 1 - axis))
+        return np.where(places % 4 < 2, 0, x)
+
+    pruned = jax.tree.map_with_path(prune, params)
+    tokenizer, _ = read_conventions(folder)
+    huggingface.save(tmp_path / "pruned", CONFIG, pruned, tokenizer=tokenizer)
+    shutil.copy(folder / "tokenizer.json", tmp_path / "pruned")
+    (tmp_path / "pruned" / "SHA256SUMS").unlink()
+    argv = ["train", "configs/finetune_sparse.gin", "--mesh", "data=1"]
+    for binding in bindings(folder, f"distillation.Distillation.teacher = '{folder}'"):
+        argv += [
+            "--gin",
+            binding.replace(f"weights = '{folder}'", f"weights = '{tmp_path}/pruned'"),
+        ]
+    for binding in ("shape = 'constant'", "warmup_steps = 0"):
+        argv += ["--gin", f"optimizers.Schedule.{binding}"]
+    assert main([*argv, "--steps", "6", "--out", str(tmp_path / "whole"), "--log-every", "1"]) == 0
+    assert main([*argv, "--steps", "3", "--out", str(tmp_path / "parts")]) == 0
+    assert main([*argv, "--steps", "6", "--out", str(tmp_path / "parts")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    merged = []
+    for name in ("whole", "parts"):
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-hf")]) == 0
+        merged.append(huggingface.load(tmp_path / f"{name}-hf")[1])
+    jax.tree.map(np.testing.assert_array_equal, *merged)
+    kernels = 0
+    for (path, before), after in zip(
+        jax.tree.leaves_with_path(pruned), jax.tree.leaves(merged[0]), strict=True
+    ):
+        if path[-1].key == "kernel":
+            kernels += 1
+            assert np.array_equal(after == 0, before == 0)
+            assert not np.array_equal(after, before)
+            assert np.mean(after == 0) == 0.5
+        else:
+            assert np.array_equal(after, before)
+    assert kernels == 7
