@@ -54,8 +54,19 @@ def prepare(run: Run, directory: Path) -> Batches:
 def restore_weights(program: Program, directory: Path, step: int | None = None):
     """(step, weights) of a run directory's newest good checkpoint, or of the step asked for.
 
-    The weights are those that the forward pass reads, of a sparse run masked. The optimizer's
-    arrays, twice as large for Adam, are not read.
+    The weights are those that the forward pass reads, of a sparse run masked.
+
+    Raises:
+      UserError: there is none.
+    """
+    step, state = restore_state(program, directory, step)
+    return step, program.weights(state)
+
+
+def restore_state(program: Program, directory: Path, step: int | None = None):
+    """(step, state) of the checkpoint that `restore_weights` reads.
+
+    The optimizer's arrays, twice as large for Adam, are not read and not in the state.
 
     Raises:
       UserError: there is none.
@@ -72,7 +83,7 @@ def restore_weights(program: Program, directory: Path, step: int | None = None):
         )
     if restored is None:
         raise UserError(f"{directory}/checkpoints is empty; train the run for some steps first")
-    return restored[0], program.weights(program.loaded(restored[1]))
+    return restored[0], program.loaded(restored[1])
 
 
 def _is_training(directory: Path) -> bool:

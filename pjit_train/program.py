@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from pjit_train.attention.dispatch import check_way
 from pjit_train.data.text import TextData
 from pjit_train.digest import digests
 from pjit_train.errors import UserError
+from pjit_train.huggingface import peft
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.sources import folder_of
 from pjit_train.models.block_config import BlockConfig
@@ -121,6 +123,9 @@ class Program:
                 state = jax.jit(make, static_argnums=0)(self.run.seed)
             else:
                 state = jax.jit(self._new_state, donate_argnums=0)(self._initial_params())
+            if self.adapters is not None and self.adapters.lora.initial is not None:
+                shardings = jax.tree.map(lambda x: x.sharding, state["adapters"])
+                state["adapters"] = jax.device_put(self._initial_adapters(), shardings)
             return state | ({"teacher": self._teacher_params()} if self._has_teacher else {})
 
     @property
@@ -129,6 +134,9 @@ class Program:
         if self.teacher is None:
             return False
         return self.adapters is None or self.teacher.folder is not None
+
+    def _initial_adapters(self):
+        return peft.load(Path(self.adapters.lora.initial), self.run.blocks, self.adapters)
 
     def _teacher_params(self):
         return self._initial_params() if self.teacher.folder is None else self.teacher.load()

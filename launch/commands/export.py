@@ -22,6 +22,11 @@ def add(commands) -> None:
     export.add_argument(
         "--dense", action="store_true", help="of a quantized run: plain numbers, not its formats"
     )
+    export.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with adapters: these alone, as a folder of the library PEFT",
+    )
     export.set_defaults(mesh=None, devices=None)
 
 
@@ -29,6 +34,8 @@ def run(args, began: float) -> int:
     if is_folder(Path(args.run)):
         return _folder(args)
     run = trained_run(args)
+    if args.adapter:
+        return _adapter(args, run)
 
     from pjit_train.huggingface.compressed_tensors import export
 
@@ -37,8 +44,34 @@ def run(args, began: float) -> int:
     return 0
 
 
+def _adapter(args, run) -> int:
+    """Writes the adapters of a run."""
+    if run.adapters is None:
+        raise UserError(f"--adapter: {args.run} was trained without adapters; leave it out")
+    if run.sparsity is not None or run.quantization is not None:
+        raise UserError(
+            "--adapter: PEFT has no adapters under a recipe or formats; export the merged model"
+        )
+
+    from pjit_train.evaluate import restore_state
+    from pjit_train.huggingface import peft, weights
+    from pjit_train.program import Program
+    from pjit_train.sharding import make_mesh
+
+    weights.check_new(args.folder)
+    program = Program(run, make_mesh(run.mesh))
+    step, state = restore_state(program, Path(args.run), args.step)
+    peft.save(
+        Path(args.folder), run.blocks, program.adapters, state["adapters"], run.initial_weights
+    )
+    print(f"{args.folder}: the adapters after step {step}")
+    return 0
+
+
 def _folder(args) -> int:
     """Writes a folder's weights as plain numbers."""
+    if args.adapter:
+        raise UserError(f"--adapter is of a run directory; {args.run} is a Hugging Face folder")
     if args.step is not None:
         raise UserError(f"--step is of a run directory; {args.run} is a Hugging Face folder")
 

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from launch.cli import main
 from launch.configure import build_run
@@ -151,6 +152,7 @@ def test_adapters_are_trained_resumed_and_exported_without_the_weights_beside_th
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), *merged)
     start = huggingface.load(folder)[1]
     assert np.array_equal(merged[0]["embedding"], start["embedding"])
+    _check_peft(argv, tmp_path, merged[0], start, capsys)
     query = [x["blocks"]["attention"]["query"]["kernel"] for x in (merged[0], start)]
     assert np.abs(query[0] - query[1]).max() > 1e-5
     leaves = json.loads((tmp_path / "parts/checkpoints/4/digests/metadata").read_text())["leaves"]
@@ -225,3 +227,35 @@ def test_a_pruned_model_is_recovered_under_its_dense_self_and_stays_2_4(folder, 
         else:
             assert np.array_equal(after, before)
     assert kernels == 7
+
+
+def _check_peft(argv, tmp_path, merged, start, capsys):
+    """Checks adapters as PEFT reads them, W + alpha / r * B @ A, and a run that begins there."""
+    assert main(["export", str(tmp_path / "whole"), str(tmp_path / "peft"), "--adapter"]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 16.0)
+    assert {"q_proj", "o_proj", "down_proj"} <= set(config["target_modules"])
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for module, ours in (
+        ("self_attn.q_proj", ("attention", "query")),
+        ("mlp.up_proj", ("feed_forward", "up")),
+    ):
+        a, b = (stored[f"base_model.model.model.layers.1.{module}.lora_{x}.weight"] for x in "AB")
+        before, after = (x["blocks"][ours[0]][ours[1]]["kernel"][1] for x in (start, merged))
+        want = before.reshape(16, -1) + 2 * (b @ a).T
+        np.testing.assert_allclose(after.reshape(16, -1), want, atol=1e-6)
+    more = ["--gin", f"adapters.Lora.initial = '{tmp_path / 'peft'}'"]
+    assert main([*argv, *more, "--steps", "1", "--out", str(tmp_path / "on")]) == 0
+    rows = [
+        json.loads((tmp_path / x / "metrics.jsonl").read_text().splitlines()[-1])
+        for x in ("whole", "on")
+    ]
+    assert rows[1]["val_loss"] == pytest.approx(rows[0]["val_loss"], abs=1e-2)
+    other = [*argv, *more, "--gin", "adapters.Lora.rank = 4", "--out", str(tmp_path / "no")]
+    capsys.readouterr()
+    assert main(other) == 2
+    assert "has rank 8 and the run 4" in capsys.readouterr().err
+    del stored["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    save_file(stored, tmp_path / "peft" / "adapter_model.safetensors")
+    assert main([*argv, *more, "--out", str(tmp_path / "no")]) == 2
+    assert "is of another model" in capsys.readouterr().err
