@@ -28,6 +28,7 @@ _COMMANDS = (
     "traffic",
     "packets",
     "fleet",
+    "trace",
     "plan",
     "embeddings",
     "dataflow",

@@ -45,7 +45,7 @@ def report(
         devices = np.arange(slice.num_chips).reshape(slice.shape)
         groups = groups_of_axes(slice, devices, [names.index(name) for name in over])
         network = Network.of(pod)
-        links = _failed_links(slice, failed, failed_one_way)
+        links = failed_links(slice, failed, failed_one_way)
         cost = healthy = collective_cost(kind, groups)
         if links:
             longer = (2,) if kind == "all_to_all" else (0, 2)  # of which one round takes little
@@ -81,7 +81,7 @@ def report(
     return found
 
 
-def _failed_links(slice: Slice, failed: Sequence[str], one_way: Sequence[str]) -> list[int]:
+def failed_links(slice: Slice, failed: Sequence[str], one_way: Sequence[str]) -> list[int]:
     """Ids of the directed links that carry nothing. ValueError where chips are lost."""
     chips, links = losses.lost(slice, [Part.parse(name, slice.pod) for name in failed])
     if chips.size:
@@ -110,18 +110,18 @@ def describe(found: dict[str, Any]) -> str:
         f"{found['kind']} of {shown_size(found['bytes'])} on {found['slice']} of {found['pod']}, "
         + over,
         "",
-        f"time      {_time(found['seconds'])}: {_time(found['latency_seconds'])} of latency, "
-        f"{_time(found['transfer_seconds'])} of bytes on the fullest link",
+        f"time      {shown_time(found['seconds'])}: {shown_time(found['latency_seconds'])} of "
+        f"latency, {shown_time(found['transfer_seconds'])} of bytes on the fullest link",
     ]
     if found["bytes_per_second"]:
         lines.append(f"rate      {found['bytes_per_second'] / 1e9:,.1f} GB/s")
     if "failed" in found:
         lines.append(
             f"failed    {', '.join(_failures(found))}: {found['lost_links']} directed links; whole "
-            f"{_time(found['whole_seconds'])}"
+            f"{shown_time(found['whole_seconds'])}"
         )
-    lines.append(f"bound     {_time(found['bound_seconds'])}: no schedule takes less")
-    lines += [f"  {_time(seconds):>12}  {name}" for name, seconds in found["bounds"].items()]
+    lines.append(f"bound     {shown_time(found['bound_seconds'])}: no schedule takes less")
+    lines += [f"  {shown_time(seconds):>12}  {name}" for name, seconds in found["bounds"].items()]
     return "\n".join(lines)
 
 
@@ -129,5 +129,6 @@ def _failures(found: dict[str, Any]) -> list[str]:
     return found["failed"] + [f"{link} one way" for link in found["failed_one_way"]]
 
 
-def _time(seconds: float) -> str:
+def shown_time(seconds: float) -> str:
+    """Seconds as microseconds."""
     return f"{seconds * 1e6:,.2f} us"

@@ -360,13 +360,19 @@ def _paths_cost(
 
 
 def path_loads(
-    groups: Groups, sources: Integers, destinations: Integers, *, spread: bool = False
+    groups: Groups,
+    sources: Integers,
+    destinations: Integers,
+    *,
+    spread: bool = False,
+    used: int | None = None,
 ) -> tuple[int, Floats]:
     """Load that a byte along shortest paths from each source to its destination puts on the links.
 
     Args:
       sources, destinations: int [P], members of every group; all groups send at once.
       spread: the sources stand for all their images under the group's symmetries.
+      used: the number of the first groups that do send, where it is not all.
 
     Returns:
       The longest path in hops, and float [N, 6], the load of every directed link.
@@ -392,7 +398,7 @@ def path_loads(
     touched = np.flatnonzero(loads.any(axis=1))
     offsets = slice.coordinates[members[:, 0]] - slice.coordinates[members[0, 0]]
     total = np.zeros_like(loads)
-    for offset in offsets:
+    for offset in offsets[:used]:
         moved = slice.index(slice.reduce(slice.coordinates[firsts[touched]] + offset))
         total[labels[moved]] += loads[touched]  # a translation takes orbits to orbits
     return int(np.abs(vectors).sum(axis=1).max()), total[labels]

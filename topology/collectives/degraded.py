@@ -55,24 +55,27 @@ class LoadRound:
     loads: Floats
 
 
-def load_rounds(kind: str, groups: Groups, *, to: npt.ArrayLike | None = None) -> list[LoadRound]:
+def load_rounds(
+    kind: str, groups: Groups, *, to: npt.ArrayLike | None = None, used: int | None = None
+) -> list[LoadRound]:
     """The rounds of the schedule whose cost `collective_cost` is, by the loads of all links.
 
     Args:
       to: as `collective_cost` has it, of a permute.
+      used: the number of the first groups that do communicate, where it is not all.
     """
     check_kind(kind)
     n = groups.size
     if kind in ("all_to_all", "permute"):
         if kind == "permute":
-            hops, loads = path_loads(groups, *permute_pairs(groups, to))
+            hops, loads = path_loads(groups, *permute_pairs(groups, to), used=used)
         else:
             sources = np.repeat(groups.representatives, n)
             destinations = np.tile(np.arange(n), len(groups.representatives))
-            hops, loads = path_loads(groups, sources, destinations, spread=True)
+            hops, loads = path_loads(groups, sources, destinations, spread=True, used=used)
             loads = loads / n
         return [LoadRound(hops, loads)] if hops else []
-    gather = _gather_rounds(groups)
+    gather = _gather_rounds(groups, used)
     scatter = [LoadRound(round.hops, _reversed(groups.slice, round.loads)) for round in gather]
     return {
         "all_gather": gather,
@@ -126,24 +129,41 @@ def degraded_rounds(
     *,
     to: npt.ArrayLike | None = None,
     longer: int = 2,
+    used: int | None = None,
 ) -> list[LoadRound]:
-    """The rounds of `degraded_cost`, whose failed links carry nothing; by detours alone."""
-    longer = whole("longer", longer)
-    slice = groups.slice
+    """The rounds of `degraded_cost`, whose failed links carry nothing; by detours alone.
+
+    Args:
+      used: as `load_rounds` has it.
+    """
+    rounds = load_rounds(kind, groups, to=to, used=used)
+    return around(groups.slice, rounds, failed_links, longer=longer)
+
+
+def around(
+    slice: Slice, rounds: list[LoadRound], failed_links: Iterable[int], *, longer: int = 2
+) -> list[LoadRound]:
+    """The rounds of any schedule with detours around failed links.
+
+    Args:
+      failed_links, longer: as `degraded_cost` has them.
+
+    Raises:
+      ValueError: as `degraded_cost`.
+    """
     last = 6 * slice.num_chips - 1
     failed = np.unique([whole("failed link", link, most=last) for link in failed_links]).astype(int)
-    rounds = load_rounds(kind, groups, to=to)
     if not failed.size:
         return rounds
     if is_cut(slice, failed):
         raise ValueError(
-            f"{kind} on {slice}: the failed links cut it in two; let fewer fail, or take another"
+            f"{slice}: the failed links cut it in two; let fewer fail, or take another slice"
         )
-    around = _Detours(slice, failed, longer)
-    return [around.round(one) for one in rounds]
+    detours = _Detours(slice, failed, whole("longer", longer))
+    return [detours.round(one) for one in rounds]
 
 
-def _gather_rounds(groups: Groups) -> list[LoadRound]:
+def _gather_rounds(groups: Groups, used: int | None) -> list[LoadRound]:
     """Rounds of breadth-first broadcast of one shard, of 1 / n byte, from every member to all."""
     slice, n = groups.slice, groups.size
     rounds = broadcast_rounds(groups)
@@ -168,8 +188,8 @@ def _gather_rounds(groups: Groups) -> list[LoadRound]:
             q = np.flatnonzero(amounts[t, :, m] > 0)
             if not len(q):
                 continue
-            sources = groups.members[:, groups.after[q, m ^ 1]].ravel()
-            moved = np.tile(amounts[t, q, m] / n, len(groups.members))
+            sources = groups.members[:used, groups.after[q, m ^ 1]].ravel()
+            moved = np.tile(amounts[t, q, m] / n, len(sources) // len(q))
             links, _ = path_links(slice, sources, np.tile(vector, (len(sources), 1)))
             passed = links >= 0
             amount = np.broadcast_to(moved[:, None], links.shape)[passed]
