@@ -358,7 +358,7 @@ class _File:
 
 @functools.cache
 def _peer(rank: int) -> tuple[str, int]:
-    """How a peer is told: one object for millions of sends."""
+    """Partner of a send or receive: one object for millions of them."""
     return "peer", rank
 
 

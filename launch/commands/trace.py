@@ -18,11 +18,10 @@ def add(commands) -> None:
         "bound below every schedule. One file is that of all chips; several are a rank's each, by "
         "the last number in their names.",
     )
-    trace.add_argument("files", nargs="+", type=Path, metavar="FILE.et", help="or a folder of them")
+    trace.add_argument("files", nargs="+", metavar="FILE.et", help="or a folder of them")
     trace.add_argument("--slice", required=True, metavar="SHAPE", help="such as 8x8x8")
     trace.add_argument(
         "--groups",
-        type=Path,
         metavar="FILE",
         help='the ranks of process groups by name, in JSON: {"0": [0, 1, 2, 3]}',
     )
@@ -43,9 +42,7 @@ def add(commands) -> None:
         help="links that fail in their own direction only",
     )
     add_pod(trace, "slice it is")
-    trace.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="write a timeline for Perfetto, in JSON"
-    )
+    trace.add_argument("--timeline", metavar="FILE", help="write a timeline for Perfetto, in JSON")
     trace.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -53,16 +50,16 @@ def run(args, began: float) -> int:
     from launch.reports.traces import describe, report, write_timeline
 
     found, step = report(
-        args.files,
+        [Path(file) for file in args.files],
         args.slice,
         pod_of(args.pod),
-        groups=args.groups,
+        groups=None if args.groups is None else Path(args.groups),
         failed=args.failed,
         failed_one_way=args.failed_one_way,
         quiet=args.json,
     )
     if args.timeline is not None:
-        write_timeline(args.timeline, step)
+        write_timeline(Path(args.timeline), step)
     print(json.dumps(found) if args.json else describe(found))
     if args.timeline is not None and not args.json:
         print(f"wrote {args.timeline}; ui.perfetto.dev opens it")

@@ -23,7 +23,7 @@ _Groups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """What a communication of many ranks at once does on the links.
+    """Use of the links by a communication of many ranks at once.
 
     Attributes:
       latency: seconds before data arrive that no other transfer changes.

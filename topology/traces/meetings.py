@@ -1,4 +1,4 @@
-"""Who meets whom in a trace: which nodes of which ranks are one communication.
+"""Meetings of ranks in a trace: which of their nodes are one communication.
 
 Nodes of a group's members are one collective if as many of the group came before them in their
 programs; a send and a receive are one if they name each other and a tag, and as many alike came
@@ -89,7 +89,7 @@ def meetings(trace: Trace, of: Integers) -> list[Meeting]:
 def _groups(
     trace: Trace, ranks: Integers, program: tuple[Node, ...]
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """For each node that communicates, the groups that the ranks of a class are in there."""
+    """Lists, for each node that communicates, the groups that the ranks of a class are in."""
     known: dict[tuple[int, ...], int] = {}
     ids = np.array(
         [[known.setdefault(p, len(known)) for p in trace.ranks[r].partners] for r in ranks], int
