@@ -68,27 +68,32 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed(hidden, head, targets, weights, vocab_axis, softcap):
-    return _chunks(hidden, head, targets, weights, vocab_axis, softcap, with_gradients=False)
+    return _chunks(hidden, head, targets, weights, vocab_axis, softcap)
 
 
 def _summed_fwd(hidden, head, targets, weights, vocab_axis, softcap):
-    return _chunks(hidden, head, targets, weights, vocab_axis, softcap, with_gradients=True)
+    values = (x.value for x in (hidden, head, targets, weights))
+    of_head = head.perturbed  # a frozen head has no gradient, a third of the loss's arithmetic
+    return _chunks(*values, vocab_axis, softcap, with_gradients=True, of_head=of_head)
 
 
 def _summed_bwd(vocab_axis, softcap, gradients, d_loss):
     d_hidden, d_head = gradients
     return (
         (d_hidden * d_loss).astype(d_hidden.dtype),
-        (d_head * d_loss).astype(d_head.dtype),
+        None if d_head is None else (d_head * d_loss).astype(d_head.dtype),
         None,
         None,
     )
 
 
-_summed.defvjp(_summed_fwd, _summed_bwd)
+_summed.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
 
 
-def _chunks(hidden, head, targets, weights, vocab_axis, softcap, *, with_gradients):
+def _chunks(
+    hidden, head, targets, weights, vocab_axis, softcap, *, with_gradients=False, of_head=False
+):
+    """The loss; with gradients also those of `hidden` and of `head`, None where not asked for."""
     D, V = head.shape
     hidden_ND, targets_N, weights_N = (
         hidden.reshape(-1, D),
@@ -118,9 +123,11 @@ def _chunks(hidden, head, targets, weights, vocab_axis, softcap, *, with_gradien
             d_logits_CV *= 1 - (logits_CV / softcap) ** 2
         d_logits_CV = d_logits_CV.astype(hidden.dtype)
         d_hidden_CD = jnp.einsum("cv,dv->cd", d_logits_CV, head)
-        d_head_DV = jnp.einsum(
-            "cd,cv->dv", hidden_CD, d_logits_CV, preferred_element_type=jnp.float32
-        )
+        d_head_DV = None
+        if of_head:
+            d_head_DV = jnp.einsum(
+                "cd,cv->dv", hidden_CD, d_logits_CV, preferred_element_type=jnp.float32
+            )
         return loss, d_hidden_CD, d_head_DV
 
     C = min(N, max(CHUNK_LOGITS // V, MIN_CHUNK_TOKENS))
@@ -142,12 +149,18 @@ def _chunks(hidden, head, targets, weights, vocab_axis, softcap, *, with_gradien
 
         def body(sums, x):
             loss, d_hidden, d_head = chunk(*x)
-            return (sums[0] + loss, sums[1] + d_head), d_hidden
+            return jax.tree.map(jnp.add, sums, (loss, d_head)), d_hidden
 
-        zeros = zero, varying(jnp.zeros(head.shape, jnp.float32), varying_axes(head))
+        none_yet = None
+        if of_head:
+            none_yet = varying(jnp.zeros(head.shape, jnp.float32), varying_axes(head))
+        zeros = zero, none_yet
         (loss, d_head), d_hidden = jax.lax.scan(body, zeros, xs)
     d_hidden = d_hidden.reshape(-1, D)[:N]
-    return loss, (d_hidden.reshape(hidden.shape), d_head.astype(head.dtype))
+    return loss, (
+        d_hidden.reshape(hidden.shape),
+        None if d_head is None else d_head.astype(head.dtype),
+    )
 
 
 def token_scores(

@@ -2,7 +2,7 @@
 
 Ratios of medians, all alternating in one process.
 
-    python tests/bench/adapters.py [--steps 9]
+    python tests/bench/adapters.py [--steps 9] [--shape smollm2]
 """
 
 import argparse
@@ -32,12 +32,23 @@ CASES = {
 }
 
 
-def bench_run(**options) -> Run:
-    model = TransformerConfig(
-        vocab_size=256, max_len=256, d_model=256, num_layers=4, num_heads=4, d_ff=1024
-    )
+SHAPES = {
+    "small": {"vocab_size": 256, "d_model": 256, "num_layers": 4, "num_heads": 4, "d_ff": 1024},
+    # Four of its thirty layers, and the whole vocabulary.
+    "smollm2": {
+        "vocab_size": 49152,
+        "d_model": 576,
+        "num_layers": 4,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "d_ff": 1536,
+    },
+}
+
+
+def bench_run(shape: str, **options) -> Run:
     return Run(
-        model=model,
+        model=TransformerConfig(max_len=256, **SHAPES[shape]),
         data=TextData(seq_len=256, batch_size=8),
         optimizer=AdamW(learning_rate=1e-3),
         steps=1000,
@@ -49,11 +60,13 @@ def bench_run(**options) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=9)
-    steps = parser.parse_args().steps
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    args = parser.parse_args()
+    steps = args.steps
     tokens = np.random.default_rng(0).integers(0, 256, (8, 257)).astype(np.int32)
     states, compiled, times, batches = {}, {}, {name: [] for name in CASES}, {}
     for name, options in CASES.items():
-        run = bench_run(**options)
+        run = bench_run(args.shape, **options)
         program = Program(run, make_mesh(run.mesh))
         batches[name] = program.global_batch(
             lambda rows: {"inputs": tokens[rows, :-1], "targets": tokens[rows, 1:]}

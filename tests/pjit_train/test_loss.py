@@ -55,6 +55,23 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch, chunk_logits):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_logits", [1 << 22, 4 * V])
+def test_a_frozen_head_costs_no_gradient(monkeypatch, chunk_logits):
+    """Three products of N x D x V make the logits and both gradients; without the head's, two."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 4)
+    hidden, head, targets, weights = inputs()
+    want = jax.grad(plain)(hidden, head, targets, weights)
+    np.testing.assert_allclose(
+        jax.grad(cross_entropy)(hidden, head, targets, weights), want, rtol=1e-4, atol=1e-5
+    )
+    products = [
+        str(jax.make_jaxpr(jax.grad(cross_entropy, wanted))(*inputs())).count("dot_general")
+        for wanted in (0, (0, 1))
+    ]
+    assert products == [2, 3]
+
+
 def test_memory_holds_one_chunk_of_logits(monkeypatch):
     tokens, vocab = 4096, 512
 
