@@ -16,6 +16,7 @@ from flax import nnx
 from pjit_train.errors import UserError
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.sources import folder_of
+from pjit_train.models.loss import Taught, cross_entropy
 from pjit_train.models.transformer import TransformerConfig
 from pjit_train.step import split_model
 from sparsity.ranges import NonNegative, Positive, check_fields
@@ -128,20 +129,17 @@ class Teacher:
         def run(model):
             options = {"segments": batch.get("segments"), "collect": bool(of.features)}
             hidden_BTD, layers_LBTD = model.hidden(batch["inputs"], **options)
-            return model.logits(hidden_BTD), layers_LBTD
+            return (model.head_inputs(hidden_BTD), model.head_kernel()), layers_LBTD
 
-        logits_BTV, layers_LBTD = run(student)
-        taught_BTV, taught_LBTD = jax.lax.stop_gradient(run(teacher))
-        picked = jax.nn.one_hot(targets, logits_BTV.shape[-1], dtype=jnp.float32)
-        if (spec := jax.typeof(logits_BTV).sharding.spec) and any(spec):
-            picked = jax.sharding.reshard(picked, spec)
-        losses_BT = -jnp.sum(jax.nn.log_softmax(logits_BTV) * picked, axis=-1)
+        (hidden_BTD, head_DV), layers_LBTD = run(student)
+        (taught_BTD, taught_DV), taught_LBTD = jax.lax.stop_gradient(run(teacher))
+        taught = None
         if of.weight:
-            log_p = jax.nn.log_softmax(taught_BTV / of.temperature)
-            log_q = jax.nn.log_softmax(logits_BTV / of.temperature)
-            apart_BT = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-            losses_BT += of.weight * of.temperature**2 * apart_BT
-        total, weight = jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
+            cap = self.config.logit_softcap
+            taught = Taught(taught_BTD, taught_DV, cap, of.temperature, of.weight)
+        softcap = student.config.logit_softcap
+        total = cross_entropy(hidden_BTD, head_DV, targets, weights_BT, softcap, taught)
+        weight = jnp.sum(weights_BT)
         if of.features:
             total += of.features * weight * square_head(layers_LBTD, taught_LBTD, weights_BT)
         return total, weight

@@ -55,6 +55,38 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch, chunk_logits):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("chunk_logits", [1 << 22, 4 * V])
+def test_a_teacher_adds_the_divergence_at_its_temperature(monkeypatch, chunk_logits, temperature):
+    """Of a teacher of another width, both with caps, by the formula over all logits."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 4)
+    rng = np.random.default_rng(1)
+    taught = rng.normal(size=(B, T, 10)).astype(np.float32)
+    taught_head = rng.normal(size=(10, V)).astype(np.float32)
+    weight = 0.6
+
+    def plain_with_teacher(hidden, head, targets, weights):
+        student = 2.0 * jnp.tanh(hidden @ head / 2.0)
+        teacher = 3.0 * jnp.tanh(taught @ taught_head / 3.0)
+        p = jax.nn.softmax(teacher / temperature)
+        ratio = jax.nn.log_softmax(teacher / temperature) - jax.nn.log_softmax(
+            student / temperature
+        )
+        apart = jnp.sum(p * ratio, axis=-1)
+        return capped(hidden, head, targets, weights) + weight * temperature**2 * jnp.sum(
+            weights * apart
+        )
+
+    of = loss.Taught(taught, taught_head, 3.0, temperature, weight)
+    want, want_grads = jax.value_and_grad(plain_with_teacher, (0, 1))(*inputs())
+    got, got_grads = jax.value_and_grad(cross_entropy, (0, 1))(*inputs(), 2.0, of)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(*inputs(), 2.0, of), want, rtol=1e-6)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_logits", [1 << 22, 4 * V])
 def test_a_frozen_head_costs_no_gradient(monkeypatch, chunk_logits):
     """Three products of N x D x V make the logits and both gradients; without the head's, two."""
