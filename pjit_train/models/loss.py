@@ -227,3 +227,46 @@ def _chunks(
         d_hidden.reshape(hidden.shape),
         None if d_head is None else d_head.astype(head.dtype),
     )
+
+
+def token_scores(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, softcap: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target, and whether it is the likeliest token.
+
+    As `cross_entropy`, the logits are made a chunk at a time; there is no gradient. On a mesh call
+    it in `jax.sharding.auto_axes`.
+
+    Args:
+      hidden: [batch, length, d_model].
+      head: [d_model, vocab].
+      targets: int [batch, length].
+      softcap: see `cross_entropy`.
+
+    Returns:
+      Natural logarithms, float32 [batch, length], and bool [batch, length].
+    """
+    batch, length, _ = hidden.shape
+    tokens = max(CHUNK_LOGITS // head.shape[1], MIN_CHUNK_TOKENS)
+    size = min(length, max(1, tokens // batch))
+
+    def chunk(hidden_BCD, targets_BC):
+        logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head, preferred_element_type=jnp.float32)
+        logits_BCV = capped(logits_BCV, softcap)
+        top_BC = jnp.max(logits_BCV, axis=-1)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        total_BC = jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1)
+        # The first of equal logits is the likeliest, as of `argmax`.
+        greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        return target_BC - top_BC - jnp.log(total_BC), greedy_BC
+
+    if size == length:
+        return chunk(hidden, targets)
+
+    def split(x):  # [batch, length, ...] -> [chunks, batch, size, ...], the last one filled up
+        x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(lambda x: chunk(*x), (split(hidden), split(targets)))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
+    return join(parts[0]), join(parts[1])
