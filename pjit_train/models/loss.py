@@ -22,7 +22,7 @@ def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 
 class Taught(NamedTuple):
-    """What a frozen teacher makes of the same tokens.
+    """Result of a frozen teacher for the same tokens.
 
     Attributes:
       hidden: [batch, length, its d_model].
