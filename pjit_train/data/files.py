@@ -1,4 +1,7 @@
-"""Documents of a file: .txt, .jsonl, either also as .gz; what is wrong is said with its line."""
+"""Documents of a file: .txt or .jsonl, also as .gz or .zst, or a column of Parquet or Arrow.
+
+What is wrong is said with its line, or row.
+"""
 
 import codecs
 import contextlib
@@ -9,16 +12,24 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from pjit_train.data import tables
 from pjit_train.errors import UserError
 
 DOCUMENT_CHARACTERS = 1 << 20  # a .txt file longer than this is read in documents of this length
 LINE_BYTES = 1 << 28  # of .jsonl, at most: a small .gz may unfold to any length
 _CHUNK = 1 << 20
+_COMPRESSED = (".gz", ".zst")
 
 
 def is_text_file(path: str) -> bool:
     """Tells whether a file of this name holds documents, as `read_documents` reads them."""
-    return path.lower().removesuffix(".gz").endswith((".txt", ".jsonl"))
+    return _unfolded(path).endswith((".txt", ".jsonl")) or path.lower().endswith(tables.ENDINGS)
+
+
+def _unfolded(path: str) -> str:
+    """The name in small letters, without the ending that says how the file is compressed."""
+    name = path.lower()
+    return name.removesuffix(next(filter(name.endswith, _COMPRESSED), ""))
 
 
 def read_documents(path: str, text_field: str = "text") -> Iterator[str]:
@@ -26,13 +37,17 @@ def read_documents(path: str, text_field: str = "text") -> Iterator[str]:
 
     Args:
       path: its ending, in letters of any case, says how it is read: .txt as one document, or
-        several of `DOCUMENT_CHARACTERS`; .jsonl as a document a line; .gz is unfolded.
-      text_field: the key of a .jsonl line under which its text is.
+        several of `DOCUMENT_CHARACTERS`; .jsonl as a document a line; .gz and .zst are unfolded;
+        .parquet, .arrow and .feather as a document a row.
+      text_field: the key of a .jsonl line under which its text is, or the column of a table.
 
     Raises:
       UserError: it cannot be read, is no UTF-8 text, or a line has no text; names file and line.
     """
-    by_line = path.lower().removesuffix(".gz").endswith(".jsonl")
+    if path.lower().endswith(tables.ENDINGS):
+        yield from tables.read_column(path, text_field)
+        return
+    by_line = _unfolded(path).endswith(".jsonl")
     place = _Place(path)
     try:
         with _open(path) as file:
@@ -42,6 +57,10 @@ def read_documents(path: str, text_field: str = "text") -> Iterator[str]:
             f"{path}:{place.line + 1}: the gzip file is damaged or cut short from here on ({error})"
         ) from error
     except OSError as error:
+        if path.lower().endswith(".zst") and error.strerror is None:  # of Arrow, which unfolds it
+            raise UserError(
+                f"{path}:{place.line + 1}: the zstd file is damaged or cut short from here on"
+            ) from error
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
@@ -56,6 +75,10 @@ class _Place:
 
 
 def _open(path: str) -> Any:
+    if path.lower().endswith(".zst"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(path), "zstd"))
     return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -147,6 +170,8 @@ def _not_utf8(place: _Place, error: UnicodeDecodeError, line: int | None = None)
     hint = "convert it to UTF-8"
     if start == b"\x1f\x8b":
         hint = "it is a gzip file: give its name the ending .gz"
+    elif error.object[:4] == b"\x28\xb5\x2f\xfd":
+        hint = "it is a zstd file: give its name the ending .zst"
     elif start in (b"\xff\xfe", b"\xfe\xff"):
         hint = "it is UTF-16: convert it to UTF-8"
     return place.wrong(f"is not UTF-8 text ({error.reason}, byte 0x{byte:02x}): {hint}", line)

@@ -30,7 +30,8 @@ from sparsity.ranges import Part, check_fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Local files: .txt, a document each; .jsonl, a document a line; either also as .gz.
+    """Local files: .txt, a document each; .jsonl, a document a line; either also as .gz or .zst;
+    .parquet, .arrow and .feather, a document a row.
 
     A .txt file longer than 1 Mi characters is cut into documents of that length, so that no corpus
     need fit in memory. Files are read in the order of their sorted paths. Empty documents count
@@ -42,7 +43,7 @@ class TextFiles:
       validation_fraction: how large a part. A document goes by the hash of its text, so equal
         documents go together. A corpus of fewer than 20 / validation_fraction documents, which
         that might leave with none, gives the end of each document instead.
-      text_field: the key of a .jsonl line under which its text is.
+      text_field: the key of a .jsonl line under which its text is, or the column of a table.
     """
 
     train: str | Sequence[str]
@@ -144,7 +145,8 @@ class TextFiles:
                 raise UserError(f"TextFiles: {path!r} is not a file that can be read")
             if not is_text_file(path):
                 raise UserError(
-                    f"TextFiles: {path!r} is neither .txt nor .jsonl, nor one of them as .gz"
+                    f"TextFiles: {path!r} is neither .txt nor .jsonl, nor one of them as .gz or "
+                    ".zst, nor .parquet, .arrow or .feather"
                 )
         return sorted(found)
 
