@@ -3,6 +3,7 @@
 Whatever is slow to import (JAX, gin, the data libraries) is imported by the command that needs it.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
     taken = signals.taken(signals.end_unless_saved)
     if argv is None:
-        taken.__enter__()  # until the process has ended
+        taken.__enter__()
+        atexit.register(signals.ignore)  # registered first, so that it is the last to be called
         return _command(argv, began)
     with taken:
         return _command(argv, began)

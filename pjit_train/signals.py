@@ -114,6 +114,15 @@ def let_through() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
 
 
+def ignore() -> None:
+    """Ignores the signals, in the last moments of a process that ends by itself.
+
+    Python gives up its handlers there, and any would kill the process that is as good as gone.
+    """
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end(number: int) -> None:
     """Ends this process at once, with a line and 128 + number; what is unfinished is removed."""
     global _ending
