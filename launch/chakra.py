@@ -217,49 +217,51 @@ class _File:
           seen: of files that had the same numbers of nodes, what was read of a message.
         """
         of, _ = message_classes()
-        messages = list(self.messages())
-        nodes: list[Any] = []
+        found: list[tuple[bytes, Any]] = []  # messages, and what was read of them or their nodes
         place: dict[int, int] = {}
-        for i, (message, read) in enumerate((m, seen.get((i, m))) for i, m in enumerate(messages)):
+        for i, message in enumerate(self.messages()):
+            read = seen.get((i, message))
             if read is None:
-                node = of()
-                self.parse(node, message, i + 1)
-                nodes.append(node)
-                number = node.id
+                read = of()
+                self.parse(read, message, i + 1)
+                number = read.id
             else:
-                nodes.append(None)
                 number = read[0]
             if number in place:
-                node = of.FromString(message)
-                raise self.error(node, f"has the id {number} of another one")
+                raise self.error(of.FromString(message), f"has the id {number} of another one")
             place[number] = i
-        program, partners = [], []
-        for i, (message, node) in enumerate(zip(messages, nodes, strict=True)):
-            if node is None:
-                number, before, made, whom = seen[i, message]
-                if all(place.get(n) == there for n, there in zip(before, made.after, strict=True)):
+            found.append((message, read))
+        program: list[Node] = []
+        partners: list[tuple[str, Any]] = []
+        for i, (message, node) in enumerate(found):
+            if isinstance(node, tuple):
+                _, before, made, whom = node
+                if tuple(map(place.get, before)) == made.after:
                     program.append(made)
                     if whom is not None:
                         partners.append(whom)
                     continue
                 node = of.FromString(message)
-            before = tuple(dict.fromkeys([*node.data_deps, *node.ctrl_deps]))
-            missing = next((n for n in before if n not in place), None)
-            if missing is not None:
-                raise self.error(node, f"waits for node {missing}, which is not there")
-            after = tuple([place[n] for n in before])
-            whom = None
-            if node.type in _COMPUTES:
-                made = Node(node.name, COMPUTE, after, seconds=self.seconds(node))
-            elif node.type in (_SEND, _RECEIVE, _COLLECTIVE):
-                made, whom = self.communication(node, after)
-                partners.append(whom)
-            else:
-                raise self.error(node, f"is of type {node.type}, which Chakra does not have")
+            made, whom = self.made(node, place)
             program.append(made)
+            if whom is not None:
+                partners.append(whom)
             if node.type not in (_SEND, _RECEIVE) and len(seen) < _SEEN:  # peers differ by rank
-                seen[i, message] = node.id, before, made, whom
+                seen[i, message] = node.id, _awaited(node), made, whom
         return tuple(program), partners
+
+    def made(self, node: Any, place: dict[int, int]) -> tuple[Node, tuple[str, Any] | None]:
+        """The node of a message, and how its partners are told; None where it computes."""
+        awaited = _awaited(node)
+        after = tuple(map(place.get, awaited))
+        if None in after:
+            missing = awaited[after.index(None)]
+            raise self.error(node, f"waits for node {missing}, which is not there")
+        if node.type in _COMPUTES:
+            return Node(node.name, COMPUTE, after, seconds=self.seconds(node)), None
+        if node.type in (_SEND, _RECEIVE, _COLLECTIVE):
+            return self.communication(node, after)
+        raise self.error(node, f"is of type {node.type}, which Chakra does not have")
 
     def messages(self) -> Iterator[bytes]:
         """The messages of the nodes."""
@@ -344,6 +346,9 @@ class _File:
             if default is None:
                 raise self.error(node, f"has no {name}")
             return default
+        usual = attribute.int64_val or attribute.int32_val  # soon found, of millions of sends
+        if usual > 0:
+            return float(usual)
         which = attribute.WhichOneof("value")
         value = getattr(attribute, which) if which in _VALUES else None
         if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value):
@@ -354,6 +359,11 @@ class _File:
 
     def error(self, node: Any, text: str) -> UserError:
         return UserError(f"{self.path}: node {node.name!r} ({node.id}): {text}")
+
+
+def _awaited(node: Any) -> tuple[int, ...]:
+    """Ids of the nodes that a node waits for, each once."""
+    return tuple(dict.fromkeys([*node.data_deps, *node.ctrl_deps]))
 
 
 @functools.cache

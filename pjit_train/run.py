@@ -220,6 +220,9 @@ class Run:
             why = "frozen weights are not packed; use a recipe with packed = False"
         elif updater is not None and updater.variance is not None:
             why = "frozen weights have no second moments; use a recipe with variance = None"
+        elif updater is not None and updater.scores_training:
+            why = "frozen weights have no gradients, which this recipe makes its masks of"
+            why += "; use one that goes by weights, such as magnitude"
         elif updater is not None and self._masks_quantized:
             why = "a recipe's masks are applied before quantizing; use 'sparsify_then_quantize'"
         if why is not None:

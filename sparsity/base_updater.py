@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,11 @@ class BaseUpdater:
       axis_fn: (keys, parameter) -> the axis of N:M, negative, in place of that of `sparsity_type`:
         kernels with separate heads have theirs elsewhere than others.
       scored_fn: parameters -> a tree like them, which masks are made of in their place.
+      scores_training: whether scores are of gradients or of the optimizer's moments; an algorithm's
+        own, and no option.
     """
+
+    scores_training: ClassVar[bool] = False
 
     scheduler: Any = NoUpdateSchedule()  # noqa: RUF009 (frozen)
     skip_gradients: bool = False

@@ -187,6 +187,11 @@ class PruningUpdater(Updater):
     masked: Mapping[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     said: str = "sparse"
 
+    @property
+    def scores_training(self) -> bool:
+        """Whether masks are made of gradients, or of the optimizer's moments, of the parameters."""
+        return self.updater.scores_training
+
     def wrap_optax(
         self,
         inner: optax.GradientTransformation,

@@ -36,6 +36,11 @@ class Updater(Protocol):
         """The step before which a trainer is to `pack`; None for not at all."""
         return None
 
+    @property
+    def scores_training(self) -> bool:
+        """Whether masks are made of gradients, or of the optimizer's moments, of the parameters."""
+        return False
+
     def wrap_optax(
         self,
         inner: optax.GradientTransformation,

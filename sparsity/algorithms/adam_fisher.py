@@ -1,7 +1,7 @@
 """Pruning by Adam's second moments, a diagonal of the Fisher matrix."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class AdamBasedFisherPruning(BaseUpdater):
     Attributes:
       reset_adam: zero Adam's moments at each update of the masks.
     """
+
+    scores_training: ClassVar[bool] = True
 
     reset_adam: bool = False
 

@@ -1,7 +1,7 @@
 """Dense to sparse: train, and prune what scores lowest, at once or along a schedule."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class MagnitudePruning(BaseUpdater):
 @dataclasses.dataclass
 class SaliencyPruning(BaseUpdater):
     """Keeps the largest |w * g|, the first-order change of the loss (Molchanov et al., 2016)."""
+
+    scores_training: ClassVar[bool] = True
 
     def calculate_scores(
         self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any

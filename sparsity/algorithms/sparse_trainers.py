@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +155,8 @@ class SET(StaticRandomSparse):
 @dataclasses.dataclass
 class RigL(SET):
     """Drops the smallest |w| and grows where the dense gradient is largest (Evci et al., 2020)."""
+
+    scores_training: ClassVar[bool] = True
 
     def _get_grow_scores(self, sparse_state: SparseState, params: Any, grads: Any) -> Any:
         del sparse_state, params

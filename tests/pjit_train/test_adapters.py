@@ -13,6 +13,7 @@ from pjit_train.errors import UserError
 from pjit_train.optimizers import AdamW, Schedule
 from sparsity.masks.layers import KERNELS
 from sparsity.numbers.quantized import Quantization
+from sparsity.pruning import Pruning
 from sparsity.recipes.recipes import Recipe
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -182,3 +183,9 @@ def test_a_packed_recipe_is_refused():
     recipe = Recipe(layers={KERNELS: "2:4"}, fine_tune_fraction=0.5, packed=True)
     with pytest.raises(UserError, match="frozen weights are not packed"):
         make_program(adapters=LORA, sparsity=recipe)
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "saliency", "global_saliency", "adam-fisher"])
+def test_masks_of_gradients_that_are_not_made_are_refused(algorithm):
+    with pytest.raises(UserError, match="makes its masks of; use one that goes by weights"):
+        make_program(adapters=LORA, sparsity=Pruning(algorithm=algorithm, sparsity=0.5))

@@ -4,7 +4,7 @@ Ranks whose graphs are alike share a program, so that a thousand of them take no
 whom they communicate with stands beside it, rank by rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from topology.collectives.collectives import check_kind
@@ -85,12 +85,6 @@ class Trace:
                         f"{len(self.ranks) - 1}; one file is wanted for each rank"
                     )
                 good.add(members)
-
-    def communications(self, rank: int) -> Mapping[int, tuple[int, ...]]:
-        """{position of a node that communicates: its partners} of a rank."""
-        program = self.programs[self.ranks[rank].program]
-        places = (i for i, node in enumerate(program) if node.communicates)
-        return dict(zip(places, self.ranks[rank].partners, strict=True))
 
 
 def _check_program(program: Program, rank: int) -> None:
