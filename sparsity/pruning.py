@@ -189,7 +189,7 @@ class PruningUpdater(Updater):
 
     @property
     def scores_training(self) -> bool:
-        """Whether masks are made of gradients, or of the optimizer's moments, of the parameters."""
+        """Tells whether masks are made of gradients or moments of the parameters."""
         return self.updater.scores_training
 
     def wrap_optax(

@@ -38,7 +38,7 @@ class Updater(Protocol):
 
     @property
     def scores_training(self) -> bool:
-        """Whether masks are made of gradients, or of the optimizer's moments, of the parameters."""
+        """Tells whether masks are made of gradients or moments of the parameters."""
         return False
 
     def wrap_optax(

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_pod, pod_of
+from launch.commands.common import add_command, add_failed, add_pod, pod_of
 
 
 def add(commands) -> None:
@@ -33,23 +33,7 @@ def add(commands) -> None:
     collective.add_argument(
         "--axes", metavar="AXES", help="dimensions that it goes over, such as x,y (default: all)"
     )
-    collective.add_argument(
-        "--failed",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PART",
-        help="parts that fail and are gone around: ocs:x,0,0 port:x,0,0,1 link:1,0,1,3,+x, with "
-        "blocks counted in the slice; on v5e and v6e link:0,1,+x",
-    )
-    collective.add_argument(
-        "--failed-one-way",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="LINK",
-        help="links that fail in their own direction only: link:1,0,1,3,+x",
-    )
+    add_failed(collective)
     add_pod(collective, "slice it is")
     collective.add_argument("--json", action="store_true", help="print one JSON document")
 

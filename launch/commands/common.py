@@ -116,6 +116,27 @@ class real:
 PODS = ("v4", "v5p", "v5e", "v6e")
 
 
+def add_failed(sub) -> None:
+    """Adds --failed and --failed-one-way, of parts of a slice that traffic goes around."""
+    sub.add_argument(
+        "--failed",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PART",
+        help="parts that fail and are gone around: ocs:x,0,0 port:x,0,0,1 link:1,0,1,3,+x, with "
+        "blocks counted in the slice; on v5e and v6e link:0,1,+x",
+    )
+    sub.add_argument(
+        "--failed-one-way",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LINK",
+        help="links that fail in their own direction only: link:1,0,1,3,+x",
+    )
+
+
 def add_pod(sub: argparse.ArgumentParser, of: str) -> None:
     """Adds the option --pod, for `pod_of`."""
     sub.add_argument(

@@ -32,13 +32,22 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
-    from launch.reports.packets import draw, report, row_text, summary, title, write_curve
+    from launch.reports.packets import (
+        check_sends,
+        draw,
+        report,
+        row_text,
+        summary,
+        title,
+        write_curve,
+    )
     from launch.reports.pictures import check_picture, check_table
     from launch.reports.traffic import read_pattern
 
     table = None if args.csv is None else check_table(args.csv)
     path = None if args.draw is None else check_picture(args.draw)
     demands = read_pattern(args.pattern, args.slice, pod_of(args.pod), args.hot)
+    check_sends(demands)
     if not args.json:
         print(title(demands), flush=True)
 

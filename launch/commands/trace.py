@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch.commands.common import add_command, add_pod, pod_of
+from launch.commands.common import add_command, add_failed, add_pod, pod_of
 
 
 def add(commands) -> None:
@@ -25,22 +25,7 @@ def add(commands) -> None:
         metavar="FILE",
         help='the ranks of process groups by name, in JSON: {"0": [0, 1, 2, 3]}',
     )
-    trace.add_argument(
-        "--failed",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PART",
-        help="parts that fail and are gone around, as in torsion collective",
-    )
-    trace.add_argument(
-        "--failed-one-way",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="LINK",
-        help="links that fail in their own direction only",
-    )
+    add_failed(trace)
     add_pod(trace, "slice it is")
     trace.add_argument("--timeline", metavar="FILE", help="write a timeline for Perfetto, in JSON")
     trace.add_argument("--json", action="store_true", help="print one JSON document")

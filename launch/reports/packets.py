@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from launch.reports.pictures import chart, save, written
 from launch.reports.traffic import Demands
 from pjit_train.errors import UserError
@@ -16,6 +18,15 @@ from topology.routing.open_loop import OVERLOAD, Point, latency_curve
 from topology.routing.routing import dimension_order
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Point))
+
+
+def check_sends(demands: Demands) -> None:
+    """Raises a UserError where no chip sends anything to another."""
+    if not np.any(demands.matrix * (1 - np.eye(len(demands.matrix)))):
+        raise UserError(
+            f"--pattern {demands.name}: on {demands.slice} no chip sends anything to another; take "
+            "a larger slice or another pattern"
+        )
 
 
 def report(
@@ -29,6 +40,7 @@ def report(
     """The curve of a pattern, as `torsion packets --json` prints it.
 
     Args:
+      demands: that `check_sends` lets through.
       places: packets of a buffer; None for any number.
       cycles: of the window of each point.
       tell: is called with each point as soon as it is measured.
@@ -39,18 +51,10 @@ def report(
       not larger. `saturation`: the largest rate that was stable, and the smallest that was not,
       or the bound. `overload`: packets that arrive, by chip and cycle, at 1.1 times the bound.
       `points`: by rate, the fields of `topology.routing.open_loop.Point`, latency in cycles.
-
-    Raises:
-      UserError: no chip sends anything to another.
     """
     slice, matrix = demands.slice, demands.matrix
     routing = dimension_order(slice)
     largest = float(link_loads(slice, routing, matrix).max())
-    if not largest:
-        raise UserError(
-            f"--pattern {demands.name}: on {slice} no chip sends anything to another; take a "
-            "larger slice or another pattern"
-        )
     window = cycles or max(1000, min(4000, 64_000 // slice.num_chips))
     curve = latency_curve(
         slice,

@@ -186,6 +186,8 @@ def _middle(step: dict[str, float]) -> float:
 def write_timeline(path: Path, prediction: Prediction) -> None:
     """Writes the timeline of the step that Perfetto opens."""
     from pjit_train.files import write_whole
-    from topology.plan.timeline import trace_text
+    from topology.plan.replay import TRACKS
+    from topology.timeline import trace_text
 
-    write_whole(path, trace_text(prediction.interval.high))
+    step = prediction.interval.high
+    write_whole(path, trace_text(step.events, processes={0: "step"}, tracks=TRACKS))

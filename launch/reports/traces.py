@@ -1,6 +1,5 @@
 """`torsion trace`: a trace replayed on a slice, as data, as text and as a timeline."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from pjit_train.errors import UserError
 from pjit_train.files import write_whole
 from topology import Slice
 from topology.hardware import Pod
-from topology.traces.replay import Replay, replay
+from topology.timeline import trace_text
+from topology.traces.replay import TRACKS, Replay, replay
 
 _LINKS = 5  # of a collective that are named
 _DIRECTIONS = ("+x", "-x", "+y", "-y", "+z", "-z")
@@ -143,36 +143,9 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def write_timeline(file: Path, step: Replay) -> None:
-    """Writes a timeline as Trace Event JSON, which Perfetto opens: a process a class of ranks.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    rows: list[dict[str, Any]] = []
-    for rank, size in zip(step.ranks.tolist(), step.sizes.tolist(), strict=True):
-        name = f"rank {rank}" + (f" and {size - 1} alike" if size > 1 else "")
-        rows.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": name}})
-        for number, track in enumerate(("compute", "network")):
-            named = {"ph": "M", "pid": rank, "tid": number, "name": "thread_name"}
-            rows.append(named | {"args": {"name": track}})
-    for event in step.events:
-        if event.track == "compute":
-            rows.append(
-                {
-                    "ph": "X",
-                    "pid": event.rank,
-                    "tid": 0,
-                    "name": event.name,
-                    "ts": event.begin * 1e6,
-                    "dur": event.seconds * 1e6,
-                }
-            )
-    for number, event in enumerate(e for e in step.events if e.track == "network"):
-        # Those of a rank may overlap, so each is a pair of its own.
-        one = {"cat": "network", "pid": event.rank, "tid": 1, "name": event.name, "id": number}
-        rows.append(one | {"ph": "b", "ts": event.begin * 1e6})
-        rows.append(one | {"ph": "e", "ts": (event.begin + event.seconds) * 1e6})
-    try:
-        write_whole(file, json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}))
-    except OSError as error:
-        raise UserError(f"--timeline {file}: {error.strerror}") from error
+    """Writes the timeline that Perfetto opens, a process a class of ranks."""
+    names = {
+        rank: f"rank {rank}" + (f" and {size - 1} alike" if size > 1 else "")
+        for rank, size in zip(step.ranks.tolist(), step.sizes.tolist(), strict=True)
+    }
+    write_whole(file, trace_text(step.events, processes=names, tracks=TRACKS))

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers.mistakes import mistake
 
 from launch.cli import main
 
@@ -94,12 +95,4 @@ def test_it_draws(tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
-    try:
-        code = main(["availability", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    out, error = capsys.readouterr()
-    assert code == 2
-    assert message in error
-    assert error.count("\n") == 1
-    assert not out
+    assert message in mistake(["availability", *arguments], capsys)

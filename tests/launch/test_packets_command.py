@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from helpers.mistakes import mistake
 
 from launch.cli import main
 
@@ -48,11 +49,4 @@ def test_the_curve_ends_at_saturation_below_the_bounds(tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
-    try:
-        code = main(["packets", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in mistake(["packets", *arguments], capsys)

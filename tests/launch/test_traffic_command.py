@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers.mistakes import mistake
 
 from launch.cli import main
 from topology import TPU_V4, Slice, all_to_all
@@ -123,12 +124,4 @@ def test_a_wrong_file_is_one_line(text, message, tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
-    try:
-        code = main(["traffic", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    out, error = capsys.readouterr()
-    assert code == 2
-    assert message in error
-    assert error.count("\n") == 1
-    assert not out
+    assert message in mistake(["traffic", *arguments], capsys)

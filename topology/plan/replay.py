@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from topology.plan.pricing import Price, Pricing
 from topology.plan.tree import Loop, Op, Tree
+from topology.timeline import Event
+
+TRACKS = ("compute", "network", "data-centre network", "copies")
 
 
 @dataclass
@@ -34,16 +37,6 @@ class Collective:
     @property
     def hidden(self) -> float:
         return max(0.0, self.seconds - self.exposed)
-
-
-@dataclass(frozen=True)
-class Event:
-    """A stretch of the timeline: seconds from its step's begin, on a track."""
-
-    name: str
-    track: str
-    begin: float
-    seconds: float
 
 
 @dataclass

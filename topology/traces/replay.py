@@ -20,11 +20,14 @@ import numpy as np
 from topology.arrays import Floats, Integers
 from topology.collectives.collectives import Network
 from topology.numbers import whole
+from topology.timeline import Event
 from topology.torus.slices import Slice
 from topology.traces.alike import classes
 from topology.traces.flows import Transfer, Transfers, fair_rates
 from topology.traces.meetings import Meeting, meetings
 from topology.traces.trace import RECEIVE, Program, Trace
+
+TRACKS = ("compute", "network")
 
 
 @dataclass
@@ -49,17 +52,6 @@ class Communication:
     links: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
 
-@dataclass(frozen=True)
-class Event:
-    """A stretch of a rank's timeline: seconds from the start, on track "compute" or "network"."""
-
-    name: str
-    rank: int
-    track: str
-    begin: float
-    seconds: float
-
-
 @dataclass(frozen=True, eq=False)
 class Replay:
     """Result of replaying a trace.
@@ -74,7 +66,7 @@ class Replay:
       computing: float [C], seconds of computing; waiting: float [C], seconds until the class is
         done in which nothing is computed.
       communications: by kind and size of groups.
-      events: of the first rank of each class.
+      events: of the first rank of each class, which is their process, on `TRACKS`.
     """
 
     seconds: float
@@ -221,7 +213,7 @@ class _Clock:
                 self.computing[c] += node.seconds
                 self.at(self.now + node.seconds, (c, i), 0)
                 rank = int(self.ranks[c])
-                self.events.append(Event(node.name, rank, "compute", self.now, node.seconds))
+                self.events.append(Event(node.name, "compute", self.now, node.seconds, rank))
 
     def advance(self) -> None:
         """Lets the time pass until something ends."""
@@ -267,7 +259,7 @@ class _Clock:
         self.over[m] = True
         for c, i in meeting.parties:
             node, rank = self.programs[c][i], int(self.ranks[c])
-            self.events.append(Event(node.name, rank, "network", begin, self.now - begin))
+            self.events.append(Event(node.name, "network", begin, self.now - begin, rank))
             if not self.waiting[c][i]:
                 self.done(c, i)
 

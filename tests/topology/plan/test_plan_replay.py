@@ -10,7 +10,8 @@ from topology.hardware import TPU_V4, TPU_V5E
 from topology.plan.economics import cost_of, failures_a_day
 from topology.plan.machine import machine_of
 from topology.plan.predict import across_slices, predict, summary
-from topology.plan.timeline import trace_text
+from topology.plan.replay import TRACKS
+from topology.timeline import trace_text
 from topology.torus.slices import Slice
 
 CUBE = Slice(shape=(4, 4, 4))
@@ -130,8 +131,11 @@ def test_a_program_of_other_chips_is_refused():
 
 def test_a_timeline_has_the_step_in_it():
     step = predict(ASYNC, CUBE).interval.high
-    rows = [r for r in json.loads(trace_text(step))["traceEvents"] if r["ph"] == "X"]
-    assert max(r["ts"] + r["dur"] for r in rows) == pytest.approx(1e6 * step.seconds)
+    text = trace_text(step.events, processes={0: "step"}, tracks=TRACKS)
+    rows = [r for r in json.loads(text)["traceEvents"] if r["ph"] != "M"]
+    assert max(r["ts"] + r.get("dur", 0) for r in rows) == pytest.approx(1e6 * step.seconds)
+    begun, ended = ([r["id"] for r in rows if r["ph"] == ph] for ph in "be")
+    assert sorted(begun) == sorted(ended)
     assert {r["name"] for r in rows if r["tid"] == 1} == {
         "all_gather BarnaCoreAllGatherEmitter",
         "all_reduce UniDirectionNDRingStrategy",
