@@ -1,21 +1,28 @@
-import math
+"""A pod's months, event by event: the books, one job and many by hand, mistakes."""
+
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.pods import (
+    FREE,
+    HOST,
+    HOUR,
+    LINK,
+    POLICIES,
+    ROUGH,
+    SWITCH,
+    finish,
+    job,
+    kinds,
+    pod_of,
+    rough_months,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology import TPU_V4, Part, Slice, fabric
+from topology import Part, Slice, fabric
 from topology.fabric import light
-from topology.fleet.availability import ocs_goodput
-from topology.fleet.checkpoint_interval import (
-    best_interval,
-    daly_interval,
-    efficiency,
-    young_interval,
-)
 from topology.fleet.pod_simulation import simulate
 from topology.fleet.policies import (
     AnyBlocks,
@@ -27,57 +34,14 @@ from topology.fleet.policies import (
     NeverReroute,
     Policy,
 )
-from topology.fleet.progress import Costs, Progress
+from topology.fleet.progress import Costs
 from topology.fleet.workload import (
     DAY,
-    YEAR,
     FailureRates,
-    Job,
     Outage,
     generate_jobs,
     generate_maintenance,
-    generate_outages,
 )
-
-HOUR = 3600.0
-FREE = Costs(save=0, restore=0, reconfigure=0, reroute=0)
-ROUGH = FailureRates(host=0.02, cable=0.002, switch=0.02)  # a pod that fails all the time
-POLICIES = [
-    Policy(),
-    Policy(spares=3, recovery=AsPublished()),
-    Policy(preempt=True, queue=InOrder(), recovery=NeverReroute()),
-    Policy(preempt=True, spares=1, queue=Backfill(patience=HOUR), interval=1800.0),
-    Policy(placement=ContiguousBox()),
-    Policy(placement=ContiguousBox(wraparound=True), defragment=True, preempt=True),
-]
-LINK = Part("link", (0, 0, 0, 0, 0))
-HOST = Part("host", (0, 5))
-SWITCH = Part("ocs", (0, 1, 2))
-
-
-def pod_of(blocks, grid=(4, 4, 4)):
-    return replace(TPU_V4, name=f"{blocks} blocks", num_blocks=blocks, block_grid=grid)
-
-
-def job(name="a", shape="4x4x4", arrival=0.0, work=HOUR, **more):
-    return Job(name=name, slice=Slice.parse(shape), arrival=arrival, work=work, **more)
-
-
-def rough_months(seed, days=15):
-    horizon = days * DAY
-    jobs = generate_jobs(horizon, load=1.2, mean_work=0.6 * DAY, seed=seed)
-    outages = generate_outages(horizon, ROUGH, seed=seed)
-    outages += generate_maintenance(horizon, every=8 * DAY, lasts=6 * HOUR)
-    return jobs, outages, horizon
-
-
-def kinds(report, name="a"):
-    return [event.kind for event in report.log if event.job == name]
-
-
-def finish(report, name="a"):
-    return next(record.finished for record in report.jobs if record.job.name == name)
-
 
 # The books.
 
@@ -372,224 +336,6 @@ def test_defragmentation_makes_a_box():
     assert waits[True] == 0
     assert waits[False] > 70 * HOUR
     assert AnyBlocks().make_room(Slice.parse("4x4x16"), range(64), {}) is None
-
-
-# Limits that theory knows.
-
-
-def erlang_c_wait(servers, load, mean_work):
-    """Mean wait in an M/M/c queue."""
-    offered = servers * load
-    terms = [offered**k / math.factorial(k) for k in range(servers)]
-    last = offered**servers / math.factorial(servers) / (1 - load)
-    return last / (sum(terms) + last) * mean_work / (servers * (1 - load))
-
-
-@pytest.mark.parametrize(("blocks", "load"), [(1, 0.6), (4, 0.8)])
-def test_waits_are_those_of_a_queue_with_many_servers(blocks, load):
-    pod, mean = pod_of(blocks), HOUR
-    horizon = 15_000 * mean / (blocks * load)
-    jobs = generate_jobs(
-        horizon, load=load, mean_work=mean, sizes={1.0: ["4x4x4"]}, urgent=0, seed=4, pod=pod
-    )
-    report = simulate(
-        jobs, horizon=horizon, costs=FREE, policy=Policy(queue=InOrder(), interval=1e9), pod=pod
-    )
-    assert report.mean_wait == pytest.approx(erlang_c_wait(blocks, load, mean), rel=0.12)
-    assert report.utilisation == pytest.approx(load, rel=0.03)
-    assert report.goodput == pytest.approx(report.utilisation, rel=1e-9)
-
-
-def test_preempting_jobs_wait_as_if_they_were_alone():
-    pod, mean, load, urgent = pod_of(4), HOUR, 0.8, 0.5
-    horizon = 12_000 * mean / load
-    whole = {1.0: ["4x8x8"]}
-    jobs = generate_jobs(
-        horizon, load=load, mean_work=mean, sizes=whole, urgent=urgent, seed=6, pod=pod
-    )
-    report = simulate(
-        jobs, horizon=horizon, costs=FREE, policy=Policy(preempt=True, interval=1e9), pod=pod
-    )
-    first = [record.wait for record in report.jobs if record.job.priority == 1]
-    mine = load * urgent
-    assert np.mean(first) == pytest.approx(mine / (1 - mine) * mean, rel=0.12)
-    assert report.goodput == pytest.approx(load, rel=0.04)
-
-
-def test_goodput_of_endless_jobs_is_that_of_the_closed_form():
-    rates = FailureRates(host=0.01, cable=0, switch=0, host_repair=DAY / 2)
-    a = 1 / (1 + 0.01 * 0.5)
-    assert rates.block_availability() == pytest.approx(a**16)
-    horizon = 4 * YEAR
-    jobs = [job(str(n), "8x8x16", work=1e12) for n in range(4)]
-    outages = generate_outages(horizon, rates, seed=2)
-    report = simulate(
-        jobs, outages, horizon=horizon, costs=FREE, policy=Policy(interval=1.0), rates=rates
-    )
-    assert report.utilisation == pytest.approx(ocs_goodput(a, 16), abs=0.004)
-    one = simulate(
-        [job(work=1e12, shape="12x16x16")],
-        outages,
-        horizon=horizon,
-        costs=FREE,
-        policy=Policy(interval=1.0),
-    )
-    assert one.utilisation == pytest.approx(ocs_goodput(a, 48), abs=0.004)
-    up = 1 - report.block_seconds["out"] / (64 * horizon)
-    assert up == pytest.approx(a**16, abs=0.004)
-
-
-@pytest.mark.parametrize("interval", [0.2, 1.0, 5.0])
-def test_long_job_is_as_efficient_as_the_renewal_formula_says(interval):
-    rates = FailureRates(host=0.02, cable=0, switch=0, host_repair=HOUR)
-    blocks, horizon = 32, 150 * DAY
-    mtbf = DAY / (0.02 * 16 * blocks)
-    costs = Costs(save=120, restore=240, reconfigure=60, reroute=0)
-    work = interval * young_interval(120, mtbf)
-    report = simulate(
-        [job(shape="8x16x16", work=1e9)],
-        generate_outages(horizon, rates, seed=9),
-        horizon=horizon,
-        policy=Policy(interval=work),
-        costs=costs,
-    )
-    assert report.interruptions["requeue"] == 0
-    found = report.jobs[0].progress.kept / horizon
-    assert found == pytest.approx(efficiency(work, 120, 300, mtbf), rel=0.04)
-
-
-def test_simulated_best_interval_is_in_the_flat_bottom_around_the_rules():
-    rates = FailureRates(host=0.02, cable=0, switch=0, host_repair=HOUR)
-    horizon, mtbf = 150 * DAY, DAY / (0.02 * 16 * 32)
-    costs = Costs(save=120, restore=240, reconfigure=60, reroute=0)
-    outages = generate_outages(horizon, rates, seed=10)
-    best = best_interval(120, mtbf)
-
-    def goodput(interval):
-        policy = Policy(interval=interval)
-        jobs = [job(shape="8x16x16", work=1e9)]
-        return simulate(
-            jobs, outages, horizon=horizon, policy=policy, costs=costs, rates=rates
-        ).goodput
-
-    found = {best * factor: goodput(best * factor) for factor in (0.1, 0.4, 0.7, 1, 1.4, 2, 5)}
-    top = max(found, key=found.get)
-    assert 0.4 * best <= top <= 2 * best
-    for rule in (young_interval(120, mtbf), daly_interval(120, mtbf), None):
-        assert goodput(rule) > 0.99 * found[top]
-    assert min(found.values()) < 0.9 * found[top]
-
-
-def test_the_default_interval_is_dalys():
-    rates = FailureRates(host=0.02, cable=0.001, switch=0)
-    mtbf = DAY / (4 * (16 * 0.02 + 240 * 0.001))
-    report = simulate([job(shape="4x8x8")], horizon=DAY, rates=rates)
-    assert report.jobs[0].progress.interval == pytest.approx(daly_interval(30, mtbf))
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.floats(0.01, 500), min_size=1, max_size=12),
-    st.floats(1, 200),
-    st.floats(0, 30),
-    st.floats(0.2, 1),
-)
-def test_progress_in_pieces_is_progress_at_once(pieces, interval, save, speed):
-    def fresh():
-        return Progress(work=700.0, interval=interval, save=save, speed=speed, pause=17.0)
-
-    whole, parts, second = fresh(), fresh(), fresh()
-    whole.advance(min(sum(pieces), whole.time_left()))
-    for piece in pieces:
-        parts.advance(min(piece, parts.time_left()))
-    # And once in steps of a fine clock, by the rules alone.
-    step, time, kept, since, into, pause = 0.02, 0.0, 0.0, 0.0, None, 17.0
-    while time < sum(pieces) and kept < 700:
-        time += step
-        if pause > 0:
-            pause -= step
-        elif into is not None:
-            into += step
-            if into >= save:
-                into, since = None, 0.0
-        else:
-            kept, since = kept + step * speed, since + step * speed
-            if since >= interval:
-                into = 0.0
-    assert parts.kept == pytest.approx(whole.kept, abs=1e-6)
-    assert parts.held == pytest.approx(whole.held, abs=1e-6)
-    cycles = 2 + 700 / interval
-    assert whole.kept == pytest.approx(kept, abs=3 * step * cycles)
-    second.advance(second.time_left())
-    assert second.kept == pytest.approx(700)
-    assert second.held == pytest.approx(fresh().time_left())
-
-
-# Jobs and failures.
-
-
-def test_sizes_are_those_of_the_published_sample():
-    jobs = generate_jobs(12 * YEAR, seed=0, load=0.2)
-    count = len(jobs)
-
-    def share(wanted):
-        return sum(map(wanted, jobs)) / count
-
-    error = 4 * math.sqrt(0.25 / count)
-    assert error < 0.02
-    assert share(lambda j: j.slice.num_chips < 64) == pytest.approx(0.29, abs=error)
-    ratios = {(1, 1, 2), (1, 2, 2)}
-    twistable = [
-        j for j in jobs if tuple(k / min(j.slice.shape) for k in sorted(j.slice.shape)) in ratios
-    ]
-    whole = [j for j in twistable if j.slice.is_whole_blocks]
-    assert len(whole) / count == pytest.approx(0.33, abs=error)
-    assert share(lambda j: j.slice.is_twisted) == pytest.approx(0.28, abs=error)
-    large = [j for j in jobs if j.slice.num_chips >= 64]
-    assert np.mean([j.slice.is_twisted for j in large]) == pytest.approx(0.40, abs=error)
-    assert max(j.slice.num_chips for j in jobs) == 3072
-    assert share(lambda j: j.slowdown is not None) == pytest.approx(0.95, abs=error)
-    slow = [j.slowdown for j in jobs if j.slowdown is not None]
-    assert 0.005 <= min(slow) < 0.006 < 0.08 < max(slow) <= 0.086
-    held = sum(j.work * j.slice.num_blocks for j in jobs)
-    assert held / (64 * 12 * YEAR) == pytest.approx(0.2, rel=0.08)
-
-
-def test_failures_come_at_the_published_rates():
-    years = 20
-    outages = generate_outages(years * YEAR, seed=3)
-    count = Counter(outage.part.kind for outage in outages)
-    expected = {
-        "host": 1024 * 0.0008 * 365 * years,
-        "link": 64 * (144 + 96) * 0.00005 * 365 * years,
-        "ocs": 48 * 0.0004 * 365 * years,
-    }
-    for kind, number in expected.items():
-        assert abs(count[kind] - number) < 4 * math.sqrt(number)
-    mean = np.mean([o.end - o.start for o in outages if o.part.kind == "host"])
-    assert mean == pytest.approx(8 * HOUR, rel=0.06)
-    cables = {o.part.where[1:] for o in generate_outages(900 * DAY, ROUGH) if o.part.kind == "link"}
-    assert len(cables) == 240
-
-
-def test_a_part_fails_only_while_it_is_up():
-    rates = FailureRates(host=2.0, cable=0, switch=1.0, host_repair=DAY, switch_repair=DAY / 3)
-    horizon = 60 * DAY
-    up_from, down = {}, Counter()
-    for outage in generate_outages(horizon, rates, seed=8):
-        assert outage.start >= up_from.get(outage.part, 0)
-        up_from[outage.part] = outage.end
-        down[outage.part.kind] += min(outage.end, horizon) - outage.start
-    assert down["host"] / (1024 * horizon) == pytest.approx(2 / 3, rel=0.02)
-    assert down["ocs"] / (48 * horizon) == pytest.approx(1 / 4, rel=0.1)
-
-
-def test_maintenance_takes_each_block_in_its_turn():
-    outages = generate_maintenance(10 * DAY, every=5 * DAY, lasts=HOUR)
-    assert Counter(o.part.where[0] for o in outages) == dict.fromkeys(range(64), 2)
-    starts = np.array([o.start for o in outages])
-    assert np.diff(starts) == pytest.approx(5 * DAY / 64)
-    assert all(o.planned and o.end - o.start == HOUR for o in outages)
 
 
 @pytest.mark.parametrize(
