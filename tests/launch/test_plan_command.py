@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import programs
 
 from launch import cli
 from launch.plan import planned_run
@@ -15,9 +15,6 @@ from pjit_train.compiler.compile import Compiled, CompilerError, DoesNotFit, Job
 from pjit_train.compiler.target import Target, target_of
 from topology.hardware import TPU_V4, TPU_V5E
 from topology.torus.slices import Slice
-
-sys.path.append(str(Path(__file__).parents[1] / "topology" / "plan"))
-import programs
 
 HEADLINE = ["configs/base.gin", "configs/models/llama3_8b.gin"]
 RECORD = {

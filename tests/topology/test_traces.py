@@ -4,11 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import programs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topology import TPU_V5E, Network, Slice, collective_cost, groups_of_axes
+from topology.collectives.collectives import KINDS
 from topology.collectives.degraded import degraded_cost
+from topology.plan.machine import machine_of
+from topology.plan.predict import predict, read
+from topology.plan.pricing import Pricing
 from topology.routing.throughput import switch_links
 from topology.traces.alike import classes
 from topology.traces.flows import fair_rates
@@ -245,3 +250,48 @@ def test_a_slice_that_is_too_small_or_cut_is_named():
         replay(trace, slice, failed_links=out)
     with pytest.raises(ValueError, match="chips: give one for each of the 4 ranks"):
         replay(trace, slice, chips=[0, 1, 2, 2])
+
+
+def as_trace(text, slice):
+    """A compiled program without loops as the trace of every chip, by the prices of a plan."""
+    tree, machine = read(text), machine_of(slice.pod)
+    pricing = Pricing(tree.module, slice, machine)
+    dones = {op.of: op.instruction for op in tree.nodes if op.role == "done"}
+    everyone = tuple(range(slice.num_chips))
+    program, partners, started, last = [], [], {}, ()
+    for op in tree.nodes:
+        name = op.instruction.name
+        if op.role == "done":
+            program.append(Node(name, "compute", (*last, *started[op.of])))
+            last = (len(program) - 1,)
+            continue
+        price = pricing.price(op, dones.get(name))
+        if op.kind not in KINDS:  # a copy within the chip is no work of what computes
+            seconds = 0.0 if op.kind == "dma" else price.seconds
+            node = Node(name, "compute", last, seconds=seconds)
+        else:
+            assert price.members == slice.num_chips
+            size = price.bytes / price.members if op.kind == "all_gather" else price.bytes
+            node = Node(name, op.kind, last, bytes=size)
+            partners.append(everyone)
+        program.append(node)
+        if op.role == "start":
+            started[name] = (len(program) - 1,)
+        else:
+            last = (len(program) - 1,)
+    return Trace([tuple(program)], [Rank(0, tuple(partners))] * slice.num_chips)
+
+
+def test_a_compiled_program_takes_as_long_as_its_plan_says():
+    """A gather and a copy that a computation hides, and an all-reduce, on a cube."""
+    slice = Slice.parse("4x4x4")
+    trace = as_trace(programs.ASYNC, slice)
+    kinds = [node.kind for node in trace.programs[0]]
+    assert {"all_gather", "all_reduce", "compute"} <= set(kinds)
+    planned = predict(programs.ASYNC, slice)
+    found = replay(trace, slice)
+    assert found.seconds == pytest.approx(planned.low, rel=1e-6)
+    hidden = sum(c.hidden for c in planned.interval.low.collectives.values())
+    assert hidden > 0
+    network = sum(one.seconds for one in found.communications)
+    assert network == pytest.approx(planned.interval.low.network, rel=1e-6)

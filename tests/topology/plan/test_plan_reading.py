@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from programs import ASYNC, BY_TWO, FUSED, KNOWN, ODD
+from helpers.programs import ASYNC, BY_TWO, FUSED, KNOWN, ODD
 
 from topology.plan.hlo import UnknownDialect, arrays_of, parse
 from topology.plan.replica_groups import UnreadGroups, groups_of, pairs_of

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from programs import ASYNC, BY_TWO, FUSED, HEADER, ODD
+from helpers.programs import ASYNC, BY_TWO, FUSED, HEADER, ODD
 
 from topology.hardware import TPU_V4, TPU_V5E
 from topology.plan.economics import cost_of, failures_a_day
