@@ -259,9 +259,13 @@ def use(name: str, sequence: int, points: int) -> dict[str, Any]:
     platform = PLATFORMS[name].replace(vector_lanes=LANES)
 
     def curve(sizes):
-        return curves.utilisation_curves(
-            platform, MODELS["BERT"], sequence, sizes, softmax="overlapped"
-        )
+        costs = {
+            scope: lambda machine, dataflow, scope=scope: curves.cost(
+                machine, MODELS["BERT"], sequence, dataflow, scope, softmax="overlapped"
+            )
+            for scope in curves.SCOPES
+        }
+        return curves.utilisation_curves(platform, costs, sizes, ("naive", "flex", "flat"))
 
     def by_head(size):
         machine = platform.replace(buffer=size)

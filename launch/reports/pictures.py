@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def check_picture(path: str) -> Path:
+def check_picture(path: str, option: str = "--draw") -> Path:
     """The path of a picture that can be written.
+
+    Args:
+      option: that gives it, for the message.
 
     Raises:
       UserError: its ending is no format, its folder is missing or cannot be written.
     """
     found = Path(path)
     if found.suffix.lower() not in FORMATS:
-        raise UserError(f"--draw {path}: must end in {', '.join(FORMATS)}")
-    check_folder(path, found.parent)
+        raise UserError(f"{option} {path}: must end in {', '.join(FORMATS)}")
+    check_folder(path, found.parent, option)
     return found
 
 

@@ -1,8 +1,9 @@
 """Accelerators as the dataflow model sees them: their parts and costs, as data.
 
-A matrix array that multiplies and adds, vector lanes beside it, one buffer on the chip, memory off
-it. Bandwidths are bytes/s, sizes bytes, frequencies Hz, energies joules. Every figure's source
-stands in `sources` under its name; what no public source fixes is called an assumption there.
+A matrix array that multiplies and adds, vector lanes beside it, a buffer on the chip, memory off
+it, and levels between the two where there are any. Bandwidths are bytes/s, sizes bytes, frequencies
+Hz, energies joules. Every figure's source stands in `sources` under its name; what no public source
+fixes is called an assumption there.
 """
 
 import dataclasses
@@ -66,11 +67,28 @@ class Energy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level:
+    """Level of memory between the buffer and the memory off the chip.
+
+    Attributes:
+      size: bytes.
+      bandwidth: bytes/s that it gives to and takes from the level inside of it.
+      byte_energy: joules of a byte that enters or leaves it.
+    """
+
+    name: str
+    size: int
+    bandwidth: float
+    byte_energy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accelerator:
     """Accelerator with one matrix array, vector lanes, a buffer on the chip and memory off it.
 
     Attributes:
-      buffer: on the chip, software-managed.
+      buffer: next to the array, software-managed.
+      levels: between the buffer and memory, from the inside outwards.
       vector_lanes: operations of the softmax in a cycle.
       tile_seconds: that a tile of attention costs besides its work.
     """
@@ -83,6 +101,7 @@ class Accelerator:
     off_chip_bandwidth: float
     frequency: float
     energy: Energy
+    levels: tuple[Level, ...] = ()
     tile_seconds: float = 0.0
     sources: Mapping[str, str] = field(repr=False, compare=False)
 
@@ -97,6 +116,7 @@ _PAPER_SOURCES = {
     "on_chip_bandwidth": FLAT_PAPER,
     "off_chip_bandwidth": FLAT_PAPER,
     "frequency": INDEPENDENT,
+    "levels": FLAT_PAPER + ": none",
     "vector_lanes": ASSUMED + ": as many as a side of the array, as in " + INDEPENDENT,
     "tile_seconds": ASSUMED + ": none",
     "energy": ASSUMED + ": about that of " + LESSONS + "; off-chip byte: " + INDEPENDENT,
@@ -181,6 +201,7 @@ TPU_V4_CORE = Accelerator(
         + ": 8 x 128; that each does one operation a cycle: "
         + ASSUMED,
         "buffer": "topology.hardware: VMEM of a TensorCore",
+        "levels": ASSUMED + ": the chip's CMEM is left out, kernels are not given it",
         "on_chip_bandwidth": SCALING_BOOK + ": VMEM has about 22 times the bandwidth of HBM",
         "off_chip_bandwidth": "topology.hardware: half the chip's HBM bandwidth",
         "frequency": "topology.hardware",

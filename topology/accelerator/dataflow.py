@@ -1,22 +1,26 @@
-"""Attention on an accelerator by three dataflows: what each costs, and by how large a buffer.
+"""Attention on an accelerator by four dataflows: what each costs, and by how large a buffer.
 
-naive   unfused, weight stationary, no search          (`dataflow_unfused.naive`)
-flex    unfused, the best tile and loops per operator  (`dataflow_unfused.search_flex`)
-flat    fused over tiles of whole rows, the best of them  (`dataflow_flat.search_flat`)
+naive   unfused, weight stationary, no search                 (`dataflow_unfused.naive`)
+flex    unfused, the best tile and loops per operator         (`dataflow_unfused.search_flex`)
+flat    fused over tiles of whole rows, the best of them      (`dataflow_flat.search_flat`)
+flash   fused over tiles of rows and columns, the best of them  (`dataflow_flash.search_flash`)
 
-The other matmuls of a layer are the same in flex and flat. `best_tile` is what a kernel asks.
+naive and flat are as published: of one buffer, the forward pass, no mask. flash tries whole rows,
+too, by its own account of the softmax (`rows_against_tiles`). The other matmuls of a layer are the
+same in all but naive. `best_tile` is what a kernel asks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from topology.accelerator.accelerator import Accelerator
 from topology.accelerator.dataflow_cost import Cost, add, lower_bound
+from topology.accelerator.dataflow_flash import search_flash
 from topology.accelerator.dataflow_flat import heads_of, search_flat
 from topology.accelerator.dataflow_unfused import best_matmul, naive, naive_matmul, search_flex
-from topology.accelerator.workloads import BATCH, Attention, Model
+from topology.accelerator.workloads import BATCH, Attention, Matmul, Model
 from topology.numbers import choice
 
 __all__ = [
@@ -25,12 +29,15 @@ __all__ = [
     "Tile",
     "attention_cost",
     "best_tile",
+    "block_cost",
+    "dataflows_of",
     "layer_cost",
     "least_full_buffer",
     "lower_bound",
+    "rows_against_tiles",
 ]
 
-DATAFLOWS = ("naive", "flex", "flat")
+DATAFLOWS = ("naive", "flex", "flat", "flash")
 FULL = 0.95  # of the utilisation that a buffer without limit gives
 
 
@@ -51,14 +58,38 @@ def attention_cost(
       granularity: of flex; see `search_flex`.
 
     Raises:
-      ValueError: a name is unknown, or the buffer is too small; the message says the least that
-        works.
+      ValueError: a name is unknown, the dataflow does not cover it (`dataflows_of`), or the buffer
+        is too small; the message says the least that works.
     """
     if choice("dataflow", dataflow, DATAFLOWS) == "naive":
         return naive(accelerator, work, softmax=softmax)
     if dataflow == "flex":
         return search_flex(accelerator, work, softmax=softmax, granularity=granularity)
-    return search_flat(accelerator, work, softmax=softmax)[1]
+    search = search_flat if dataflow == "flat" else search_flash
+    return search(accelerator, work, softmax=softmax)[1]
+
+
+def dataflows_of(accelerator: Accelerator, work: Attention) -> tuple[str, ...]:
+    """The dataflows that cover an attention on an accelerator."""
+    more_than_published = accelerator.levels or work.causal or work.backward
+    return ("flex", "flash") if more_than_published else DATAFLOWS
+
+
+def rows_against_tiles(
+    accelerator: Accelerator, work: Attention, *, softmax: str = "overlapped"
+) -> tuple[Cost | None, Cost | None]:
+    """Costs by flash with the logits of whole rows on chip, and with those of fewer columns.
+
+    Returns: (whole rows, tiles); None where no such tile fits.
+    """
+
+    def cost(whole_rows: bool) -> Cost | None:
+        try:
+            return search_flash(accelerator, work, softmax=softmax, whole_rows=whole_rows)[1]
+        except ValueError:
+            return None
+
+    return cost(True), cost(False)
 
 
 def layer_cost(
@@ -75,15 +106,31 @@ def layer_cost(
 
     Arguments and errors as of `attention_cost`.
     """
-    attention = attention_cost(
+    return block_cost(
         accelerator,
         model.attention(sequence, batch),
+        model.matmuls(sequence, batch),
         dataflow,
         softmax=softmax,
         granularity=granularity,
     )
+
+
+def block_cost(
+    accelerator: Accelerator,
+    work: Attention,
+    matmuls: Sequence[Matmul],
+    dataflow: str,
+    *,
+    softmax: str = "free",
+    granularity: str = "M",
+) -> Cost:
+    """Computes the cost of an attention, and then of other matmuls; as `attention_cost`."""
+    attention = attention_cost(
+        accelerator, work, dataflow, softmax=softmax, granularity=granularity
+    )
     matmul = naive_matmul if dataflow == "naive" else best_matmul
-    others = [matmul(accelerator, each) for each in model.matmuls(sequence, batch)]
+    others = [matmul(accelerator, each) for each in matmuls]
     return add([attention, *others], attention.mapping)
 
 

@@ -1,14 +1,22 @@
-"""Utilisation against the size of the buffer, for each dataflow, and pictures."""
+"""Utilisation by the size of the buffer, where whole rows are the best tiles, and pictures."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
+
 from topology.accelerator.accelerator import Accelerator
-from topology.accelerator.dataflow import DATAFLOWS, Cost, attention_cost, layer_cost
-from topology.accelerator.workloads import BATCH, Model
+from topology.accelerator.dataflow import (
+    Cost,
+    attention_cost,
+    layer_cost,
+    rows_against_tiles,
+)
+from topology.accelerator.workloads import BATCH, Attention, Model
+from topology.arrays import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +26,8 @@ Curves = Mapping[str, Mapping[str, Sequence[float | None]]]
 """{scope: {dataflow: [utilisation with each buffer, None where it is too small]}}."""
 
 SCOPES = ("attention", "layer")
-_COLORS = {"naive": "#7f7f7f", "flex": "#1f77b4", "flat": "#d62728"}
+_COLORS = {"naive": "#7f7f7f", "flex": "#1f77b4", "flat": "#d62728", "flash": "#2ca02c"}
+_STYLES = dict(zip(SCOPES, ("-", ":"), strict=True))
 
 
 def cost(
@@ -41,27 +50,78 @@ def cost(
 
 def utilisation_curves(
     accelerator: Accelerator,
-    model: Model,
-    sequence: int,
+    costs: Mapping[str, Callable[[Accelerator, str], Cost]],
     buffers: Sequence[int],
-    *,
-    batch: int = BATCH,
-    softmax: str = "free",
+    dataflows: Sequence[str],
 ) -> Curves:
-    """Computes the utilisation in each scope, with each dataflow and buffer."""
+    """Computes the utilisation in each scope, with each dataflow and buffer.
+
+    Args:
+      costs: {scope: (accelerator, dataflow) -> Cost}; a ValueError means that the buffer is too
+        small.
+    """
 
     def utilisation(scope: str, dataflow: str, size: int) -> float | None:
-        machine = accelerator.replace(buffer=size)
         try:
-            found = cost(machine, model, sequence, dataflow, scope, batch=batch, softmax=softmax)
+            return costs[scope](accelerator.replace(buffer=size), dataflow).utilisation
         except ValueError:
             return None
-        return found.utilisation
 
     return {
-        scope: {x: [utilisation(scope, x, size) for size in buffers] for x in DATAFLOWS}
-        for scope in SCOPES
+        scope: {x: [utilisation(scope, x, size) for size in buffers] for x in dataflows}
+        for scope in costs
     }
+
+
+def rows_map(
+    accelerator: Accelerator,
+    works: Sequence[Attention],
+    buffers: Sequence[int],
+    *,
+    softmax: str = "overlapped",
+) -> Floats:
+    """Times that the best tiles of fewer columns are as fast as whole rows, [works, buffers]; see
+    `dataflow.rows_against_tiles`.
+
+    Infinite where whole rows do not fit, NaN where no tile does.
+    """
+    found = np.full((len(works), len(buffers)), np.nan)
+    for i, work in enumerate(works):
+        for j, size in enumerate(buffers):
+            machine = accelerator.replace(buffer=size)
+            rows, tiles = rows_against_tiles(machine, work, softmax=softmax)
+            if tiles is not None:
+                found[i, j] = np.inf if rows is None else rows.seconds / tiles.seconds
+            elif rows is not None:
+                found[i, j] = 1.0
+    return found
+
+
+def draw_rows_map(
+    found: Floats, sequences: Sequence[int], buffers: Sequence[int], title: str, path: Path
+) -> None:
+    """Draws a map of `rows_map`.
+
+    Args:
+      path: of the picture, .png, .svg or .pdf.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure, [axes] = _figure(1, 1, width=8.0, height=4.6)
+    shown = np.ma.masked_invalid(found)
+    edges = [np.arange(n + 1) - 0.5 for n in (len(buffers), len(sequences))]
+    image = axes.pcolormesh(*edges, shown, cmap="RdBu", norm=LogNorm(vmin=0.5, vmax=2.0))
+    for (i, j), value in np.ndenumerate(found):
+        text = "no rows" if np.isinf(value) else "-" if np.isnan(value) else f"{value:.2f}"
+        color = "gray" if not np.isfinite(value) else "white" if value > 1.5 else "black"
+        axes.text(j, i, text, ha="center", va="center", fontsize=6, color=color)
+    axes.set_xticks(range(len(buffers)), [size_text(x) for x in buffers], rotation=60, fontsize=8)
+    axes.set_yticks(range(len(sequences)), [f"{n:,}" for n in sequences], fontsize=8)
+    axes.set(title=title, xlabel="buffer", ylabel="sequence")
+    bar = figure.colorbar(image, ax=axes, ticks=[0.5, 0.71, 1, 1.41, 2], format="{x:.2g}")
+    bar.ax.minorticks_off()
+    bar.set_label("time of whole rows over that of tiles (red: rows win)")
+    figure.savefig(path, dpi=100)
 
 
 class CurvesPanel(TypedDict):
@@ -100,11 +160,16 @@ def draw_curves(panels: Sequence[CurvesPanel], path: Path) -> None:
     columns = min(2, len(panels))
     figure, all_axes = _figure(len(panels), columns)
     for axes, panel in zip(all_axes, panels, strict=True):
-        for name, color in _COLORS.items():
-            for scope, style in zip(SCOPES, ("-", ":"), strict=True):
-                values = panel["curves"][scope][name]
+        for scope, curves in panel["curves"].items():
+            for name, values in curves.items():
                 heights = [math.nan if value is None else value for value in values]
-                axes.plot(panel["buffers"], heights, style, color=color, label=f"{name}, {scope}")
+                axes.plot(
+                    panel["buffers"],
+                    heights,
+                    _STYLES[scope],
+                    color=_COLORS[name],
+                    label=f"{name}, {scope}",
+                )
         axes.axvline(panel["mark"], color="black", linewidth=0.8, linestyle="--")
         axes.text(panel["mark"], 1.02, " its buffer", fontsize=7)
         shown = [2**i for i in range(10, 60, 4)]
@@ -138,12 +203,14 @@ def draw_gains(panels: Sequence[GainsPanel], sequences: Sequence[int], path: Pat
     figure.savefig(path, dpi=100)
 
 
-def _figure(panels: int, columns: int) -> tuple["Figure", list["Axes"]]:
+def _figure(
+    panels: int, columns: int, *, width: float = 5.0, height: float = 3.4
+) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = -(-panels // columns)
-    figure = Figure(figsize=(5 * columns, 3.4 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 

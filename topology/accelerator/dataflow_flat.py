@@ -37,6 +37,7 @@ from topology.accelerator.dataflow_array import (
 )
 from topology.accelerator.dataflow_cost import (
     Cost,
+    check_published,
     check_softmax,
     energy_of,
     softmax_bytes,
@@ -117,8 +118,10 @@ def flat_cost(
       softmax: "free", "overlapped" with the matmuls, or "in-turn" with them.
 
     Raises:
-      ValueError: logits are kept and the buffer is too small for one row.
+      ValueError: logits are kept and the buffer is too small for one row; or as of
+        `dataflow_cost.check_published`.
     """
+    check_published("flat", accelerator, work)
     if "L" in mapping.kept:
         _check_row(accelerator, work)
     rows = min(mapping.rows, work.head_rows)
@@ -161,8 +164,9 @@ def search_flat(
 
     Raises:
       ValueError: the buffer is too small, for one row or for all without spilling; the message says
-        the least that works.
+        the least that works; or as of `dataflow_cost.check_published`.
     """
+    check_published("flat", accelerator, work)
     if spill:
         _check_row(accelerator, work)
     tried = candidates(work.head_rows) if rows is None else rows
@@ -300,7 +304,7 @@ def _evaluate(
         "vector_cycles": vector,
         "cycles": seconds * accelerator.frequency,
         "seconds": seconds,
-        "energy": energy_of(accelerator, work.macs, vector, on, off),
+        "energy": energy_of(accelerator, work.macs, vector, on, [off]),
     }
     shape = np.broadcast_shapes(*(np.shape(x) for x in found.values()))
     return {name: np.broadcast_to(x, shape) for name, x in found.items()}
@@ -351,6 +355,6 @@ def _cost(
     work: Attention,
     mapping: str,
 ) -> Cost:
-    values = {name: float(x[where]) for name, x in found.items()}
+    values: dict[str, Any] = {name: float(x[where]) for name, x in found.items()}
     utilisation = work.macs / accelerator.array.elements / values["cycles"]
     return Cost(macs=work.macs, utilisation=utilisation, mapping=mapping, **values)

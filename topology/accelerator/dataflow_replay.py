@@ -1,6 +1,7 @@
 """The dataflows walked tile by tile, every element that moves counted where it moves.
 
-Slow and plain: it checks the formulas of `dataflow_flat` and `dataflow_unfused` on small work.
+Slow and plain: it checks the formulas of `dataflow_flat`, `dataflow_flash` and `dataflow_unfused`
+on small work.
 """
 
 import itertools
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from topology.accelerator.accelerator import Accelerator, MatrixArray
+from topology.accelerator.dataflow_flash import FlashTile
 from topology.accelerator.dataflow_flat import TENSORS, FlatMapping, heads_of
 from topology.accelerator.workloads import Attention
 from topology.arrays import Booleans
@@ -93,6 +95,60 @@ def replay_flat(
                                 counted[name] += spilled * uses * there[name][where].size
     sizes = dict.fromkeys("QKVO", work.bytes_per_element) | {"L": work.bytes_per_logit}
     return sum(sizes[name] * moved for name, moved in counted.items()), cycles
+
+
+def replay_flash(work: Attention, tile: FlashTile) -> tuple[float, float]:
+    """(bytes moved between the buffer and what is outside of it, multiplications and additions) of
+    an attention by FlashAttention's dataflow.
+
+    Every tile of a head is visited in the order of the loops. What stays is fetched when its tile
+    begins; what passes is fetched at each visit, unless it is kept, or all of it is one tile: then
+    at the first. Sums that pass leave after each visit and come back for the next.
+    """
+    n, c, d = work.head_rows, work.columns, work.head_dim
+    element, logit = work.bytes_per_element, work.bytes_per_logit
+    group = work.heads // work.kv_heads
+    counted, macs = 0, 0
+    rows, columns = _blocks(n, tile.rows), _blocks(c, tile.columns)
+    if tile.whole:
+        columns = [slice(j, j + 1) for j in range(c)]
+
+    def seen(i: slice, j: slice) -> int:
+        """Columns of a tile that are computed; one tile of all columns ends at the diagonal."""
+        last = (i.stop - 1) // group + c - work.rows  # column that the tile's last row sees last
+        if not work.causal or (j.start <= last and len(columns) > 1):
+            return _size(j)
+        return max(0, int(min(j.stop, last + 1) - j.start))
+
+    rows_outside = tile.outside == "rows"
+    outer, inner = (rows, columns) if rows_outside else (columns, rows)
+    stays_once = tile.kept or (len(inner) == 1 and not tile.whole)
+    stays_once |= tile.whole and tile.columns >= c
+    visited: Counter[int] = Counter()
+    # Bytes of a row and of a column: read, summed up at last, and in between.
+    statistics = 2 * logit
+    row = (d * element, d * element, d * logit + statistics)
+    column = (2 * d * element, 0, 0)
+    if work.backward:
+        row = (2 * d * element + statistics, d * element, d * logit)
+        column = (2 * d * element, 2 * d * element, 2 * d * logit)
+        counted += n * (2 * d * element + logit)  # of the sums of output times its gradient
+    stay, go = (row, column) if rows_outside else (column, row)
+    twice = d * element if tile.whole and work.backward and not stays_once else 0
+    for a in outer:
+        counted += _size(a) * (stay[0] + stay[1])
+        for k, b in enumerate(inner):
+            i, j = (a, b) if rows_outside else (b, a)
+            if not seen(i, j):
+                continue
+            macs += (5 if work.backward else 2) * _size(i) * seen(i, j) * d
+            if stays_once:
+                counted += _size(b) * (go[0] + go[1]) if not visited[k] else 0
+            else:
+                counted += _size(b) * (go[0] + twice)
+                counted += _size(b) * (go[1] if not visited[k] else 2 * go[2])
+            visited[k] += 1
+    return work.num_heads * counted, work.num_heads * macs
 
 
 def _take(

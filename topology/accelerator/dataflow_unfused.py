@@ -12,6 +12,7 @@ back as often as they left before their last time. As in `dataflow_flat`, FLEX m
 than the buffer holds: so much of every access of the array goes to memory, on top.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -29,12 +30,33 @@ from topology.accelerator.dataflow_array import (
     ceil_div,
     tiled_cost,
 )
-from topology.accelerator.dataflow_cost import Cost, add, energy_of, softmax_bytes, vector_cycles
+from topology.accelerator.dataflow_cost import (
+    Cost,
+    add,
+    check_published,
+    energy_of,
+    slowest,
+    softmax_bytes,
+    vector_cycles,
+)
+from topology.accelerator.dataflow_levels import Nested, nest
 from topology.accelerator.workloads import Attention, Matmul
 from topology.arrays import Floats, Integers, Numbers
 
 ORDERS = tuple(itertools.permutations("mkn"))  # of the loops, the outermost first
 _OPERANDS = {"a": "mk", "b": "kn", "c": "mn"}
+_OPERATORS: dict[bool, tuple[tuple[str, str, int | None], ...]] = {
+    False: (("logits", "rdc", 2), ("softmax", "", None), ("output", "rcd", 0)),
+    True: (
+        ("gradient of logits", "rdc", 2),
+        ("softmax", "", None),
+        ("gradient of values", "crd", 0),
+        ("gradient of keys", "crd", 0),
+        ("gradient of queries", "rcd", 0),
+    ),
+}
+"""{backward: (name, m, k and n by letters for rows, columns and the head's size, which of A, B and
+C are logits)}."""
 _KEPT = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16, 31 / 32)  # of the buffer
 
 
@@ -91,8 +113,9 @@ def live_bytes(tiles: Iterable[Any], sizes: Sequence[int]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Space:
-    """Tilings of a matmul: [T] tiles, [6] orders."""
+    """Tilings of a matmul: [T] tiles, a grid of m, k and n, and [6] orders."""
 
+    grid: tuple[int, ...]
     tiles: Integers  # [3, T]
     cycles: Floats  # [T], of the array
     accesses: tuple[Floats, ...]  # a, b, c: elements [T]
@@ -112,7 +135,13 @@ def _space(array: MatrixArray, m: int, k: int, n: int) -> _Space:
     accesses = tuple(np.stack([cost[i] for cost in found])[best, columns] for i in (1, 2, 3))
     orders = [matmul_traffic((m, k, n), tiles, order) for order in ORDERS]
     traffic = tuple(np.stack([getattr(x, name) for x in orders]) for name in "abc")
-    return _Space(tiles=tiles, cycles=cycles[best, columns], accesses=accesses, traffic=traffic)
+    return _Space(
+        grid=grid[0].shape,
+        tiles=tiles,
+        cycles=cycles[best, columns],
+        accesses=accesses,
+        traffic=traffic,
+    )
 
 
 def best_matmul(
@@ -122,13 +151,19 @@ def best_matmul(
     sizes: tuple[int, int, int] = (2, 2, 2),
     kept: tuple[float, float, float] = (0, 0, 0),
     reserved: float = 0,
+    homes: tuple[int | None, int | None, int | None] = (None, None, None),
+    taken: Sequence[float] | None = None,
 ) -> Cost:
     """The matmul with the tile and the order of loops that take the fewest cycles, then energy.
+
+    Each level between buffer and memory has a tile and an order of its own, too.
 
     Args:
       sizes: bytes of an element of A, B and C.
       kept: the part of each operand that is in the buffer and not in memory.
       reserved: bytes of the buffer that are taken, with those of what is kept.
+      homes: the level where each operand is, from 0 for the one next to the buffer; None: memory.
+      taken: bytes of each level that are taken, with those of operands that are there.
 
     Raises:
       ValueError: the buffer is too small for a tile of one element.
@@ -140,17 +175,18 @@ def best_matmul(
         raise _too_small(accelerator, matmul, live.min() + reserved)
     spilled = np.maximum(0, 1 - room / live)
     accesses = sum(size * moved for size, moved in zip(sizes, space.accesses, strict=True))
-    off = spilled * accesses + sum(
+    inner = spilled * accesses + sum(  # [6, T]
         (1 - part) * size * moved
         for part, size, moved in zip(kept, sizes, space.traffic, strict=True)
     )
-    on = off + accesses
+    nested = _nest(accelerator, space, inner, live, sizes, homes, taken)
+    on = inner + accesses
     seconds = np.maximum(
-        np.maximum(off / accelerator.off_chip_bandwidth, on / accelerator.on_chip_bandwidth),
+        np.maximum(nested.seconds, on / accelerator.on_chip_bandwidth),
         space.cycles / accelerator.frequency,
     )
     key = np.asarray(seconds, np.float32)  # rounding must not decide between equals
-    energy = energy_of(accelerator, 0, 0, on, off)
+    energy = energy_of(accelerator, 0, 0, on, nested.moved)
     where = np.unravel_index(np.where(key == key.min(), energy, np.inf).argmin(), key.shape)
     order, tile = where
     shape = "x".join(str(int(x)) for x in space.tiles[:, tile])
@@ -159,10 +195,38 @@ def best_matmul(
         accelerator,
         macs=matmul.macs,
         live=live[tile] + reserved,
-        off=count * off[where],
+        moved=[count * float(x[where]) for x in nested.moved],
         on=count * on[where],
         array=count * space.cycles[tile],
         mapping=f"{matmul.name}: tiles {shape}, loops {''.join(ORDERS[order])}",
+    )
+
+
+def _nest(
+    accelerator: Accelerator,
+    space: _Space,
+    inner: Floats,
+    live: Floats,
+    sizes: Sequence[int],
+    homes: Sequence[int | None],
+    taken: Sequence[float] | None,
+) -> Nested:
+    """Chooses tiles and orders of the levels outside the buffer; results are [6, T]."""
+    outer = []
+    for i, level in enumerate(accelerator.levels):
+        outside = [home is None or home > i for home in homes]
+        moved = sum(
+            here * size * moved
+            for here, size, moved in zip(outside, sizes, space.traffic, strict=True)
+        )
+        room = level.size - (0 if taken is None else taken[i])
+        least = np.where(live <= room, np.asarray(moved).min(0), np.inf)
+        outer.append(least.reshape(space.grid))
+    nested = nest(accelerator, inner.reshape(len(ORDERS), *space.grid), outer)
+    return Nested(
+        tiles=tuple(x.reshape(inner.shape) for x in nested.tiles),
+        moved=tuple(x.reshape(inner.shape) for x in nested.moved),
+        seconds=nested.seconds.reshape(inner.shape),
     )
 
 
@@ -197,7 +261,7 @@ def naive_matmul(
         accelerator,
         macs=matmul.macs,
         live=lives[fitting - 1],
-        off=matmul.count * off,
+        moved=[matmul.count * off],
         on=matmul.count * on,
         array=matmul.count * float(work.cycles),
         mapping=f"{matmul.name}: tiles {'x'.join(map(str, tile))}, weights stay",
@@ -216,7 +280,7 @@ def _cost(
     *,
     macs: int,
     live: float,
-    off: float,
+    moved: Sequence[float],
     on: float,
     array: float,
     mapping: str,
@@ -224,19 +288,20 @@ def _cost(
 ) -> Cost:
     seconds = max(
         (array + vector) / accelerator.frequency,
-        off / accelerator.off_chip_bandwidth,
         on / accelerator.on_chip_bandwidth,
+        slowest(accelerator, moved),
     )
     return Cost(
         macs=macs,
         live_buffer=float(live),
-        off_chip_bytes=float(off),
+        off_chip_bytes=float(moved[-1]),
         on_chip_bytes=float(on),
+        level_bytes=tuple(float(x) for x in moved[:-1]),
         array_cycles=float(array),
         vector_cycles=float(vector),
         cycles=float(seconds * accelerator.frequency),
         seconds=float(seconds),
-        energy=float(energy_of(accelerator, macs, vector, on, off)),
+        energy=float(energy_of(accelerator, macs, vector, on, moved)),
         utilisation=float(macs / accelerator.array.elements / (seconds * accelerator.frequency)),
         mapping=mapping,
     )
@@ -252,7 +317,10 @@ def search_flex(
     """Searches the unfused attention of least time: the FLEX dataflow.
 
     The operators follow one another; each hides its transfers behind its work. Part of the logits
-    may stay in the buffer from one operator to the next: all parts in `_KEPT` are tried.
+    may stay in the buffer from one operator to the next: all parts in `_KEPT` are tried. The others
+    are in the memory off the chip, or in a level before it where they fit. The operators know no
+    mask: all logits are made. The backward pass has the logits after the softmax from the forward
+    pass, and makes their gradients.
 
     Args:
       softmax: "free", or anything else of `dataflow_cost.SOFTMAX`: then an operator of its own,
@@ -267,15 +335,18 @@ def search_flex(
         raise ValueError(f"no granularity {granularity!r} without fusion; there are M, B and H")
     heads = {"M": work.num_heads, "B": work.kv_heads, "H": 1}[granularity]
     total = heads * work.head_rows * work.columns * work.bytes_per_logit
+    total *= 2 if work.backward else 1
     sizes = {part * accelerator.buffer for part in _KEPT if part * accelerator.buffer < total}
     if total < accelerator.buffer:
         sizes.add(total)
     found, errors = list[Cost](), list[ValueError]()
     for kept in sorted(sizes):
-        try:
-            found.append(_unfused(accelerator, work, best_matmul, kept, total, softmax))
-        except ValueError as error:  # no tile fits beside what is kept
-            errors.append(error)
+        levels = enumerate(accelerator.levels)
+        for home in [None, *(i for i, level in levels if total - kept <= level.size)]:
+            try:
+                found.append(_unfused(accelerator, work, best_matmul, kept, total, softmax, home))
+            except ValueError as error:  # no tile fits beside what is kept
+                errors.append(error)
     if not found:
         raise errors[0]
     return min(found, key=lambda cost: (np.float32(cost.seconds), cost.energy))
@@ -285,8 +356,10 @@ def naive(accelerator: Accelerator, work: Attention, *, softmax: str = "free") -
     """Unfused attention with `naive_matmul`; the logits stay on chip if half of the buffer does.
 
     Raises:
-      ValueError: the buffer is too small for the smallest tile.
+      ValueError: the buffer is too small for the smallest tile; or as of
+        `dataflow_cost.check_published`.
     """
+    check_published("naive", accelerator, work)
     total = work.logits * work.bytes_per_logit
     kept = total if total <= accelerator.buffer / 2 else 0
     return _unfused(accelerator, work, naive_matmul, kept, total, softmax)
@@ -299,38 +372,57 @@ def _unfused(
     kept: float,
     total: float,
     softmax: str,
+    home: int | None = None,
 ) -> Cost:
+    """Computes the cost with `kept` of `total` bytes of logits in the buffer, the others in a level
+    or in memory."""
     part = kept / total
-    n, c, d, heads = work.head_rows, work.columns, work.head_dim, work.num_heads
+    rest = [0.0 if i != home else total - kept for i in range(len(accelerator.levels))]
+    options: dict[str, Any] = {"reserved": kept}
+    if home is not None:
+        options |= {"taken": rest}
+    every = dataclasses.replace(work, causal=False)
     element, logit = work.bytes_per_element, work.bytes_per_logit
-    first = matmul(
-        accelerator,
-        Matmul("logits", heads, n, d, c),
-        sizes=(element, element, logit),
-        kept=(0, 0, part),
-        reserved=kept,
-    )
-    second = matmul(
-        accelerator,
-        Matmul("output", heads, n, c, d),
-        sizes=(logit, element, element),
-        kept=(part, 0, 0),
-        reserved=kept,
-    )
-    parts = [first, second]
-    vector = vector_cycles(accelerator, work, softmax)
-    if vector:
-        off = 2 * (1 - part) * work.logits * logit
-        between = _cost(
-            accelerator,
-            macs=0,
-            live=kept,
-            off=off,
-            on=off + softmax_bytes(work, softmax),
-            array=0,
-            vector=vector,
-            mapping="softmax",
+    parts = list[Cost]()
+    for name, sizes, where in _OPERATORS[work.backward]:
+        if where is None:
+            if vector := vector_cycles(accelerator, every, softmax):
+                touched = 3 if work.backward else 2
+                moved = touched * (1 - part) * every.logits * logit
+                bounds = range(len(accelerator.levels) + 1)
+                crossed = [moved if home is None or i <= home else 0.0 for i in bounds]
+                parts.append(
+                    _cost(
+                        accelerator,
+                        macs=0,
+                        live=kept,
+                        moved=crossed,
+                        on=crossed[0] + softmax_bytes(every, softmax),
+                        array=0,
+                        vector=vector,
+                        mapping=name,
+                    )
+                )
+            continue
+        length = {"r": work.head_rows, "c": work.columns, "d": work.head_dim}
+        m, k, n = (length[x] for x in sizes)
+        at = [i == where for i in range(3)]
+        if home is not None:
+            options["homes"] = tuple(home if here else None for here in at)
+        parts.append(
+            matmul(
+                accelerator,
+                Matmul(name, work.num_heads, m, k, n),
+                sizes=tuple(logit if here else element for here in at),
+                kept=tuple(part if here else 0 for here in at),
+                **options,
+            )
         )
-        parts = [first, between, second]
-    where = f"{part:.2g} of the logits kept" if part else "logits in memory"
-    return add(parts, f"{first.mapping}; {second.mapping}; {where}")
+    mappings = [x.mapping for x in parts if x.macs]
+    place = "memory" if home is None else accelerator.levels[home].name
+    mappings.append(f"{part:.2g} of the logits kept" if part else f"logits in {place}")
+    if part and home is not None:
+        mappings[-1] += f", the others in {place}"
+    cost = add(parts, "; ".join(mappings))
+    useful = work.macs / accelerator.array.elements / cost.cycles
+    return dataclasses.replace(cost, macs=work.macs, utilisation=useful)

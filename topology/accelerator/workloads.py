@@ -6,7 +6,7 @@ of their published configurations.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from topology.numbers import choice, whole
 
@@ -25,9 +25,13 @@ class Attention:
       rows: queries of a head; columns: keys, as many as rows unless given.
       bytes_per_element: of Q, K, V and the output.
       bytes_per_logit: the same unless given.
+      causal: whether a query sees only the keys up to its own, the last query all of them.
+      backward: whether it is the backward pass, out of Q, K, V, the output and its gradient, that
+        makes the gradients of Q, K and V.
 
     Raises:
-      ValueError: a size is not positive, or kv_heads does not divide heads.
+      ValueError: a size is not positive, kv_heads does not divide heads, or there are fewer keys
+        than queries under a causal mask.
     """
 
     batch: int
@@ -38,6 +42,8 @@ class Attention:
     kv_heads: int
     bytes_per_element: int
     bytes_per_logit: int
+    causal: bool
+    backward: bool
 
     def __init__(
         self,
@@ -50,7 +56,11 @@ class Attention:
         kv_heads: int | None = None,
         bytes_per_element: int = 2,
         bytes_per_logit: int | None = None,
+        causal: bool = False,
+        backward: bool = False,
     ):
+        object.__setattr__(self, "causal", bool(causal))
+        object.__setattr__(self, "backward", bool(backward))
         sizes = {
             "batch": batch,
             "heads": heads,
@@ -73,6 +83,11 @@ class Attention:
             raise ValueError(
                 f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads"
             )
+        if self.causal and self.columns < self.rows:
+            raise ValueError(
+                f"columns {self.columns}: fewer keys than the {self.rows} queries, of which the "
+                "first would see none under a causal mask"
+            )
 
     @property
     def num_heads(self) -> int:
@@ -86,18 +101,24 @@ class Attention:
 
     @property
     def logits(self) -> int:
-        return self.num_heads * self.head_rows * self.columns
+        """Logits that the mask leaves, of all heads and sequences."""
+        seen = self.rows * self.columns
+        if self.causal:
+            seen -= self.rows * (self.rows - 1) // 2
+        return self.batch * self.heads * seen
 
     @property
     def macs(self) -> int:
-        """Multiplications and additions of both matmuls of the attention."""
-        return 2 * self.logits * self.head_dim
+        """Multiplications and additions: of both matmuls of the attention; of the backward pass
+        those of four, since what is recomputed is no part of the work."""
+        return (4 if self.backward else 2) * self.logits * self.head_dim
 
     @property
     def compulsory_bytes(self) -> int:
-        """Bytes of Q, K and V read once and of the output written once."""
-        elements = 2 * self.num_heads * (self.head_rows + self.columns) * self.head_dim
-        return elements * self.bytes_per_element
+        """Bytes of what is given, read once, and of what is made, written once."""
+        of_rows, of_columns = (4, 4) if self.backward else (2, 2)  # Q, O, dO, dQ; K, V, dK, dV
+        elements = of_rows * self.head_rows + of_columns * self.columns
+        return self.num_heads * elements * self.head_dim * self.bytes_per_element
 
 
 class Matmul(NamedTuple):
@@ -125,9 +146,11 @@ class Model:
     d_ff: int
     source: str
 
-    def attention(self, sequence: int, batch: int = BATCH) -> Attention:
-        """Sizes of the attention of one layer."""
-        return Attention(batch=batch, heads=self.heads, rows=sequence, head_dim=self.head_dim)
+    def attention(self, sequence: int, batch: int = BATCH, **options: Any) -> Attention:
+        """Sizes of the attention of one layer; options: others of `Attention`."""
+        return Attention(
+            batch=batch, heads=self.heads, rows=sequence, head_dim=self.head_dim, **options
+        )
 
     def matmuls(self, sequence: int, batch: int = BATCH) -> tuple[Matmul, ...]:
         """The other matmuls of a layer: projections of queries, keys, values, output; both of
