@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := test
 ARGS ?=
 
-.PHONY: setup train test lint wheel docs format test-oracle bench clean
+.PHONY: setup train test test-slow lint wheel docs format test-oracle bench clean
 
 setup: .venv/.ready
 
@@ -19,8 +19,14 @@ train: setup
 
 # A file's tests run in one process, which makes its fixtures and compiled programs once.
 # The pages are tested in Chromium; where there is none, their tests say how to get it.
+# Those that start pods or train for long, marked slow, are run by test-slow.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m 'not slow and not oracle' $(ARGS)
+
+test-slow: setup
+	$(PYTEST) -m slow $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -223,7 +223,7 @@ def _explained(log: str, job: dict, code: int) -> CompilerError:
     if option:
         return CompilerError(f"the compiler knows no option {option[1]}; leave it out")
     if code < 0 or not errors:
-        last = next((x for x in lines if re.match(r"F\d{4}|Check fail", x)), lines[-1:] or "")
+        last = next((x for x in lines if re.match(r"F\d{4}|Check fail|Fatal", x)), lines[-1:] or "")
         return CompilerError(
             f"the compiler ended its process on {job['topology']} ({code}): {str(last)[:300]}"
         )

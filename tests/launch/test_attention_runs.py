@@ -73,6 +73,7 @@ def losses() -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_tile_larger_than_the_sequence_is_said_once(train):
     """Through training, evaluation and samples, whose lengths differ; and it changes nothing."""
     status, lines = train("--mesh", "data=1", attention_tile_rows=64)

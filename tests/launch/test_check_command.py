@@ -34,6 +34,7 @@ def differing(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("difference", "code", "agreeing"), [(0, 0, 24), (1e-5, 0, 24), (9, 1, 23)]
 )

@@ -23,6 +23,7 @@ from sparsity.numbers.quantization import quantize
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
+@pytest.mark.slow
 def test_a_compressed_run_is_a_run(dense_run, capsys):
     command = ["compress", "dense", "--layers", "up=1:8", "value=dense", "down=0.75"]
     before = files(dense_run)
@@ -70,6 +71,7 @@ def test_a_compressed_run_is_a_run(dense_run, capsys):
     assert figures(capsys, "eval", "new/sparse")["val_loss"] < report["after"]["val_loss"]
 
 
+@pytest.mark.slow
 def test_sparsegpt_by_default_and_a_table(dense_run, capsys):
     assert main(["compress", "dense", "--pattern", "2:4", "--transposable"]) == 0
     out = capsys.readouterr().out
@@ -161,6 +163,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(dense_run, capsys, options, sa
     assert not Path("none").exists()
 
 
+@pytest.mark.slow
 def test_pruned_smoothed_quantized_and_exported(dense_run, capsys):
     command = [
         "compress",
@@ -212,6 +215,7 @@ def test_pruned_smoothed_quantized_and_exported(dense_run, capsys):
     assert "quantization_config" not in json.loads(Path("plain/config.json").read_text())
 
 
+@pytest.mark.slow
 def test_fine_tuned_in_between(dense_run, capsys):
     command = ["compress", "dense", "--pattern", "2:4", "--format", "int8", "--sequences", "8"]
     report = figures(capsys, *command, "--finetune", "8", "--out", "tuned")
@@ -325,6 +329,7 @@ def test_what_is_no_run_directory_is_said(dense_run, capsys):
     assert not list(Path().glob("*-compressed-magnitude"))
 
 
+@pytest.mark.slow
 def test_a_killed_one_leaves_nothing_under_its_name_and_can_be_done_again(dense_run, capsys):
     before = files(dense_run)
     command = ["compress", "dense", "--method", "wanda", "--sequences", "8", "--out", "killed"]

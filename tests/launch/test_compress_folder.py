@@ -77,6 +77,7 @@ def groups(kernel_OI: np.ndarray, m: int) -> np.ndarray:
     return np.count_nonzero(np.asarray(kernel_OI, np.float32).reshape(-1, m), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_family_is_pruned_and_quantized(family, capsys):
     source = make_folder(Path(f"of-{family}"), family, seed=1)
@@ -204,6 +205,7 @@ def test_it_goes_on_where_it_was_killed_to_the_same_bytes(monkeypatch):
         assert not leftovers()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_at_any_moment_is_gone_on_with():
     options = ["--pattern", "2:4", "--format", "int4:8", *TEXT]
     command = [*TORSION, "compress", "llama", *options, "--out"]  # a process has its own XLA flags

@@ -88,6 +88,7 @@ quantized.MatmulFormats.weights = 'int4'
 """
 
 
+@pytest.mark.slow
 def test_a_run_trained_in_formats_is_exported_in_them(capsys):
     Path("trained.gin").write_text(QUANTIZED)
     Path("trained").mkdir()  # what training by the recipe and in the formats begins from
@@ -133,6 +134,7 @@ def masters(directory: str) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_trained_in_formats_is_compressed_from_what_it_trains(capsys):
     text = tiny(BINDINGS, FORMATS) + "run.Run.quantization = @quantized.Quantization()\n"
     layers = "{'(attention)/.*kernel': @quantized.MatmulFormats(), 'up/kernel': 'int4'}"
@@ -177,6 +179,7 @@ def test_a_run_trained_in_formats_is_compressed_from_what_it_trains(capsys):
     assert build_run(["sparse4/config.gin"])[0].quantization.layers["up/kernel"] == "int4"
 
 
+@pytest.mark.slow
 def test_compressed_again_it_keeps_the_formats_that_it_had(capsys):
     quick = ["--quantizer", "rtn", "--sequences", "1"]
     command = ["compress", "dense", "--method", "none", "--format-layers", "attention=int8", *quick]
@@ -282,6 +285,7 @@ def test_a_tied_head_in_a_format_is_no_linear_layer_of_theirs():
     assert not Path("hf-tied").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 @pytest.mark.parametrize(("format", "bits"), [("nf4:16", 6), ("fp8_e4m3:16x24", 8 + 32 / 256)])
 def test_formats_of_one_file_each_are_compressed_to(format, bits, quantizer, capsys):

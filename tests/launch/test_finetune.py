@@ -95,6 +95,7 @@ def test_a_folder_that_is_none_is_one_line(folder, tmp_path):
         build_run(["configs/finetune.gin"])
 
 
+@pytest.mark.slow
 def test_a_sparse_run_from_a_folder_trains_resumes_and_is_exported(folder, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["train", "configs/finetune.gin", "configs/recipes/sr_ste.gin", "--out", str(out)]
@@ -134,6 +135,7 @@ def test_without_the_folder_that_it_began_from_a_run_is_exported_with_its_tokeni
     assert tokenizer.text == (folder / "tokenizer.json").read_text()
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_resumed_and_exported_without_the_weights_beside_them(
     folder, tmp_path, capsys
 ):

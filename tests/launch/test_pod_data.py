@@ -146,6 +146,7 @@ def built(cache_dir):
     return {file.name: file.read_bytes() for file in cache.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_the_cache_is_that_of_one_process(jobs, name, tmp_path):
     folder, said = jobs

@@ -46,6 +46,7 @@ def compiled_bytes(run) -> int:
     return program.compile_step(batch).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "remat", "accumulate"),
     [("unroll", "full", 4), ("scan", "full", 1)],

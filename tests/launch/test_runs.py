@@ -106,6 +106,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(here, capfd):
     assert "on_nonfinite = 'skip'" in line
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_where_another_starts(here, capfd):
     """Trains, exports, and starts again from the folder: the first loss goes on from the last."""
     options = ["--mesh", "data=1", "--gin", "optimizers.AdamW.learning_rate = 3e-2"]
@@ -131,6 +132,7 @@ def test_an_exported_run_is_where_another_starts(here, capfd):
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_not_as_configured_is_said_at_the_start(here, capfd):
     def said(*options):
         assert main(["train", "run.gin", "--out", "out", "--mesh", "data=1", *options]) == 0
@@ -167,6 +169,7 @@ def delete_optimizer(checkpoint: Path) -> None:
         arrays[key] = None
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_used_without_its_optimizer_at_any_step(trained, capfd):
     for step in ("1", "2"):
         delete_optimizer(trained / step)

@@ -97,6 +97,7 @@ def figures(said, run="out", warns=()):
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_a_run_is_read_from_another_folder_and_without_its_tokenizer(here, said, monkeypatch):
     before, text = figures(said), said("sample", "out", *SAMPLE)[1]
     (here / "words.json").rename(here / "gone.json")

@@ -185,6 +185,7 @@ def test_a_bisection_that_is_not_proved_is_at_most(capsys):
         assert found["bisection_exact"] == exact
 
 
+@pytest.mark.slow
 def test_failures_without_symmetry_end_in_time_with_an_interval(capsys, monkeypatch):
     """What took minutes without a word says how far it is, and ends with bound and best found."""
     monkeypatch.setattr("topology.drawing.scene.TIME_LIMIT", 1.0)

@@ -176,6 +176,7 @@ def test_every_name_that_has_moved_is_there_under_its_new_name():
     assert not exists("pjit_train.run.Run.stepz")
 
 
+@pytest.mark.slow
 def test_a_run_directory_has_the_version_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some text of a few words " * 40)

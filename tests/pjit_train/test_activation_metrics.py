@@ -91,6 +91,7 @@ def in_float64(state):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(state["params"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mesh", "rows"),
     [(ONE_LAYER, {}, [0]), (TWO_LAYERS, {"data": 2, "tensor": 2}, [0, B // 2])],

@@ -43,6 +43,7 @@ def plain():
     return program, *trained(program)
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_model_and_then_it_falls(plain):
     _, _, losses = plain
     full = make_program(optimizer=OPTIMIZER)
@@ -69,6 +70,7 @@ def test_only_adapters_move_and_merged_is_their_product_beside_the_frozen_weight
         np.testing.assert_allclose(merged[name], w + 2 * product.reshape(w.shape), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_merged_weights_compute_what_the_step_computes(model):
     program = make_program(model, adapters=LORA, optimizer=OPTIMIZER)
@@ -79,6 +81,7 @@ def test_merged_weights_compute_what_the_step_computes(model):
     np.testing.assert_allclose(sums["loss"] / sums["weight"], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str)
 @pytest.mark.parametrize("lora", [LORA, dataclasses.replace(LORA, keep_zeros=True)], ids=str)
 def test_a_mesh_gives_the_losses_of_one_device(mesh, lora):
@@ -113,6 +116,7 @@ def test_zeros_that_are_kept_are_kept_and_the_others_move():
             assert (x != before[name])[before[name] != 0].mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_a_recipe_masks_the_sum(quantization):
     recipe = Recipe(layers={KERNELS: "2:4"})
@@ -131,6 +135,7 @@ def test_a_recipe_masks_the_sum(quantization):
     assert program.observe(None, state, make_batch(program, 0))
 
 
+@pytest.mark.slow
 def test_a_step_holds_frozen_weights_in_their_dtype_and_neither_gradients_nor_moments():
     """By XLA's analysis, for a model whose kernels are most of its memory."""
     model = dataclasses.replace(

@@ -86,6 +86,7 @@ def test_gradients_are_those_of_the_definition(
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(1, scale) ** 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "softcap"), [(0.7, None), (None, 0.5), (0.7, 1.5)], ids=["scale", "cap", "both"]
 )
@@ -126,6 +127,7 @@ def absolute_terms(q, k, v, d_out, **options):
     return d_q, *(x.reshape(of_heads).sum(axis=3) for x in (d_k, d_v))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     dtype=st.sampled_from(["float32", "bfloat16"]),
@@ -295,6 +297,7 @@ def test_memory_is_linear_in_the_length():
     assert temporary(4096) < 2.6 * temporary(2048)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [dict(data=2, tensor=2), dict(data=1, sequence=4), dict(data=1, fsdp=2, sequence=2, tensor=2)],

@@ -45,6 +45,7 @@ FLAT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu", "gpu"])
 @pytest.mark.parametrize(("rows", "columns", "options"), FLAT)
 def test_flat_kernel_is_the_definition(rows, columns, options, target):
@@ -89,6 +90,7 @@ SPLASH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SPLASH, ids=str)
 def test_splash_kernel_is_the_definition(options):
     """JAX's kernel, interpreted, as this project calls it: heads in groups, scale, documents."""
@@ -178,6 +180,7 @@ def ring(case: int, way: str):
         return run.lower(*args).compile(), args, (q, k, v), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(RING)))
 def test_ring_is_the_definition(case):
     run, args, (q, k, v), options = ring(case, "ring")
@@ -204,6 +207,7 @@ def test_ring_has_the_collectives_that_it_needs_and_none_more():
     }
 
 
+@pytest.mark.slow
 def test_causal_ring_is_balanced():
     """No device computes more than its share: two pieces of rows by columns in every round."""
     from pjit_train.attention.ring import _pairs

@@ -110,6 +110,7 @@ def eager_inputs(config, graph, params, batches, monkeypatch):
     return {at: np.concatenate(parts).astype(np.float64) for at, parts in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
 @pytest.mark.parametrize("segments", [False, True])
 def test_products_are_those_of_the_inputs_of_a_plain_run(config, segments, monkeypatch):

@@ -287,6 +287,7 @@ def is_harmless_or_seen(directory, caplog):
     return True
 
 
+@pytest.mark.slow
 def test_flipped_bits_are_never_silent(two, caplog, capfd):
     rng = np.random.default_rng(0)
     seen = {}
@@ -318,6 +319,7 @@ def test_a_wrong_array_that_orbax_accepts_is_named(two, mesh, caplog):
     assert "broken: params/layers/1/w differ from the digests" in caplog.text
 
 
+@pytest.mark.slow
 def test_truncated_and_missing_files(two, caplog):
     needed = 0
     for path in files_of(two / "2"):
@@ -330,6 +332,7 @@ def test_truncated_and_missing_files(two, caplog):
     assert needed >= 4
 
 
+@pytest.mark.slow
 def test_an_empty_checkpoint_and_all_broken(two, caplog):
     shutil.rmtree(two / "2")
     (two / "2").mkdir()

@@ -91,6 +91,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", LAYOUTS, ids=lambda m: "x".join(f"{a}{n}" for a, n in m) or "one")
 def test_a_layout_has_the_collectives_that_it_needs_and_none_more(mesh):
     # data x fsdp x tensor goes through its batch in two parts (half the rows at a time, above).

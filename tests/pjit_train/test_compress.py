@@ -215,6 +215,7 @@ def test_parts_that_do_not_go_together_are_one_line(options, says):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_the_smoothed_model_computes_the_same(norm):

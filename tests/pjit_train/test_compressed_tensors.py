@@ -319,6 +319,7 @@ def test_what_cannot_be_exported_is_known_before_compressing(tmp_path):
     check(tmp_path / "new", LLAMA, {QUERY: ("int8", "int8")})
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     bits=st.integers(2, 8),

@@ -71,6 +71,7 @@ def by_formula(program, state, teacher, batch):
     return task + 0.7 * 4 * apart + 0.3 * ratios.sum()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_formulas(folder):
     program = make_program(MODEL, distillation=dataclasses.replace(BOTH, teacher=str(folder)))
     state, batch = program.new_state(), make_batch(program, 0)
@@ -87,6 +88,7 @@ def test_a_student_that_is_its_teacher_has_the_loss_of_the_task():
     np.testing.assert_allclose(losses(taught, 1)[1], losses(plain, 1)[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_costs_one_forward_pass_and_no_more(folder):
     """In XLA's count of the operations of a step."""
 
@@ -108,6 +110,7 @@ def test_a_teacher_costs_one_forward_pass_and_no_more(folder):
     assert size(moved["optimizer"]) < 2 * size(moved["params"]) + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

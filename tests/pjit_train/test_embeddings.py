@@ -158,6 +158,7 @@ def test_lookups_and_adagrad_are_those_of_whole_tables(alone):
         np.testing.assert_allclose(kept, squares[name][:-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "capacity", "shardings"),
     [
@@ -174,6 +175,7 @@ def test_no_device_count_capacity_or_sharding_changes_a_bit(alone, devices, capa
     assert_same_bits(trained(features(shardings), devices, capacity), alone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "storage", "shardings"),
     [
@@ -192,6 +194,7 @@ def test_nor_with_other_optimizers_and_values(alone, optimizer, storage, shardin
     assert_same_bits(trained(features(shardings, optimizer, storage), 4), alone(optimizer, storage))
 
 
+@pytest.mark.slow
 def test_a_run_of_eight_devices_goes_on_on_two_with_other_shardings(alone):
     whole = alone()
     mesh = mesh_of(8)
@@ -206,6 +209,7 @@ def test_a_run_of_eight_devices_goes_on_on_two_with_other_shardings(alone):
     assert_same_bits((found, end), (whole[0][1:], whole[1]))
 
 
+@pytest.mark.slow
 def test_gradients_of_tables_are_exact_and_zero_elsewhere():
     table = Table(name="t", rows=40, width=4)
     feature = Feature(name="f", table=table, hotness=3)
@@ -322,6 +326,7 @@ def dense_adam(w, gradients, variant):
     return w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["global", "skipped"])
 def test_lazy_adam_is_adam_on_the_rows_that_are_seen(variant):
     optimizer = row_optimizers.LazyAdam(learning_rate=0.1, variant=variant)
@@ -385,6 +390,7 @@ def test_ids_that_nobody_saw_make_no_neighbours_row():
     np.testing.assert_array_equal(found["f"][0], row[0])  # the divisor is that of what is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
 def test_bags_that_are_empty_or_weigh_nothing_are_zero(combiner):
     embeddings = simple(combiner=combiner)

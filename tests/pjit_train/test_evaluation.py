@@ -135,6 +135,7 @@ def test_scores_do_not_depend_on_what_else_is_scored_nor_on_the_mesh(model, fold
     assert Scorer(model)([]) == []
 
 
+@pytest.mark.slow
 def test_a_greedy_text_is_found_greedy(model):
     graph, _ = split_model(model.config, Rules())
     ids = [model.conventions.begin]

@@ -55,6 +55,7 @@ def losses(model, mesh, steps=3):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LATER)
 def test_training_on_a_mesh_is_that_of_one_device(name):
     """Three layouts at once: fsdp, sequence and tensor split it; layers are scanned or not."""
@@ -65,6 +66,7 @@ def test_training_on_a_mesh_is_that_of_one_device(name):
     assert len(set(want)) == 3  # it moves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_a_ring_trains_as_one_device_does(name):
     model = dataclasses.replace(trainable(name), attention_sequence="ring")
@@ -73,6 +75,7 @@ def test_a_ring_trains_as_one_device_does(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 @pytest.mark.parametrize("name", LATER)
 def test_decoding_with_a_cache_takes_the_likeliest_tokens_of_whole_passes(name, layers):

@@ -32,6 +32,7 @@ def logits(name, params):
     return np.asarray(nnx.merge(loaded(name)[1], params)(TOKENS[0]["inputs"].astype(np.int32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
 def test_the_smoothed_model_computes_the_same(name):
     config, graph, params = loaded(name)
@@ -57,6 +58,7 @@ def test_calibration_walks_through_layers_as_the_model_does(name):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_of_activations_do_not_depend_on_how_layers_are_told():
     """A window of the whole sequence is none, so layers of two kinds are as those of one."""
     config = loaded("gemma2")[0]
@@ -74,6 +76,7 @@ def test_figures_of_activations_do_not_depend_on_how_layers_are_told():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_a_quantized_step_on_a_mesh_is_that_of_one_device(name):
     config = loaded(name)[0]

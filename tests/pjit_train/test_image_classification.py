@@ -115,6 +115,7 @@ def test_training_learns(plain, batches):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", [dict(data=2), dict(fsdp=2), dict(tensor=2), dict(fsdp=2, sequence=2, tensor=2)]
 )
@@ -133,6 +134,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(plain, batches):
     np.testing.assert_allclose(losses, plain[2], rtol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

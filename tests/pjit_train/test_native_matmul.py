@@ -120,6 +120,7 @@ def test_int8_is_the_emulation_bit_for_bit_where_that_is_exact():
     jax.tree.map(np.testing.assert_array_equal, *ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "formats",
     [
@@ -209,6 +210,7 @@ def stepped(matmul: str, mesh: dict[str, int]):
     return step.as_text(), losses
 
 
+@pytest.mark.slow
 def test_a_sharded_step_multiplies_int8_and_gathers_bytes():
     """Scanned layers, inputs split over fsdp and over tensor, the mask after the scales."""
     text, losses = stepped("native", {"data": 2, "fsdp": 2, "tensor": 2})

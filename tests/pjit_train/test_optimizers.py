@@ -91,6 +91,7 @@ def update(optimizer, grads, steps=10):
     return updates
 
 
+@pytest.mark.slow
 def test_weight_decay_spares_scales_and_biases():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     for optimizer in (AdamW, Lion, SGD, Muon, Adafactor):
@@ -185,6 +186,7 @@ def test_adafactor_factors_every_block_kernel_as_matrices():
         np.testing.assert_allclose(got.reshape(matrix), adafactor_step(grad, param, 0.3), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adafactor_trains_alike_on_a_mesh_and_keeps_its_moments_sharded(quick_compiles):
     adafactor = Adafactor(learning_rate=0.1, schedule=FLAT, min_dim_size_to_factor=20)
     losses, initial = [], None

@@ -192,6 +192,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_sharded_step_reads_the_same_numbers_and_talks_no_more(name):
     found, read, losses = stepped(name, True)
@@ -203,6 +204,7 @@ def test_a_sharded_step_reads_the_same_numbers_and_talks_no_more(name):
     assert np.all(np.abs(np.subtract(losses, other_losses)) > 1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_with_stochastic_rounding_and_packed(run, tmp_path, reused):
     packed = dataclasses.replace(
         run,

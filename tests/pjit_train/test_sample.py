@@ -87,6 +87,7 @@ def test_the_likeliest_token_alone_is_greedy(sampled):
     assert call(sampled, ["AB"], tokens=9, temperature=1.7, seed=2) == [hot[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [("gpt2", {"temperature": 0}), ("llama", {"temperature": 1.0, "top_k": 5, "seed": 1})],

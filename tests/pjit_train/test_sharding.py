@@ -44,6 +44,7 @@ def losses(model, mesh, accumulate=1) -> list[float]:
 on_one_device = functools.cache(functools.partial(losses, mesh=()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mesh", "accumulate"),
     [

@@ -89,6 +89,7 @@ def kernels(program, state) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_ends_with_the_pattern_along_the_contraction_axis(name):
     program, states, losses = trained(name)
@@ -101,6 +102,7 @@ def test_a_run_ends_with_the_pattern_along_the_contraction_axis(name):
         np.testing.assert_array_equal((groups != 0).sum(2), n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sr_ste", "mdgf_linear", "step"])
 def test_a_sharded_run_has_the_masks_and_losses_of_one_device(name):
     program, states, losses = trained(name)
@@ -181,6 +183,7 @@ def test_observed_figures_are_those_of_the_definitions():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mdgf_linear", "step", "sr_ste"])
 def test_a_run_resumed_in_any_phase_goes_on_bit_for_bit(name, run, tmp_path, reused):
     layers = {"(attention|feed_forward)/.*kernel": "2:4"}
@@ -297,6 +300,7 @@ def test_a_step_that_is_not_finite_switches_no_autoswitch():
     assert [int(s["sparsity"].masked_from) for s in (before, skipped, after)] == [-1, -1, 2]
 
 
+@pytest.mark.slow
 def test_a_packed_run_is_the_masked_one_bit_for_bit(run, tmp_path, reused):
     """Clipping, momentum and weight decay at work; stopped and resumed before and after packing."""
     masked = dataclasses.replace(
@@ -355,6 +359,7 @@ def test_a_static_mask_holds_from_the_first_forward_pass_on():
     assert counted["all"].sparsity == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rigl", "magnitude_ste", "topkast", "iterative_nm"])
 def test_pruning_algorithms_train_and_end_sparse(algorithm):
     nm = algorithm == "iterative_nm"
@@ -482,6 +487,7 @@ def test_zeros_are_kept_where_masks_are_of_quantized_weights():
     np.testing.assert_array_equal(after == 0, zero)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_observed_under_muon_whose_adam_has_none_of_its_kernels():
     program = make_program(
         sparsity=recipes.sr_ste({KERNELS: "2:4"}), optimizer=Muon(learning_rate=1e-2)

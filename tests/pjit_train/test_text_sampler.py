@@ -69,6 +69,7 @@ def alone(folder):
     return [one([prompt])[0] for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 def test_prompts_of_any_lengths_at_once_are_continued_as_each_alone(folder, alone):
     assert sampler(folder)(PROMPTS) == alone
     assert len(set(alone)) == len(PROMPTS)

@@ -140,6 +140,7 @@ def test_position_offset_leaves_the_first_rows_of_the_table_unused():
     np.testing.assert_array_equal(offset(TOKENS), plain(TOKENS))
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_are_alike_whatever_the_loop_and_remat():
     """`layers` and `remat` choose how the numbers are made, not which."""
 

@@ -71,6 +71,7 @@ def run_gradients(config, shape):
 ONE = MeshShape(data=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(fsdp=4, sequence=2)],

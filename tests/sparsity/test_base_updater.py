@@ -122,6 +122,7 @@ def packs(name):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from sparsity.masks.bits import pack_bits, unpack_bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 8, 9, 31])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_bytes_are_those_of_numpy_and_go_back(size, axis):

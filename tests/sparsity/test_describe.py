@@ -65,6 +65,7 @@ def test_a_recipe_with_a_switch_says_how_long_it_may_be_dense():
     assert "dense until the second moments settle, at most to step 12; masks" in said.describe()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
     ["magnitude", "rigl", "set", "static_sparse", "topkast", "magnitude_ste", "global_magnitude"],

@@ -18,6 +18,7 @@ from sparsity.numbers.formats import Int
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [*sparsity.FORMATS, Int(bits=4, block=16, symmetric=False)])
 @pytest.mark.parametrize(("shape", "axis"), [((0, 48), -1), ((48, 0), -1), ((2, 0, 48), 1)])
 def test_formats_of_no_entries(format, shape, axis):
@@ -32,6 +33,7 @@ def test_formats_of_no_entries(format, shape, axis):
         sparsity.bits_per_element(format, shape, axis=axis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
 def test_masks_of_no_entries(shape):
     x, n, m = jnp.zeros(shape), 2, 4
@@ -56,6 +58,7 @@ def test_masks_of_no_entries(shape):
     assert decode_indices(code, m, indices.shape[-1], axis=-1).shape == indices.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "uint32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 4), (4, 4), (3, 40)])
 def test_masks_of_every_dtype(dtype, n, m):

@@ -103,6 +103,7 @@ def test_theorem_3_6_by_a_counterexample_that_attains_3_7():
     np.testing.assert_allclose(got.excess["quantize_then_sparsify"], 0.49, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAX_SCALED)
 def test_gaussians_keep_their_values_along_the_blocks(name):
     w = jax.random.normal(jax.random.key(0), (512, 64))

@@ -321,6 +321,7 @@ def summed(x):
     return from_gram(add_grams(add_grams(parts[0], parts[1]), parts[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "transposable"])
 def test_no_scale_of_weights_or_inputs_changes_a_mask(pattern):
     """Powers of two from 1e-30 to 1e30, whose squares float32 does not have."""

@@ -68,6 +68,7 @@ def train(step, params, state, first, last):
     return params, state, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_packed_training_is_masked_training_to_the_bit(name):
     updater, optimizer, step = make(OPTIMIZERS[name]())

@@ -155,6 +155,7 @@ STATED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", STATED, ids=str)
 def test_every_kind_of_float32_against_ieee_arithmetic(format):
     x = hard_rows()
@@ -380,6 +381,7 @@ def test_stochastic_rounding_is_keyed_and_without_bias():
     assert np.abs(drawn.mean(0) / x[0] - 1).max() < 0.02
 
 
+@pytest.mark.slow
 def test_static_scales():
     x = np.random.default_rng(4).normal(size=(6, 64)).astype(np.float32)
     for format in (

@@ -169,6 +169,7 @@ def _mx_of_inputs(w):
     return quantize(w.swapaxes(1, 2), BOTH.weights).swapaxes(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", NAMES + ALGORITHMS)
 def test_every_recipe_trains_quantized_in_either_order(name, order):

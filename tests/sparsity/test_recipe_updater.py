@@ -76,6 +76,7 @@ def mesh_of(kind):
     return mesh, *(jax.device_put(tree, shardings) for tree in (PARAMS, GRADS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_sharded_masks_are_those_of_one_device_and_cost_no_collective(name):
     _, init, step = program(RECIPES[name], PARAMS)

@@ -110,6 +110,7 @@ def test_counts_stay_and_growth_is_where_the_gradient_is_largest(density, fracti
 MOVE = jit(functools.partial(sparsity.RigL()._update_masks, sparsity_type=sparsity.Unstructured()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sparsity_type"),
     [

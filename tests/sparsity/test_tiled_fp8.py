@@ -57,6 +57,7 @@ def matrix(inputs, outputs, seed=0):
     return w.astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(256, 384), (300, 200), (128, 130), (100, 300), (260, 60), (64, 50), (1, 1)]
 )
@@ -80,6 +81,7 @@ def test_values_codes_and_scales_are_those_of_each_tile(shape):
         np.testing.assert_array_equal(of(given), values)
 
 
+@pytest.mark.slow
 def test_other_tiles_and_several_axes_across():
     w = matrix(40, 60)
     want, _, scales = expected(w, (16, 24))
