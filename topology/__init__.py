@@ -17,7 +17,7 @@ from topology.fleet import availability, checkpoint_interval
 from topology.fleet.pod_simulation import simulate as simulate_pod
 from topology.fleet.policies import Policy
 from topology.fleet.workload import FailureRates, Job, Outage
-from topology.hardware import PODS, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E
+from topology.hardware import PODS, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, any_torus
 from topology.routing import throughput
 from topology.routing.throughput import all_to_all
 from topology.torus.shapes import legal_shapes, nearest_shape, shipped_twist
@@ -50,6 +50,7 @@ __all__ = [
     "Traffic",
     "all_to_all",
     "all_twists",
+    "any_torus",
     "availability",
     "checkpoint_interval",
     "collective_cost",

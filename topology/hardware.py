@@ -6,8 +6,10 @@ that is "derived" follows from others.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
+
+from topology.numbers import number
 
 T = TypeVar("T")
 
@@ -170,6 +172,20 @@ class SwitchedPod(BlockPod):
 
     switch: OpticalSwitch
     num_switches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyTorus(Pod):
+    """Network of one's own, of which any box of chips is a slice: `any_torus` makes one.
+
+    A dimension of three chips or more wraps around unless a slice says otherwise; one of two where
+    it says so (two links then join its chips). A twist shifts by any number of chips.
+
+    Attributes:
+      link_rates: of links along x, y and z, in parts of the chip's `link_bandwidth`.
+    """
+
+    link_rates: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 def of_blocks(pod: Pod) -> BlockPod:
@@ -585,5 +601,45 @@ TPU_V3 = Pod(
         }
     ),
 )
+
+
+def any_torus(*bandwidths: float) -> AnyTorus:
+    """A network of one's own, whose slices are boxes of up to 65,536 chips of any sides.
+
+    Args:
+      bandwidths: bytes/s of a link in one direction that transfers reach: one for all, or of links
+        along x, y and z. By default those of TPU v4.
+
+    Raises:
+      ValueError: there are two of them or more than three, or one is not positive.
+    """
+    if len(bandwidths) not in (0, 1, 3):
+        raise ValueError(f"{len(bandwidths)} bandwidths: one for all links, or of x, y and z")
+    for bandwidth in bandwidths:
+        number("bandwidth of a link", bandwidth, above=0, unit="bytes a second")
+    chip, fastest = TPU_V4_CHIP, max(bandwidths, default=0.0)
+    if bandwidths:
+        chip = replace(chip, link_bandwidth=fastest, link_efficiency=1.0)
+    x, y, z = (b / fastest for b in bandwidths) if len(bandwidths) == 3 else (1.0,) * 3
+    return AnyTorus(
+        name="own design",
+        chip=replace(chip, name="chip of a torus"),
+        host=None,
+        block=None,
+        switch=None,
+        num_chips=2**16,
+        num_blocks=None,
+        block_grid=None,
+        num_switches=None,
+        dimensions=3,
+        largest_slice=2**16,
+        shapes=None,
+        ring=None,
+        all_reduce_bandwidth=None,
+        bisection_bandwidth=None,
+        link_rates=(x, y, z),
+        sources={},
+    )
+
 
 PODS: dict[str, Pod] = {pod.name: pod for pod in (TPU_V4, TPU_V5P, TPU_V5E, TPU_V6E, TPU_V3)}

@@ -34,7 +34,7 @@ def add(commands) -> None:
         "--axes", metavar="AXES", help="dimensions that it goes over, such as x,y (default: all)"
     )
     add_failed(collective)
-    add_pod(collective, "slice it is")
+    add_pod(collective, "slice it is", torus=True)
     collective.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -46,7 +46,7 @@ def run(args, began: float) -> int:
         args.bytes,
         args.slice,
         args.axes,
-        pod_of(args.pod),
+        pod_of(args),
         failed=args.failed,
         failed_one_way=args.failed_one_way,
     )

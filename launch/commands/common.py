@@ -137,21 +137,42 @@ def add_failed(sub) -> None:
     )
 
 
-def add_pod(sub: argparse.ArgumentParser, of: str) -> None:
-    """Adds the option --pod, for `pod_of`."""
+def add_pod(sub: argparse.ArgumentParser, of: str, *, torus: bool = False) -> None:
+    """Adds the option --pod, for `pod_of`.
+
+    Args:
+      torus: whether any torus will do, too, with --links.
+    """
+    any_torus = ", or torus: a box of any sides, such as 5x7_wrap:x" if torus else ""
     sub.add_argument(
         "--pod",
-        choices=PODS,
+        choices=(*PODS, "torus") if torus else PODS,
         default="v4",
-        help=f"the generation of TPU whose {of} (default: v4)",
+        help=f"the generation of TPU whose {of}{any_torus} (default: v4)",
     )
+    if torus:
+        sub.add_argument(
+            "--links",
+            metavar="B[,B,B]",
+            help="with --pod torus: GB/s of a link in one direction, or of links along x, y and z "
+            "(those of TPU v4)",
+        )
 
 
-def pod_of(version: str):
-    """The data of a pod that --pod names."""
+def pod_of(args):
+    """The data of the pod that --pod, and --links, say."""
     from topology import hardware
 
-    return hardware.PODS[f"TPU {version}"]
+    links = getattr(args, "links", None)
+    if args.pod != "torus":
+        if links is not None:
+            raise UserError(f"--links {links}: those of TPU {args.pod} are known; give --pod torus")
+        return hardware.PODS[f"TPU {args.pod}"]
+    try:
+        bandwidths = [1e9 * real(1e-6, 1e9)(x) for x in links.split(",")] if links else []
+        return hardware.any_torus(*bandwidths)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"--links {links}: {error}") from error
 
 
 def add_run(sub: argparse.ArgumentParser) -> None:

@@ -31,14 +31,14 @@ def add(commands) -> None:
     layout.add_argument(
         "--slice", required=True, metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted"
     )
-    add_pod(layout, "slice it is")
+    add_pod(layout, "slice it is", torus=True)
     layout.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args, began: float) -> int:
     from launch.reports.layout import describe, read_slice, read_traffic, report, title
 
-    slice, mesh = read_slice(args.slice, args.mesh, pod_of(args.pod))
+    slice, mesh = read_slice(args.slice, args.mesh, pod_of(args))
     traffic = read_traffic(args.traffic, mesh)
     if not args.json:
         print(title(slice, mesh), flush=True)

@@ -16,7 +16,7 @@ def add(commands) -> None:
     slice.add_argument(
         "shape", metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted, or 8x16 with --pod v5e"
     )
-    add_pod(slice, "slice it is")
+    add_pod(slice, "slice it is", torus=True)
     slice.add_argument(
         "--failed-ocs",
         metavar="D,I,J",
@@ -50,7 +50,7 @@ def run(args, began: float) -> int:
     from launch.reports.slices import check_drawing, describe, draw, report
 
     check_drawing(args.draw)
-    pod = pod_of(args.pod)
+    pod = pod_of(args)
     found = report(args.shape, args.failed_ocs, args.failed, pod)
     if args.draw is not None:
         files = draw(args.shape, found, args.draw, args.failed_ocs, args.failed, pod)

@@ -26,7 +26,7 @@ def add(commands) -> None:
         help='the ranks of process groups by name, in JSON: {"0": [0, 1, 2, 3]}',
     )
     add_failed(trace)
-    add_pod(trace, "slice it is")
+    add_pod(trace, "slice it is", torus=True)
     trace.add_argument("--timeline", metavar="FILE", help="write a timeline for Perfetto, in JSON")
     trace.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -37,7 +37,7 @@ def run(args, began: float) -> int:
     found, step = report(
         [Path(file) for file in args.files],
         args.slice,
-        pod_of(args.pod),
+        pod_of(args),
         groups=None if args.groups is None else Path(args.groups),
         failed=args.failed,
         failed_one_way=args.failed_one_way,

@@ -18,7 +18,7 @@ def add_pattern(sub, files: bool) -> None:
     sub.add_argument(
         "--slice", required=True, metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted"
     )
-    add_pod(sub, "slice it is")
+    add_pod(sub, "slice it is", torus=True)
     sub.add_argument(
         "--hot",
         type=real(0, 1),
@@ -64,7 +64,7 @@ def run(args, began: float) -> int:
 
     table = None if args.csv is None else check_table(args.csv)
     path = None if args.draw is None else check_picture(args.draw)
-    demands = read_demands(args.pattern, args.slice, pod_of(args.pod), args.hot)
+    demands = read_demands(args.pattern, args.slice, pod_of(args), args.hot)
     if not args.json:
         print(title(demands), flush=True)
     found, loads = report(demands, args.time_limit)

@@ -60,7 +60,7 @@ def report(
             "torus": bool(slice.is_torus),
             "wrap": "".join(d for d, wraps in zip("xyz", slice.wrap, strict=True) if wraps),
             "chips": slice.num_chips,
-            "hosts": slice.num_hosts,
+            "hosts": None if pod.host is None else slice.num_hosts,
             "blocks": None if pod.block is None else slice.num_blocks,
             "diameter": int(slice.diameter),
             "mean_distance": float(slice.mean_distance),

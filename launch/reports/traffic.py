@@ -175,14 +175,15 @@ def report(demands: Demands, time_limit: float = 20.0) -> tuple[dict[str, Any], 
       Of a pattern, `saturation` = 1 / max_load is the units that each chip can send while a link
       carries one, and `bytes_per_second_per_chip` that at the links' bandwidth; of a file `seconds`
       is what the fullest link takes. Both are None of the other kind, or where nothing is sent.
-      The loads are float [N, 6] by routing.
+      The loads are float [N, 6] by routing. Where links have different bandwidths, a load is in
+      parts of its link's, the fastest being 1, and the best routing is not looked for.
     """
     slice, matrix = demands.slice, demands.matrix
-    ordered = link_loads(slice, dimension_order(slice), matrix)
+    ordered: Floats = link_loads(slice, dimension_order(slice), matrix) / slice.link_rates
     loads, bounds = {_FIRST: ordered}, lower_bounds(slice, matrix)
     if ordered.max() <= max(bounds.values()) * (1 + _TOLERANCE):
         loads["best"] = ordered
-    elif slice.num_chips <= _MOST_CHIPS and time_limit:
+    elif slice.num_chips <= _MOST_CHIPS and time_limit and (slice.link_rates == 1).all():
         flow = least_load(slice, matrix, tolerance=_TOLERANCE, time_limit=time_limit)
         bounds["flow"] = flow.lower_bound
         loads["best"] = flow.loads if flow.max_link_load < ordered.max() else ordered

@@ -15,6 +15,24 @@ def found(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_torus_of_any_sides_with_links_of_its_own(capsys):
+    what = found(
+        capsys, "all_gather", "--bytes", "9MB", "--slice", "5x7", "--pod", "torus", "--links",
+        "100,50,50",
+    )  # fmt: skip
+    assert what["members"] == 35
+    least = 34 / 35 * 9e6 / (2 * 100e9 + 2 * 50e9)
+    assert what["bounds"]["chip"] == pytest.approx(least + 1e-6)
+    assert what["seconds"] >= what["bound_seconds"]
+    for arguments, message in (
+        (["--links", "1"], "--links 1: those of TPU v4 are known; give --pod torus"),
+        (["--pod", "torus", "--links", "1,2"], "--links 1,2: 2 bandwidths: one for all links"),
+        (["--pod", "torus", "--links", "fast"], "--links fast: 'fast': want a number from"),
+    ):
+        command = ["collective", "all_gather", "--bytes", "1", "--slice", "4x4x4", *arguments]
+        assert message in mistake(command, capsys)
+
+
 @pytest.mark.parametrize("slice", ["2x2x4", "4x4x4"])
 @pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"])
 def test_times_are_those_of_a_replayed_schedule(kind, slice, capsys):

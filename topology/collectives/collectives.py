@@ -9,7 +9,8 @@ the same backwards in time, all-reduce the one and then the other. All-to-all an
 everything at once along shortest paths.
 
 Times: a hop takes `hop_latency`; in a round data streams through the links of its path, so a round
-takes its hops' latency and the bytes of its most loaded link over the bandwidth.
+takes its hops' latency and the bytes of its most loaded link over the bandwidth. Where links have
+different rates (`Slice.link_rates`), a link's load is its bytes over its rate.
 
 `bytes` of a collective are: of the whole array that a chip has after an all-gather, or before a
 reduce-scatter, or of an all-reduce; what a chip sends in an all-to-all, its own part included, or
@@ -18,6 +19,7 @@ in a permute.
 Letters: G groups of n members, M moves, T rounds.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -186,8 +188,9 @@ def broadcast_rounds(groups: Groups) -> list[BroadcastRound]:
         return []
     # A set of moves is a number with a bit for each; what it carries, in units of 1 / unit.
     sets = np.arange(2 ** len(moves))
-    unit = int(np.lcm.reduce(sharing))
-    carries = (sets[:, None] >> np.arange(len(moves)) & 1) @ (unit // sharing)
+    unit = math.lcm(*(load.numerator for load in sharing))
+    parts = np.array([int(unit / load) for load in sharing])
+    carries = (sets[:, None] >> np.arange(len(moves)) & 1) @ parts
     hops = np.abs(moves).sum(axis=1)
     worst: dict[int, tuple[int, Fraction]] = {}
     for away, possible in arrivals(groups, groups.representatives):
@@ -298,18 +301,18 @@ def lower_bounds(
 def _chip_load(kind: str, groups: Groups, failed: list[int]) -> float:
     if groups.size == 1:
         return 0.0
-    tail, head = links_left(groups.slice, failed)
+    tail, head, rates = links_left(groups.slice, failed)
     N = groups.slice.num_chips
-    out, into = np.bincount(tail, minlength=N).min(), np.bincount(head, minlength=N).min()
+    out, into = (np.bincount(ends, rates, minlength=N).min() for ends in (tail, head))
     # In an all-reduce of n members each chip sends all its data, as parts or as sums.
     part = (groups.size - 1) / groups.size if kind != "all_reduce" else 1.0
     least = {"all_gather": into, "reduce_scatter": out}.get(kind, min(out, into))
-    return float(part / max(1, least))
+    return float(part / least) if least else 0.0
 
 
 def _cut_load(kind: str, groups: Groups, failed: list[int]) -> float:
     slice, n = groups.slice, groups.size
-    tail, head = links_left(slice, failed)
+    tail, head, rates = links_left(slice, failed)
     if kind == "reduce_scatter":  # an all-gather backwards
         tail, head = head, tail
     best = 0.0
@@ -318,9 +321,9 @@ def _cut_load(kind: str, groups: Groups, failed: list[int]) -> float:
         for first in range(k):
             for last in range(first + 1, k + (first > 0)):
                 inside = (plane >= first) & (plane < last)
-                links = int((inside[head] & ~inside[tail]).sum())
+                links = rates[inside[head] & ~inside[tail]].sum()
                 if kind == "all_reduce":
-                    links = min(links, int((inside[tail] & ~inside[head]).sum()))
+                    links = min(links, rates[inside[tail] & ~inside[head]].sum())
                 count = inside[groups.members].sum(axis=1)
                 split = (count > 0) & (count < n)
                 # The shards from outside; of an all-reduce, at least one sum of them.
@@ -340,7 +343,7 @@ def _projection_load(kind: str, groups: Groups, failed: list[int]) -> float:
         tail, direction = np.nonzero((neighbours >= 0) & ~along)
         graph = csr_array((np.ones(len(tail)), (tail, neighbours[tail, direction])), (N, N))
         places = connected_components(graph, directed=False)[1]
-        links = (left[:, along] >= 0).sum()
+        links = ((left >= 0) * slice.link_rates)[:, along].sum()
         visited = len(np.unique(places[groups.members[0]]))
         if links:
             best = max(best, (visited - 1) * len(groups.members) / links)
@@ -375,7 +378,8 @@ def path_loads(
       used: the number of the first groups that do send, where it is not all.
 
     Returns:
-      The longest path in hops, and float [N, 6], the load of every directed link.
+      The longest path in hops, and float [N, 6], the load of every directed link: bytes over its
+      rate.
     """
     slice, members = groups.slice, groups.members
     different = sources != destinations
@@ -401,7 +405,7 @@ def path_loads(
     for offset in offsets[:used]:
         moved = slice.index(slice.reduce(slice.coordinates[firsts[touched]] + offset))
         total[labels[moved]] += loads[touched]  # a translation takes orbits to orbits
-    return int(np.abs(vectors).sum(axis=1).max()), total[labels]
+    return int(np.abs(vectors).sum(axis=1).max()), total[labels] / slice.link_rates
 
 
 def _orbits(groups: Groups) -> tuple[Integers, Integers]:

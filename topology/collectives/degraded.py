@@ -48,7 +48,8 @@ class LoadRound:
 
     Attributes:
       hops: of its longest path.
-      loads: float [N, 6], bytes over each directed link, for a collective of one byte.
+      loads: float [N, 6], bytes over each directed link, in parts of its rate, for a collective of
+        one byte.
     """
 
     hops: int
@@ -178,7 +179,7 @@ def _gather_rounds(groups: Groups, used: int | None) -> list[LoadRound]:
         here = every if whole_group else q
         for t, round in enumerate(rounds):
             arriving = possible[away == t + 1]
-            limits = [round.load / int(w) for w in groups.sharing]
+            limits = [round.load / w for w in groups.sharing]
             amounts[t, here] = shares_by_move(arriving, limits)
     vectors = groups.moves
     found = []
@@ -194,7 +195,7 @@ def _gather_rounds(groups: Groups, used: int | None) -> list[LoadRound]:
             passed = links >= 0
             amount = np.broadcast_to(moved[:, None], links.shape)[passed]
             loads += np.bincount(links[passed], amount, minlength=len(loads))
-        found.append(LoadRound(round.hops, loads.reshape(-1, 6)))
+        found.append(LoadRound(round.hops, loads.reshape(-1, 6) / slice.link_rates))
     return found
 
 
@@ -212,7 +213,7 @@ class _Detours:
     def __init__(self, slice: Slice, failed: Integers, longer: int):
         self.slice, self.failed = slice, failed
         N = slice.num_chips
-        tail, head = links_left(slice, failed)
+        tail, head, _ = links_left(slice, failed)
         graph = csr_array((np.ones(len(tail), np.int8), (head, tail)), (N, N))
         ends = slice.neighbours.ravel()[failed]
         goals, place = np.unique(ends, return_inverse=True)
@@ -229,7 +230,10 @@ class _Detours:
         links = np.concatenate(paths)
         rows = np.repeat(np.arange(len(paths)), self.hops)
         self.used, column = np.unique(links, return_inverse=True)
-        self.passes = csr_array((np.ones(len(links)), (column, rows)), (len(self.used), len(paths)))
+        rates = np.tile(slice.link_rates, N)
+        # What a unit of the failed link's load puts on the links of a path around it.
+        parts = rates[failed[self.of[rows]]] / rates[links]
+        self.passes = csr_array((parts, (column, rows)), (len(self.used), len(paths)))
         self.known: dict[bytes, Floats] = {}
 
     def round(self, round: LoadRound) -> LoadRound:

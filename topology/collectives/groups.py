@@ -9,6 +9,7 @@ Letters: N chips of the slice, G groups of n members, M moves (every step and it
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -105,14 +106,23 @@ class Groups:
         return np.stack([self._after(move) for move in self.moves], axis=1)
 
     @cached_property
-    def sharing(self) -> Integers:
-        """int [M]: load on the links of a move when every chip of the slice makes it.
+    def sharing(self) -> tuple[Fraction, ...]:
+        """Load on the links of each move, in bytes over a link's rate, when every chip of the slice
+        sends a byte by it.
 
         A step of h hops along a direction passes h links, so each link carries h such steps. Where
         several moves use a direction, each gets an equal part of it.
         """
         hops = np.maximum(np.stack([self.moves, -self.moves], axis=2), 0).reshape(-1, 6)
-        return np.asarray((hops * (hops > 0).sum(axis=0)).max(axis=1, initial=0))
+        loads = hops * (hops > 0).sum(axis=0)
+        rates = [Fraction(float(r)).limit_denominator(10**4) for r in self.slice.link_rates]
+        return tuple(
+            max(
+                (int(load) / rate for load, rate in zip(row, rates, strict=True)),
+                default=Fraction(0),
+            )
+            for row in loads
+        )
 
     @cached_property
     def whole(self) -> Booleans:
@@ -240,7 +250,8 @@ def _twisted_ways(
     demand = np.bincount(displacement, weights, minlength=slice.num_chips)
     chips, vectors = _short_vectors(slice)
     wanted = demand[chips] > 0
-    chips, vectors, hops = chips[wanted], vectors[wanted], np.abs(vectors[wanted])
+    chips, vectors = chips[wanted], vectors[wanted]
+    hops = np.abs(vectors) / slice.link_rates[::2]
     starts = np.flatnonzero(np.diff(chips, prepend=-1))
     row = np.cumsum(np.diff(chips, prepend=-1) > 0) - 1
 

@@ -48,7 +48,8 @@ def replay(schedule: Schedule, bytes: float, network: Network | None = None) -> 
         loads = np.bincount(links[links >= 0], amount[links >= 0], minlength=len(total))
         total += loads
         hops = (links >= 0).sum(axis=1).max(initial=0)
-        seconds.append(float(hops * network.hop_latency + loads.max() / bandwidth))
+        busy = (loads.reshape(-1, 6) / groups.slice.link_rates).max()
+        seconds.append(float(hops * network.hop_latency + busy / bandwidth))
     moved = schedule.kind in ("all_to_all", "permute")
     correct = _delivered(schedule) if moved else _gathered(schedule)
     return Replay(sum(seconds), np.array(seconds), total.reshape(-1, 6), correct)

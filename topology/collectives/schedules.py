@@ -203,7 +203,7 @@ def _round_of(groups: Groups, transfers: _Transfers) -> Round:
 def _breadth_first(groups: Groups) -> tuple[int, list[_Transfers]]:
     """(pieces, the rounds of breadth-first broadcast)."""
     loads = [r.load for r in broadcast_rounds(groups)]
-    fair = [[load / int(w) for w in groups.sharing] for load in loads]
+    fair = [[load / w for w in groups.sharing] for load in loads]
     K = lcm(*(part.denominator for row in fair for part in row))
     rounds: list[list[tuple[int, ...]]] = [[] for _ in loads]
     for q, (away, possible) in enumerate(arrivals(groups, range(groups.size))):

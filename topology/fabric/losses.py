@@ -72,7 +72,7 @@ def _chips(slice: Slice, part: Part) -> Integers:
     """The chips of a slice that are in a block, on a host, or one chip."""
     block = slice.pod.block
     if block is None:
-        return _at(slice, part.where[:2])
+        return _at(slice, part.where[: slice.pod.dimensions])
     if part.where[0] >= slice.num_blocks:
         return np.zeros(0, int)
     chips = [part.where[0] * block.chips + c for c in chips_of(part, block)]
@@ -110,7 +110,7 @@ def _placed(slice: Slice) -> Integers:
 
 def _has(slice: Slice) -> str:
     if slice.pod.block is None:
-        x, y = (k - 1 for k in slice.sizes)
-        return f"chips are 0,0 .. {x},{y}"
+        last = ",".join(str(k - 1) for k in slice.sizes)
+        return f"chips are {','.join('0' * len(slice.sizes))} .. {last}"
     most = slice.num_blocks - 1
     return "block is 0" if most == 0 else f"blocks are 0 .. {most}"

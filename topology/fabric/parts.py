@@ -63,7 +63,8 @@ class Part(NamedTuple):
     @classmethod
     def parse(cls, text: str, pod: Pod) -> "Part":
         """The part that a text names: block:12, host:12,3, chip:12,0,1,3, link:12,0,1,3,+x,
-        ocs:x,0,0 or port:x,0,0,17; on a pod without blocks chip:0,1 or link:0,1,+x.
+        ocs:x,0,0 or port:x,0,0,17; on a pod without blocks chip:0,1 or link:0,1,+x, with a third
+        coordinate where it has three dimensions.
 
         Raises:
           ValueError: the pod has no such part; says what it has.
@@ -90,7 +91,7 @@ class Part(NamedTuple):
     @property
     def block(self) -> int | None:
         """The block that it belongs to; None of a switch and its ports, and without blocks."""
-        in_slice = self.kind in ("chip", "link") and len(self.where) < 4
+        in_slice = len(self.where) < {"chip": 4, "link": 5}.get(self.kind, 0)
         return None if self.kind in ("ocs", "port") or in_slice else self.where[0]
 
 
@@ -104,7 +105,8 @@ _Range = tuple[str, int | tuple[str, ...]]
 def _examples(pod: Pod) -> dict[str, str]:
     """{kind of part that the pod has: an example of it}."""
     if not isinstance(pod, BlockPod):
-        return {"chip": "chip:0,1", "link": "link:0,1,+x"}
+        chip = ",".join(("0", "1", "0")[: pod.dimensions])
+        return {"chip": f"chip:{chip}", "link": f"link:{chip},+x"}
     examples = {
         "block": "block:12",
         "host": "host:12,3",
@@ -132,7 +134,7 @@ def _ranges(pod: Pod, kind: str, name: str) -> list[_Range]:
     direction: _Range = ("direction", tuple(directions))
     kinds: dict[str, list[_Range]]
     if not isinstance(pod, BlockPod):
-        longest = max(map(max, pod.shapes or ((1,),)))
+        longest = max(map(max, pod.shapes)) if pod.shapes else pod.largest_slice
         chip: list[_Range] = [("coordinate of a chip", longest)] * pod.dimensions
         kinds = {"chip": chip, "link": [*chip, direction]}
         if kind in ("block", "host", "ocs", "port"):

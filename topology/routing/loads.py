@@ -1,7 +1,8 @@
 """Link loads of any traffic matrix under a routing, and what no routing can go below.
 
 A traffic matrix is float [N, N]: what each chip (row) sends to each other (column), in any unit;
-the diagonal costs nothing. Loads are in the same unit, times are load / bandwidth.
+the diagonal costs nothing. Loads are in the same unit, times are load / bandwidth. Bounds are of
+loads over the links' rates (`Slice.link_rates`).
 """
 
 from collections.abc import Iterable
@@ -76,6 +77,10 @@ def least_load(
       time_limit: seconds after which the best found by then is returned.
     """
     demands = _checked(slice, traffic)
+    if (slice.link_rates != 1).any():
+        raise ValueError(
+            f"slice {slice}: the best routing is searched for links alike; give one bandwidth"
+        )
     return least_max_load(
         slice.neighbours,
         demands,
@@ -106,7 +111,7 @@ def lower_bounds(
     demands = _checked(slice, traffic)
     left = links_left(slice, failed_links)
     bounds = {"chip": _chip_bound(slice, demands, left), "cut": _cut_bound(slice, demands, left)}
-    links = max(1, (slice.neighbours >= 0).sum())
+    links = max(1e-9, float(((slice.neighbours >= 0) * slice.link_rates).sum()))
     if not slice.is_torus:
         tail, direction = np.nonzero(slice.neighbours >= 0)
         graph = np.zeros((slice.num_chips,) * 2, bool)
@@ -124,7 +129,7 @@ def lower_bounds(
         source_counts=[slice.num_chips],
         link_classes=np.tile(np.arange(6), (slice.num_chips, 1)),
     )
-    bounds["average"] = flow.lower_bound
+    bounds["average"] = flow.lower_bound / float(slice.link_rates.max())
     return bounds
 
 
@@ -144,30 +149,36 @@ def _steps(slice: Slice, d: int, reach: int) -> Integers:
     return np.array(forward + back)
 
 
-def links_left(slice: Slice, failed_links: Iterable[int] = ()) -> tuple[Integers, Integers]:
-    """(tails, heads), int [L] each, of the directed links but for those that failed."""
+def links_left(slice: Slice, failed_links: Iterable[int] = ()) -> tuple[Integers, Integers, Floats]:
+    """(tails, heads), int [L] each, of the directed links but for those that failed, and float [L],
+    their rates (`Slice.link_rates`)."""
     left = slice.neighbours.copy()
     left.ravel()[list(failed_links)] = -1
     tail, direction = np.nonzero(left >= 0)
-    return tail, left[tail, direction]
+    return tail, left[tail, direction], slice.link_rates[direction]
 
 
-def _chip_bound(slice: Slice, traffic: Floats, left: tuple[Integers, Integers]) -> float:
-    tail, head = left
-    out = np.maximum(1, np.bincount(tail, minlength=slice.num_chips))
-    into = np.maximum(1, np.bincount(head, minlength=slice.num_chips))
-    return float(np.maximum(traffic.sum(axis=1) / out, traffic.sum(axis=0) / into).max())
+_Left = tuple[Integers, Integers, Floats]  # of `links_left`
 
 
-def _cut_bound(slice: Slice, traffic: Floats, left: tuple[Integers, Integers]) -> float:
+def _chip_bound(slice: Slice, traffic: Floats, left: _Left) -> float:
+    tail, head, rates = left
+    found = 0.0
+    for ends, amounts in ((tail, traffic.sum(axis=1)), (head, traffic.sum(axis=0))):
+        room = np.bincount(ends, rates, minlength=slice.num_chips)
+        found = max(found, float((amounts[room > 0] / room[room > 0]).max(initial=0.0)))
+    return found
+
+
+def _cut_bound(slice: Slice, traffic: Floats, left: _Left) -> float:
     best = 0.0
-    tail, head = left
+    tail, head, rates = left
     for d, k in enumerate(slice.shape):
         plane = slice.coordinates[:, d]
         planes = (plane == np.arange(k)[:, None]).astype(float)
         between = planes @ traffic @ planes.T
         links = np.zeros((k, k))
-        np.add.at(links, (plane[tail], plane[head]), 1)
+        np.add.at(links, (plane[tail], plane[head]), rates)
         for first in range(k):
             for last in range(first + 1, k + (first > 0)):
                 # planes first .. last - 1, so that the rest is a slab or two

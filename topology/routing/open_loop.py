@@ -122,6 +122,10 @@ class _Source:
         self, slice: Slice, routing: Routing, traffic: npt.ArrayLike, rate: float, seed: int
     ):
         self.slice, self.routing, self.rate = slice, routing, rate
+        if (slice.link_rates != 1).any():
+            raise ValueError(
+                f"slice {slice}: a packet takes a cycle on every link; give one bandwidth"
+            )
         self.rng, N = np.random.default_rng(seed), slice.num_chips
         matrix = np.asarray(traffic, float)
         if matrix.shape != (N, N) or not (matrix >= 0).all():

@@ -19,7 +19,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from topology.arrays import Integers
-from topology.hardware import switched
+from topology.hardware import AnyTorus, switched
 from topology.numbers import number, whole
 from topology.routing.flows import Flow, least_max_load
 from topology.torus.shapes import shipped_twist
@@ -50,8 +50,14 @@ def all_to_all(
       progress: called with (lower_bound, max_link_load) after every round.
 
     Raises:
-      ValueError: a link does not exist, or chips cannot reach each other any more.
+      ValueError: a link does not exist, chips cannot reach each other any more, or links have
+        other bandwidths than others.
     """
+    if (slice.link_rates != 1).any():
+        raise ValueError(
+            f"slice {slice}: the best routing of all-to-all is searched for links alike; give one "
+            "bandwidth"
+        )
     neighbours, failed = _without(slice, failed_links)
     N = slice.num_chips
     chips, links = orbits(slice, failed)
@@ -131,15 +137,17 @@ def all_to_all_kept(
 def bisection_is_least(slice: Slice, lower_bound: float) -> bool:
     """Tells whether no cut into halves is smaller than `slice.bisection_links`.
 
-    Known of regular tori and meshes; of others where all-to-all proves it: N^2 / 4 units go from
-    one half to the other over c links, none of which has to carry more than T, so c >= N^2 / 4 T.
+    Known of regular tori and meshes of TPUs; of others where all-to-all proves it: N^2 / 4 units go
+    from one half to the other over c links, none of which has to carry more than T, so
+    c >= N^2 / 4 T.
 
     Args:
       lower_bound: of T, proved; the optimum of all-to-all.
     """
-    if not slice.is_twisted:
+    if not slice.is_twisted and not isinstance(slice.pod, AnyTorus):
         return True
-    least = slice.num_chips**2 / 4 / lower_bound
+    half = slice.num_chips // 2
+    least = half * (slice.num_chips - half) / lower_bound if lower_bound else 0.0
     return slice.bisection_links <= math.ceil(least * (1 - 1e-6))
 
 

@@ -23,9 +23,10 @@ _FEW = 512  # chips up to which random halves of them are tried as well
 def least_cut_found(
     shape: Sequence[int], neighbours: npt.ArrayLike, halves: Iterable[npt.ArrayLike]
 ) -> int:
-    """Links between the two halves of the best cut found of a torus of even sides.
+    """Links between the two halves of the best cut found of a torus.
 
-    Tried are the halves given and random ones, of chips and of cells of 2x2x2 chips. Each is
+    Tried are the halves given and random ones, of chips and, where all sides are even, of cells of
+    2x2x2 chips. Each is
     improved by passes of exchanges (Kernighan and Lin, Bell System Technical Journal 49, 1970): the
     two chips whose exchange cuts the fewest links change sides, then the next two, and so on, each
     chip once; the best of all these cuts is where the next pass begins. The same call gives the
@@ -34,7 +35,7 @@ def least_cut_found(
     Args:
       shape: chips along x, y and z, indices row-major.
       neighbours: int [N, 6], the chip over each directed link; -1 where there is none.
-      halves: each bool [N], as many True as False.
+      halves: each bool [N], N // 2 of them True.
     """
     neighbours, rng = np.asarray(neighbours), np.random.default_rng(0)
     improved = [_improve(neighbours, np.asarray(half)) for half in halves]

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from topology import numbers
-from topology.hardware import PODS, TPU_V4, Pod
+from topology.hardware import PODS, TPU_V4, AnyTorus, Pod
 
 DIMENSIONS = "xyz"
 
@@ -102,6 +102,12 @@ def in_three(shape: Shape, pod: Pod = TPU_V4) -> tuple[int, int, int]:
 
 def check_shape(shape: Shape, pod: Pod = TPU_V4) -> None:
     """Raises a ValueError, with the nearest legal shape, where it is not legal."""
+    if isinstance(pod, AnyTorus):
+        if min(shape) < 1 or math.prod(shape) > pod.largest_slice:
+            raise ValueError(
+                f"slice {times(shape)}: sides of 1 chip or more, at most {pod.largest_slice} chips"
+            )
+        return
     legal = legal_shapes(0, pod)  # those that are not of whole blocks
     wrong = None
     if tuple(sorted(shape)) in legal:
@@ -131,8 +137,10 @@ def wraparound(shape: Shape, pod: Pod = TPU_V4) -> Wrap:
     """The dimensions x, y and z in which the wiring of a legal shape can wrap around.
 
     Whole blocks do in all, by the optical switches; on a pod without blocks, dimensions as long as
-    its ring do.
+    its ring do. On an `AnyTorus` those that do where a slice says nothing else.
     """
+    if isinstance(pod, AnyTorus):
+        return three(k > 2 for k in in_three(shape, pod))
     if pod.block is None:
         return three(k == pod.ring for k in in_three(shape, pod))
     return (all(k % pod.block.side == 0 for k in shape),) * 3
@@ -140,6 +148,11 @@ def wraparound(shape: Shape, pod: Pod = TPU_V4) -> Wrap:
 
 def check_wrap(shape: Shape, wrap: Wrap, pod: Pod = TPU_V4) -> None:
     """Raises a ValueError where the wiring of a legal shape does not wrap around so."""
+    if isinstance(pod, AnyTorus):
+        for d, k, wraps in zip(DIMENSIONS, in_three(shape, pod), wrap, strict=True):
+            if wraps and k == 1:
+                raise ValueError(f"slice {times(shape)}: one chip along {d} does not wrap around")
+        return
     can = wraparound(shape, pod)
     if all(c or not w for c, w in zip(can, wrap, strict=True)):
         return
@@ -163,6 +176,16 @@ def check_twist(shape: Shape, twist: Twist, wrap: Wrap, pod: Pod = TPU_V4) -> No
     if twist == NO_TWIST:
         return
     name = f"twist {'/'.join(','.join(map(str, row)) for row in twist)} of {times(shape)}"
+    if isinstance(pod, AnyTorus):
+        sides = in_three(shape, pod)
+        for d, k, w, row in zip(DIMENSIONS, sides, wrap, twist, strict=True):
+            if (any(row) or k > 1) and not w:
+                raise ValueError(
+                    f"{name}: a twisted slice wraps around in all its dimensions, and {d} does "
+                    "not; drop the twist"
+                )
+        _check_order(name, shape, twist)
+        return
     if pod.block is None:
         raise ValueError(
             f"{name}: the wiring of {pod.name} is fixed, without twists; drop the twist"
@@ -177,6 +200,10 @@ def check_twist(shape: Shape, twist: Twist, wrap: Wrap, pod: Pod = TPU_V4) -> No
                     f"{name}: the wiring keeps a chip's place in its block's face, so a shift is "
                     f"a multiple of {side}; in place of {s} of {d} take {side * round(s / side)}"
                 )
+    _check_order(name, shape, twist)
+
+
+def _check_order(name: str, shape: Shape, twist: Twist) -> None:
     if not shift_order(twist):
         raise ValueError(
             f"{name}: dimensions shift each other in a circle, which makes no torus of "

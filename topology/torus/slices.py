@@ -18,10 +18,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from topology.arrays import Integers
-from topology.hardware import TPU_V4, Pod, block_of, host_of
+from topology.arrays import Floats, Integers
+from topology.hardware import TPU_V4, AnyTorus, Pod, block_of, host_of
 from topology.numbers import whole
-from topology.torus.bisection import least_cut_found
+from topology.torus.bisection import cut_links, least_cut_found
 from topology.torus.shapes import (
     DIMENSIONS,
     NO_TWIST,
@@ -46,6 +46,7 @@ DIRECTIONS = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], 
 AS_WIRED: Wrap = ()
 """Wraparound of a new slice: wherever its wiring can."""
 
+_IMPROVED = 4096  # chips up to which cuts are improved chip by chip
 _LARGEST = 10**9  # size or shift that a message is given about
 _SIZES = {2: "two positive sizes like 4x8", 3: "three positive sizes like 4x4x8"}
 _EXAMPLES = {
@@ -65,7 +66,8 @@ class Slice:
       - on a pod of blocks (TPU v4, v5p) 4i x 4j x 4k chips, in as many blocks of 4x4x4 as its
         largest slice has: 4x4x4, 4x4x8, ... 16x16x16; whole hosts inside one block: 2x2x1, 2x4x1,
         4x4x1, 2x2x2, 2x2x4, 2x4x4;
-      - on TPU v5e and v6e those of `Pod.shapes`, from 1x1 to 16x16.
+      - on TPU v5e and v6e those of `Pod.shapes`, from 1x1 to 16x16;
+      - on a torus of one's own (`hardware.any_torus`) any, also of one or two dimensions.
 
     Attributes:
       shape: chips along x, y and z; on a pod of two dimensions z is 1, and may be left out.
@@ -76,7 +78,8 @@ class Slice:
         dimension shifts only later ones, or the box of chips would not tile Z^3 by L (Hajos's
         theorem), so the graph would not be a torus of N chips.
       wrap: whether each dimension wraps around; by default wherever the wiring can
-        (`shapes.wraparound`). A twisted slice wraps in all three.
+        (`shapes.wraparound`). A twisted slice wraps in all three, or in all of more than a chip on
+        a torus of one's own.
       pod: the machine whose wiring, hosts and limits it has.
 
     Raises:
@@ -92,6 +95,8 @@ class Slice:
         pod, sizes = self.pod, tuple(self.shape)
         if pod.dimensions == 2 and len(sizes) == 3 and sizes[2] == 1:
             sizes = sizes[:2]
+        if isinstance(pod, AnyTorus) and 0 < len(sizes) < 3:
+            sizes = (*sizes, *(1,) * (3 - len(sizes)))
         if len(sizes) != pod.dimensions:
             raise ValueError(
                 f"slice {times(sizes)}: shape of {_SIZES[pod.dimensions]} on {pod.name}"
@@ -125,7 +130,8 @@ class Slice:
         gives the three rows of any other; `_wrap:xy` wraps only those dimensions, `_wrap:` none.
         On a pod of two dimensions `8x16`.
         """
-        sizes = r"(\d{1,6}(?:x\d{1,6}){1,2})"
+        least = 0 if isinstance(pod, AnyTorus) else 1
+        sizes = rf"(\d{{1,6}}(?:x\d{{1,6}}){{{least},2}})"
         names = sizes + r"(_twisted)?(?:_twist:([-\d,/]+))?(?:_wrap:([xyz]*))?"
         match = re.fullmatch(names, text.strip(), re.ASCII)
         if not match:
@@ -135,6 +141,8 @@ class Slice:
         if wrong_rows or not all(re.fullmatch(r"-?[0-9]{1,6}", s) for row in rows for s in row):
             raise ValueError(_not_a_slice(text, pod))
         shape = tuple(int(k) for k in match[1].split("x"))
+        if isinstance(pod, AnyTorus):
+            shape = (*shape, *(1,) * (3 - len(shape)))
         if len(shape) != pod.dimensions and shape[pod.dimensions :] != (1,):
             raise ValueError(
                 f"slice {text!r}: not a slice of {pod.name}, which has {pod.dimensions} "
@@ -247,6 +255,13 @@ class Slice:
         return _frozen(np.where(inside, self.index(np.where(inside[..., None], to, 0)), -1))
 
     @property
+    def link_rates(self) -> Floats:
+        """float [6]: bandwidth of links in each of `DIRECTIONS`, in parts of the chip's
+        `link_bandwidth`; 1 but on a torus of one's own."""
+        rates = self.pod.link_rates if isinstance(self.pod, AnyTorus) else (1.0,) * 3
+        return _frozen(np.repeat(np.array(rates), 2))
+
+    @property
     def num_links(self) -> int:
         """Links, each counted once for its two directions."""
         return int((self.neighbours >= 0).sum()) // 2
@@ -296,13 +311,16 @@ class Slice:
         Times a link's one-way bandwidth, it is the bandwidth from one half to the other: 512 links
         of a pod. On a regular torus and on a mesh it is that of a plane, half of one dimension, and
         no set of half the chips has a smaller cut: all-to-all by dimension order loads the links of
-        this cut alike and no link more. On a twisted torus it is the smallest found, so an upper
-        bound (`throughput.bisection_is_least` says where it is proved): of the halves
-        {v : frac(w . v) < 1/2} of the phases w that L leaves whole (w . L in Z) and whose order is
-        even, and of others improved by exchanging chips (see `topology.torus.bisection`).
+        this cut alike and no link more. On a twisted torus, and on one of one's own, it is the
+        smallest found, so an upper bound (`throughput.bisection_is_least` says where it is proved):
+        of the halves {v : frac(w . v) < 1/2} of the phases w that L leaves whole (w . L in Z) and
+        whose order is even, and of others improved by exchanging chips (see
+        `topology.torus.bisection`).
         """
         if self.num_chips == 1:
             return 0
+        if isinstance(self.pod, AnyTorus):
+            return self._least_cut_of_boxes()
         if not self.is_torus:
             planes = zip(self.shape, self.wrap, strict=True)
             cuts = [(1 + wraps) * self.num_chips // k for k, wraps in planes if k % 2 == 0]
@@ -319,6 +337,17 @@ class Slice:
             return least
         phase = self.coordinates @ phases[planes.argmin()] % N
         return min(least, least_cut_found(self.shape, self.neighbours, [2 * phase < N]))
+
+    def _least_cut_of_boxes(self) -> int:
+        """Links of the least cut into halves that is found from those that planes begin, one chip
+        more on one side where the chips are odd."""
+        N, halves = self.num_chips, []
+        for order in itertools.permutations(range(3)):
+            rank = np.argsort(np.lexsort(self.coordinates.T[list(order)]))
+            halves.append(rank < N // 2)
+        if N > _IMPROVED:
+            return min(cut_links(self.neighbours, half) for half in halves)
+        return least_cut_found(self.shape, self.neighbours, halves)
 
     @cached_property
     def phases(self) -> Integers:
@@ -338,6 +367,7 @@ class Slice:
         these, because a ring of four is a square of two dimensions; they are not linear.)
         """
         found = []
+        around = self.lattice[list(self.wrap)]
         for order in itertools.permutations(range(3)):
             alike = [
                 (self.shape[d], self.wrap[d]) == (self.shape[e], self.wrap[e])
@@ -348,7 +378,7 @@ class Slice:
             for signs in itertools.product((1, -1), repeat=3):
                 P = np.zeros((3, 3), int)
                 P[range(3), order] = signs
-                if not self.is_twisted or not self.reduce(self.lattice @ P.T).any():
+                if not self.is_twisted or not self.reduce(around @ P.T).any():
                     found.append(P)
         return _frozen(np.array(found))
 

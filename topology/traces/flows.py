@@ -88,7 +88,7 @@ class Transfers:
         else:
             whole = self._rings(kind, groups)
             n = max(len(group) for group in groups)
-            bound = (n - 1) / n / 6
+            bound = (n - 1) / n / float(self.slice.link_rates.sum())
         schedules = []
         for longer in (0, 2) if self.failed else (0,):
             rounds = around(slice, whole, self.failed, longer=longer)
@@ -103,11 +103,12 @@ class Transfers:
         links, _ = path_links(self.slice, sources, vectors)
         loads = np.bincount(links[links >= 0], minlength=6 * self.slice.num_chips)
         hops = int((links >= 0).sum(axis=1).max(initial=0))
-        return LoadRound(hops, part * loads.reshape(-1, 6).astype(float))
+        return LoadRound(hops, part * loads.reshape(-1, 6) / self.slice.link_rates)
 
     def _sent(self, pairs: _Groups) -> float:
         """The largest part of what a chip sends, or receives, over the links that it has."""
-        links = np.maximum(1, (self.slice.neighbours >= 0).sum(axis=1))
+        links = ((self.slice.neighbours >= 0) * self.slice.link_rates).sum(axis=1)
+        links = np.maximum(links, 1e-9)
         most = 0.0
         for ends in np.array(pairs).T:
             most = max(most, float((np.bincount(ends, minlength=len(links)) / links).max()))
