@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ _VALUES = {  # of an attribute: field and Protocol Buffers' number of its type
     "sfixed64_val": (25, 16), "bool_val": (27, 8), "string_val": (29, 9),
 }  # fmt: skip
 
-# {(place in the file, message): (id, ids that it waits for, node, how its partners are told)}
-_Seen = dict[tuple[int, bytes], tuple[int, tuple[int, ...], Node, tuple[str, Any] | None]]
+_PEERS = (b"\x0a\x08comm_dst", b"\x0a\x08comm_src")  # as an attribute begins
+_VARINTS = {number << 3 for number in (7, 9, 11, 13)}  # tags of the integers of an attribute
+
+# Place in the file, the message but for the rank of a send's partner, and whether it has none.
+_Key = tuple[int, bytes, bool]
+_Seen = dict[_Key, "_Read"]
 
 
 @functools.cache
@@ -128,6 +133,7 @@ def read_trace(
     each: list[tuple[int, list[tuple[str, Any]]]] = []
     flops, hbm = slice.pod.chip.peak_bf16, slice.pod.chip.hbm_bandwidth
     seen: _Seen = {}
+    places: dict[tuple[int, ...], dict[int, int]] = {}
     for r, path in enumerate(paths):
         try:
             data = path.read_bytes()
@@ -135,7 +141,7 @@ def read_trace(
             raise UserError(f"{path}: {error.strerror}; give traces of Chakra") from error
         digest = hashlib.sha256(data).digest()
         if digest not in known:
-            program, partners = _File(path, data, flops, hbm).read(seen)
+            program, partners = _File(path, data, flops, hbm).read(seen, places)
             # Those of ranks that do the same share their nodes, so that this is soon known.
             number = next((n for n, p in enumerate(programs) if p == program), len(programs))
             if number == len(programs):
@@ -204,50 +210,71 @@ def _read_groups(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(ranks) for name, ranks in found.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Result of reading a message.
+
+    Attributes:
+      place: {id: place} of the file's nodes, which `node.after` is by.
+      whom: how partners are told; None where it computes.
+      differs: whether it is a send or receive whose partner stands in the message's place for it.
+    """
+
+    id: int
+    place: dict[int, int]
+    node: Node
+    whom: tuple[str, Any] | None
+    differs: bool
+
+
 class _File:
     """A rank's file."""
 
     def __init__(self, path: Path, data: bytes, flops: float, hbm: float) -> None:
         self.path, self.data, self.flops, self.hbm = path, data, flops, hbm
 
-    def read(self, seen: "_Seen") -> tuple[Program, list[tuple[str, Any]]]:
+    def read(
+        self, seen: _Seen, places: dict[tuple[int, ...], dict[int, int]]
+    ) -> tuple[Program, list[tuple[str, Any]]]:
         """The program, and of what communicates how its partners are told.
 
         Args:
-          seen: of files that had the same numbers of nodes, what was read of a message.
+          seen: of other files, what was read of a message at its place.
+          places: of other files, {id: place} of their nodes, by the ids in order.
         """
         of, _ = message_classes()
-        found: list[tuple[bytes, Any]] = []  # messages, and what was read of them or their nodes
-        place: dict[int, int] = {}
+        found: list[tuple[bytes, int | None, _Key, Any]] = []
+        ids: list[int] = []
         for i, message in enumerate(self.messages()):
-            read = seen.get((i, message))
+            rest, peer = _without_peer(message)
+            key = i, rest, peer is None
+            read = seen.get(key)
             if read is None:
                 read = of()
                 self.parse(read, message, i + 1)
-                number = read.id
-            else:
-                number = read[0]
-            if number in place:
-                raise self.error(of.FromString(message), f"has the id {number} of another one")
-            place[number] = i
-            found.append((message, read))
+            ids.append(read.id)
+            found.append((message, peer, key, read))
+        place = places.setdefault(tuple(ids), {number: i for i, number in enumerate(ids)})
+        if len(place) < len(ids):
+            again = next(i for i, number in enumerate(ids) if place[number] != i)
+            raise self.error(
+                of.FromString(found[again][0]), f"has the id {ids[again]} of another one"
+            )
         program: list[Node] = []
         partners: list[tuple[str, Any]] = []
-        for i, (message, node) in enumerate(found):
-            if isinstance(node, tuple):
-                _, before, made, whom = node
-                if tuple(map(place.get, before)) == made.after:
-                    program.append(made)
-                    if whom is not None:
-                        partners.append(whom)
-                    continue
-                node = of.FromString(message)
-            made, whom = self.made(node, place)
-            program.append(made)
-            if whom is not None:
-                partners.append(whom)
-            if node.type not in (_SEND, _RECEIVE) and len(seen) < _SEEN:  # peers differ by rank
-                seen[i, message] = node.id, _awaited(node), made, whom
+        for message, peer, key, read in found:
+            if type(read) is not _Read or read.place is not place:
+                node = of.FromString(message) if type(read) is _Read else read
+                made, whom = self.made(node, place)
+                is_peer = whom is not None and whom[0] == "peer"
+                if is_peer and whom != ("peer", peer):
+                    key = key[0], message, True  # told in a way of its own
+                read = _Read(node.id, place, made, whom, is_peer and key[1] is not message)
+                if len(seen) < _SEEN:
+                    seen[key] = read
+            program.append(read.node)
+            if read.whom is not None:
+                partners.append(_peer(peer) if read.differs else read.whom)
         return tuple(program), partners
 
     def made(self, node: Any, place: dict[int, int]) -> tuple[Node, tuple[str, Any] | None]:
@@ -267,7 +294,10 @@ class _File:
         """The messages of the nodes."""
         at, number, data = 0, 0, self.data
         while at < len(data):
-            length, at = self.varint(at)
+            if (length := data[at]) < 128:
+                at += 1
+            else:
+                length, at = self.varint(at)
             if length > _LARGEST or at + length > len(data):
                 raise UserError(
                     f"{self.path}: message {number} would be {length} bytes long, and the file "
@@ -359,6 +389,26 @@ class _File:
 
     def error(self, node: Any, text: str) -> UserError:
         return UserError(f"{self.path}: node {node.name!r} ({node.id}): {text}")
+
+
+def _without_peer(message: bytes) -> tuple[bytes, int | None]:
+    """A message without the rank of a send's or receive's partner, and that rank.
+
+    The whole message, and None, where the rank is not told by an integer, in one place.
+    """
+    for name in _PEERS:
+        at = message.find(name)
+        if at < 0:
+            continue
+        at += len(name) + 1
+        if at >= len(message) or message[at - 1] not in _VARINTS or message.find(name, at) >= 0:
+            break
+        value, end = message[at] & 127, at + 1
+        while message[end - 1] >= 128 and end < len(message) and end - at < 5:
+            value |= (message[end] & 127) << 7 * (end - at)
+            end += 1
+        return message[:at] + message[end:], value
+    return message, None
 
 
 def _awaited(node: Any) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ has published is None. Every figure's source stands in `sources`, under the name
 that is "derived" follows from others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -603,20 +603,22 @@ TPU_V3 = Pod(
 )
 
 
-def any_torus(*bandwidths: float) -> AnyTorus:
+def any_torus(link_bandwidth: float | Sequence[float] | None = None) -> AnyTorus:
     """A network of one's own, whose slices are boxes of up to 65,536 chips of any sides.
 
     Args:
-      bandwidths: bytes/s of a link in one direction that transfers reach: one for all, or of links
-        along x, y and z. By default those of TPU v4.
+      link_bandwidth: bytes/s of a link in one direction that transfers reach; three where links
+        along x, y and z have their own. By default those of TPU v4.
 
     Raises:
       ValueError: there are two of them or more than three, or one is not positive.
     """
-    if len(bandwidths) not in (0, 1, 3):
-        raise ValueError(f"{len(bandwidths)} bandwidths: one for all links, or of x, y and z")
+    given = () if link_bandwidth is None else link_bandwidth
+    bandwidths = tuple(given) if isinstance(given, Sequence) else (given,)
+    if link_bandwidth is not None and len(bandwidths) not in (1, 3):
+        raise ValueError(f"link_bandwidth: {len(bandwidths)}; one for all links, or of x, y and z")
     for bandwidth in bandwidths:
-        number("bandwidth of a link", bandwidth, above=0, unit="bytes a second")
+        number("link_bandwidth", bandwidth, above=0, unit="bytes a second")
     chip, fastest = TPU_V4_CHIP, max(bandwidths, default=0.0)
     if bandwidths:
         chip = replace(chip, link_bandwidth=fastest, link_efficiency=1.0)

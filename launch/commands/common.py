@@ -170,7 +170,7 @@ def pod_of(args):
         return hardware.PODS[f"TPU {args.pod}"]
     try:
         bandwidths = [1e9 * real(1e-6, 1e9)(x) for x in links.split(",")] if links else []
-        return hardware.any_torus(*bandwidths)
+        return hardware.any_torus(bandwidths or None)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"--links {links}: {error}") from error
 

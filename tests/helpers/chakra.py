@@ -28,8 +28,10 @@ def field(number: int, value: int | str | bytes | float) -> bytes:
     return varint(number << 3 | 2) + varint(len(body)) + body
 
 
-def attribute(name: str, value: int | str | list[bool]) -> bytes:
-    """An `AttributeProto`: an int64 (9), a string (29) or a list of bools (28)."""
+def attribute(name: str, value: int | float | str | list[bool]) -> bytes:
+    """An `AttributeProto`: an int64 (9), a double (3), a string (29) or a list of bools (28)."""
+    if isinstance(value, float):
+        return field(1, name) + field(3, value)
     if isinstance(value, list):
         packed = b"".join(map(varint, value))
         return field(1, name) + field(28, field(1, packed))

@@ -26,7 +26,7 @@ def test_a_torus_of_any_sides_with_links_of_its_own(capsys):
     assert what["seconds"] >= what["bound_seconds"]
     for arguments, message in (
         (["--links", "1"], "--links 1: those of TPU v4 are known; give --pod torus"),
-        (["--pod", "torus", "--links", "1,2"], "--links 1,2: 2 bandwidths: one for all links"),
+        (["--pod", "torus", "--links", "1,2"], "--links 1,2: link_bandwidth: 2; one for all links"),
         (["--pod", "torus", "--links", "fast"], "--links fast: 'fast': want a number from"),
     ):
         command = ["collective", "all_gather", "--bytes", "1", "--slice", "4x4x4", *arguments]

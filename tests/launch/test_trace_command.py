@@ -9,6 +9,7 @@ from helpers import chakra
 from helpers.chakra import ALL_GATHER, ALL_REDUCE, BARRIER, REDUCE_SCATTER, collective, node, write
 from helpers.mistakes import mistake
 
+from launch.chakra import read_trace
 from launch.cli import main
 from topology import Network, Slice, collective_cost, degraded_cost, groups_of_axes
 from topology.routing.throughput import switch_links
@@ -84,6 +85,22 @@ def test_the_page_says_time_bound_and_what_holds_it_up(layers, capsys):
         "held up by the",
     ):
         assert said in page
+
+
+def test_partners_are_each_files_however_they_are_told(tmp_path):
+    """Files alike but for whom they send to, told by other types, and a name that looks like it."""
+    told = {0: 1, 1: "2", 2: 3.0, 3: 0, 4: 300, 300: 5}
+    for r in range(301):
+        peer = told.get(r, (r + 1) % 301)
+        sly = "\n\x08comm_dst\x48\x07" if r % 2 else "plain"
+        sends = node(1, chakra.SEND, name=sly, comm_dst=peer, comm_size=8)
+        write(
+            tmp_path / f"t.{r}.et", sends, node(2, chakra.COMPUTE, [1] if r != 9 else [], micros=3)
+        )
+    trace = read_trace([tmp_path], Slice.parse("2x2x1"))
+    for r, rank in enumerate(trace.ranks):
+        assert rank.partners == ((int(told.get(r, (r + 1) % 301)),),)
+        assert trace.programs[rank.program][1].after == (() if r == 9 else (0,))
 
 
 def test_files_of_a_rank_each_with_groups_sends_and_a_barrier(tmp_path, capsys):

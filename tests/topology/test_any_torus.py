@@ -125,7 +125,7 @@ rates = st.sampled_from([1.0, 2.0, 3.0, 0.5])
 def test_with_links_of_other_bandwidths_costs_are_those_of_a_replay_and_above_bounds(
     sides, bandwidths, kind, axes
 ):
-    slice = Slice(shape=tuple(sides), pod=any_torus(*(1e9 * b for b in bandwidths)))
+    slice = Slice(shape=tuple(sides), pod=any_torus([1e9 * b for b in bandwidths]))
     over = [d for d in range(3) if axes >> d & 1]
     groups = groups_of_axes(slice, np.arange(slice.num_chips).reshape(slice.shape), over)
     cost = collective_cost(kind, groups)
@@ -145,7 +145,7 @@ def test_with_links_of_other_bandwidths_costs_are_those_of_a_replay_and_above_bo
 
 def test_links_twice_as_fast_in_one_dimension_by_hand():
     """8 x 8: of uniform traffic, N k / 8 units on a link of either dimension."""
-    slow, fast = (Slice.parse("8x8", any_torus(*b)) for b in ((50e9,), (100e9, 50e9, 50e9)))
+    slow, fast = (Slice.parse("8x8", any_torus(b)) for b in (50e9, (100e9, 50e9, 50e9)))
     even = np.ones((64, 64))
     loads = link_loads(fast, dimension_order(fast), even) / fast.link_rates
     assert loads[:, 0].max() == 64
@@ -158,7 +158,7 @@ def test_links_twice_as_fast_in_one_dimension_by_hand():
 
 
 def test_detours_around_a_failed_link_know_the_bandwidths():
-    slice = Slice.parse("4x4", any_torus(100e9, 25e9, 25e9))
+    slice = Slice.parse("4x4", any_torus((100e9, 25e9, 25e9)))
     groups = whole(slice)
     links = losses.lost(slice, [Part.parse("link:0,0,0,+x", slice.pod)])[1]
     around = degraded_cost("all_gather", groups, links.tolist())
@@ -173,21 +173,21 @@ def test_detours_around_a_failed_link_know_the_bandwidths():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: any_torus(1e9, 2e9), "2 bandwidths: one for all links, or of x, y and z"),
-        (lambda: any_torus(0.0), "bandwidth of a link 0.0: bytes a second, more than 0"),
+        (lambda: any_torus((1e9, 2e9)), "link_bandwidth: 2; one for all links, or of x, y and z"),
+        (lambda: any_torus(0.0), "link_bandwidth 0.0: bytes a second, more than 0"),
         (lambda: Slice.parse("3x1_wrap:y", ANY), "one chip along y does not wrap around"),
         (lambda: Slice.parse("300x300x2", ANY), "at most 65536 chips"),
         (lambda: Slice.parse("8", Slice.parse("4x4x4").pod), "'8': not a slice"),
         (lambda: Slice.parse("4x4_twist:0,1,0/0,0,0/0,0,0_wrap:x", ANY), "wraps around in all its"),
         (lambda: Slice.parse("4x4_twist:0,1,0/1,0,0/0,0,0", ANY), "shift each other in a circle"),
-        (lambda: all_to_all(Slice.parse("4x4", any_torus(1e9, 2e9, 1e9))), "links alike"),
+        (lambda: all_to_all(Slice.parse("4x4", any_torus((1e9, 2e9, 1e9)))), "links alike"),
         (
-            lambda: least_load(Slice.parse("2x2", any_torus(1e9, 2e9, 1e9)), np.ones((4, 4))),
+            lambda: least_load(Slice.parse("2x2", any_torus((1e9, 2e9, 1e9))), np.ones((4, 4))),
             "links alike",
         ),
         (
             lambda: measure(
-                Slice.parse("3x3", any_torus(1e9, 2e9, 1e9)),
+                Slice.parse("3x3", any_torus((1e9, 2e9, 1e9))),
                 dimension_order(Slice.parse("3x3", ANY)),
                 np.ones((9, 9)) / 9,
                 0.1,

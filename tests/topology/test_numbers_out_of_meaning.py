@@ -117,6 +117,7 @@ CALLS = [
     (topology.nearest_shape, {"shape": (4, 4, 7)}),
     (topology.shipped_twist, {"shape": (4, 4, 8)}),
     (topology.all_twists, {"shape": (4, 4, 8)}),
+    (topology.any_torus, {"link_bandwidth": (1e9, 2e9, 1e9)}),
     (topology.ranked_twists, {"shape": (4, 4, 8)}),
     (fabric.Placement, {"slice": BLOCKS, "blocks": (2, 3)}),
     (fabric.boxes, {"block_shape": (1, 1, 2), "grid": (4, 4, 4)}),
