@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_pod, pod_of
+from launch.commands.common import add_command, add_failed, add_pod, pod_of
 
 
 def add(commands) -> None:
@@ -31,17 +31,20 @@ def add(commands) -> None:
     layout.add_argument(
         "--slice", required=True, metavar="SHAPE", help="such as 4x4x8 or 4x4x8_twisted"
     )
+    add_failed(layout)
     add_pod(layout, "slice it is", torus=True)
     layout.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args, began: float) -> int:
+    from launch.reports.failures import lost_links
     from launch.reports.layout import describe, read_slice, read_traffic, report, title
 
     slice, mesh = read_slice(args.slice, args.mesh, pod_of(args))
     traffic = read_traffic(args.traffic, mesh)
+    lost = lost_links(slice, args.failed, args.failed_one_way)
     if not args.json:
         print(title(slice, mesh), flush=True)
-    found = report(slice, mesh, traffic)
+    found = report(slice, mesh, traffic, lost)
     print(json.dumps(found) if args.json else describe(found))
     return 0

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_pod, pod_of, real
+from launch.commands.common import add_command, add_failed, add_pod, pod_of, real
 
 
 def add_pattern(sub, files: bool) -> None:
@@ -37,6 +37,7 @@ def add(commands) -> None:
         "under the best routing up to 256 chips. A pattern's chips send one unit each.",
     )
     add_pattern(traffic, files=True)
+    add_failed(traffic)
     traffic.add_argument(
         "--time-limit",
         type=real(0, 86400),
@@ -52,6 +53,7 @@ def add(commands) -> None:
 
 
 def run(args, began: float) -> int:
+    from launch.reports.failures import lost_links
     from launch.reports.pictures import check_picture, check_table
     from launch.reports.traffic import (
         describe,
@@ -65,9 +67,10 @@ def run(args, began: float) -> int:
     table = None if args.csv is None else check_table(args.csv)
     path = None if args.draw is None else check_picture(args.draw)
     demands = read_demands(args.pattern, args.slice, pod_of(args), args.hot)
+    lost = lost_links(demands.slice, args.failed, args.failed_one_way)
     if not args.json:
         print(title(demands), flush=True)
-    found, loads = report(demands, args.time_limit)
+    found, loads = report(demands, args.time_limit, lost)
     print(json.dumps(found) if args.json else describe(found), flush=True)
     if table is not None:
         write_loads(demands.slice, loads, table)

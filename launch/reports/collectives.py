@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from launch.reports.failures import lost_links, names_of
 from launch.reports.sizes import parse_size, shown_size
 from pjit_train.errors import UserError
-from topology import Network, Part, Slice, collective_cost, groups_of_axes
+from topology import Network, Slice, collective_cost, groups_of_axes
 from topology.collectives.collectives import lower_bounds
 from topology.collectives.degraded import degraded_cost
-from topology.fabric import losses
 from topology.hardware import Pod
 
 
@@ -45,13 +45,16 @@ def report(
         devices = np.arange(slice.num_chips).reshape(slice.shape)
         groups = groups_of_axes(slice, devices, [names.index(name) for name in over])
         network = Network.of(pod)
-        links = failed_links(slice, failed, failed_one_way)
+        lost = lost_links(slice, failed, failed_one_way)
+        links = lost.links
         cost = healthy = collective_cost(kind, groups)
         if links:
             longer = (2,) if kind == "all_to_all" else (0, 2)  # of which one round takes little
             around = [degraded_cost(kind, groups, links, longer=hops) for hops in longer]
             cost = min(around, key=lambda one: one.seconds(bytes, network))
         bounds = lower_bounds(kind, groups, bytes, network, failed_links=links)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from error
     seconds = cost.seconds(bytes, network)
@@ -72,25 +75,8 @@ def report(
         "bounds": bounds,
     }
     if links:
-        found |= {
-            "failed": list(failed),
-            "failed_one_way": list(failed_one_way),
-            "lost_links": len(links),
-            "whole_seconds": healthy.seconds(bytes, network),
-        }
+        found |= lost.said() | {"whole_seconds": healthy.seconds(bytes, network)}
     return found
-
-
-def failed_links(slice: Slice, failed: Sequence[str], one_way: Sequence[str]) -> list[int]:
-    """Ids of the directed links that carry nothing. ValueError where chips are lost."""
-    chips, links = losses.lost(slice, [Part.parse(name, slice.pod) for name in failed])
-    if chips.size:
-        raise ValueError(
-            f"--failed {' '.join(failed)}: takes {chips.size} of the slice's chips, without which "
-            "no collective is whole; take a slice that goes without them"
-        )
-    alone = [losses.lost_one_way(slice, Part.parse(name, slice.pod)) for name in one_way]
-    return sorted({int(link) for part in (links, *alone) for link in part})
 
 
 def _axes(axes: str | None, names: str) -> list[str]:
@@ -117,16 +103,12 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"rate      {found['bytes_per_second'] / 1e9:,.1f} GB/s")
     if "failed" in found:
         lines.append(
-            f"failed    {', '.join(_failures(found))}: {found['lost_links']} directed links; whole "
+            f"failed    {names_of(found)}: {found['lost_links']} directed links; whole "
             f"{shown_time(found['whole_seconds'])}"
         )
     lines.append(f"bound     {shown_time(found['bound_seconds'])}: no schedule takes less")
     lines += [f"  {shown_time(seconds):>12}  {name}" for name, seconds in found["bounds"].items()]
     return "\n".join(lines)
-
-
-def _failures(found: dict[str, Any]) -> list[str]:
-    return found["failed"] + [f"{link} one way" for link in found["failed_one_way"]]
 
 
 def shown_time(seconds: float) -> str:

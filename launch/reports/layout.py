@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from launch.reports.documents import keyed, read_json, short
+from launch.reports.failures import WHOLE, Lost, around_text
 from launch.reports.sizes import parse_size, shown_size
 from pjit_train.errors import UserError
 from topology import Network, Slice, Traffic, groups_of_axes, lay_mesh, traffic_seconds
@@ -103,7 +104,12 @@ def read_slice(shape: str, mesh: str, pod: Pod) -> tuple[Slice, dict[str, int]]:
     return slice, read_mesh(mesh, slice.num_chips)
 
 
-def report(slice: Slice, mesh: Mapping[str, int], traffic: Sequence[Traffic]) -> dict[str, Any]:
+def report(
+    slice: Slice,
+    mesh: Mapping[str, int],
+    traffic: Sequence[Traffic],
+    lost: Lost = WHOLE,
+) -> dict[str, Any]:
     """The layout of a mesh, as `torsion layout --json` prints it.
 
     Returns:
@@ -114,15 +120,17 @@ def report(slice: Slice, mesh: Mapping[str, int], traffic: Sequence[Traffic]) ->
       none does on any layout: what a chip must receive or send, over all its links. `jax`: the same
       traffic in the order of `source`, `seconds` None where its groups are no translations of each
       other. `traffic`: each entry with these (all `count` times), and the `bound` that is the
-      largest.
+      largest. With failures `failed` and `failed_one_way` name them, and `lost_links` counts the
+      directed links that carry nothing.
     """
-    layout = lay_mesh(slice, mesh, traffic)
+    links = lost.links
+    layout = lay_mesh(slice, mesh, traffic, failed_links=links)
     network, names = Network.of(slice.pod), list(mesh)
     source, order = _jax_order(slice, mesh)
     rows = []
     for one, seconds in zip(traffic, layout.traffic_seconds, strict=True):
         groups = groups_of_axes(slice, layout.devices, [names.index(axis) for axis in one.axes])
-        bounds = lower_bounds(one.kind, groups, one.bytes, network)
+        bounds = lower_bounds(one.kind, groups, one.bytes, network, failed_links=links)
         bound = max(bounds, key=lambda name: bounds[name])
         rows.append(
             {
@@ -135,7 +143,7 @@ def report(slice: Slice, mesh: Mapping[str, int], traffic: Sequence[Traffic]) ->
                 "bound_seconds": one.count * bounds[bound],
                 "bound": bound,
                 "any_layout_seconds": one.count * bounds["chip"],
-                "jax_seconds": _seconds(slice, mesh, order, one),
+                "jax_seconds": _seconds(slice, mesh, order, one, links),
             }
         )
     theirs = [row["jax_seconds"] for row in rows]
@@ -152,6 +160,7 @@ def report(slice: Slice, mesh: Mapping[str, int], traffic: Sequence[Traffic]) ->
             "seconds": None if None in theirs else sum(theirs),
             "devices": order.tolist(),
         },
+        **lost.said(),
         "traffic": rows,
         "devices": layout.devices.tolist(),
     }
@@ -165,10 +174,10 @@ def _axes(layout: Layout) -> dict[str, list[dict[str, Any]]]:
 
 
 def _seconds(
-    slice: Slice, mesh: Mapping[str, int], devices: Integers, one: Traffic
+    slice: Slice, mesh: Mapping[str, int], devices: Integers, one: Traffic, links: Sequence[int]
 ) -> float | None:
     try:
-        return traffic_seconds(slice, mesh, devices, [one])[0]
+        return traffic_seconds(slice, mesh, devices, [one], failed_links=links)[0]
     except ValueError:  # groups that are no translations of each other
         return None
 
@@ -217,6 +226,8 @@ def describe(found: dict[str, Any]) -> str:
             f"{d['size']} along {vector_text(d['vector'])}" for d in digits if d["size"] > 1
         )
         lines.append(f"  {axis:<{width}}  {found['mesh'][axis]:>5}: {along or 'one chip'}")
+    if "lost_links" in found:
+        lines.append(f"  {around_text(found)}")
     names = [_name(row) for row in found["traffic"]]
     width = max(5, *map(len, names))
     lines += ["", f"{'':<{width}}{'time':>15}{'bound':>15}{'any layout':>15}{'JAX order':>15}"]

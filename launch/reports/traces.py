@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.chakra import read_trace
-from launch.reports.collectives import failed_links, shown_time
+from launch.reports.collectives import shown_time
+from launch.reports.failures import lost_links, names_of
 from launch.reports.sizes import shown_size
 from pjit_train.errors import UserError
 from pjit_train.files import write_whole
@@ -45,7 +46,7 @@ def report(
     say = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
     try:
         slice = Slice.parse(shape, pod)
-        links = failed_links(slice, failed, failed_one_way)
+        links = lost_links(slice, failed, failed_one_way).links
     except ValueError as error:
         raise UserError(str(error)) from error
     trace = read_trace(files, slice, groups=groups, progress=say)
@@ -105,8 +106,8 @@ def describe(found: dict[str, Any]) -> str:
     """The figures for people."""
     ranks = f"{found['ranks']:,} ranks, {found['operations']:,} operations"
     lines = [f"trace of {ranks} on {found['slice']} of {found['pod']}"]
-    if names := found["failed"] + [f"{link} one way" for link in found["failed_one_way"]]:
-        lines.append(f"failed    {', '.join(names)}: {found['lost_links']} directed links")
+    if names := names_of(found):
+        lines.append(f"failed    {names}: {found['lost_links']} directed links")
     over = found["seconds"] / found["bound_seconds"] if found["bound_seconds"] else 1.0
     lines += [
         "",

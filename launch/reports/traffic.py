@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from launch.reports.documents import read_text
+from launch.reports.failures import WHOLE, Lost, around_text
 from launch.reports.pictures import save, written
 from pjit_train.errors import UserError
 from topology import Slice
 from topology.arrays import Floats
+from topology.collectives.degraded import LoadRound, around
 from topology.hardware import Pod
 from topology.routing.loads import least_load, link_loads, lower_bounds
 from topology.routing.patterns import HOT, PATTERNS, traffic_of
@@ -162,11 +164,15 @@ def title(demands: Demands) -> str:
     return f"{demands.name} on {slice} of {slice.pod.name}, {slice.num_chips} chips"
 
 
-def report(demands: Demands, time_limit: float = 20.0) -> tuple[dict[str, Any], dict[str, Floats]]:
+def report(
+    demands: Demands, time_limit: float = 20.0, lost: Lost = WHOLE
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     """The figures of a traffic matrix, as `torsion traffic --json` prints them, and link loads.
 
     Args:
       time_limit: seconds of the search for the best routing.
+      lost: links that carry nothing; what dimension order would send over them takes detours, in
+        the parts that load the fullest link least (`topology.collectives.degraded`).
 
     Returns:
       `routings`: of "dimension_order" and, where it was looked for, "best": `max_load`, `mean_load`
@@ -175,16 +181,27 @@ def report(demands: Demands, time_limit: float = 20.0) -> tuple[dict[str, Any], 
       Of a pattern, `saturation` = 1 / max_load is the units that each chip can send while a link
       carries one, and `bytes_per_second_per_chip` that at the links' bandwidth; of a file `seconds`
       is what the fullest link takes. Both are None of the other kind, or where nothing is sent.
-      The loads are float [N, 6] by routing. Where links have different bandwidths, a load is in
+      With failures as of `torsion layout`. The loads are float [N, 6] by routing. Where links have
+      different bandwidths, a load is in
       parts of its link's, the fastest being 1, and the best routing is not looked for.
     """
     slice, matrix = demands.slice, demands.matrix
     ordered: Floats = link_loads(slice, dimension_order(slice), matrix) / slice.link_rates
-    loads, bounds = {_FIRST: ordered}, lower_bounds(slice, matrix)
+    if lost.links:
+        [detoured] = around(slice, [LoadRound(slice.diameter, ordered)], lost.links)
+        ordered = detoured.loads
+    loads = {_FIRST: ordered}
+    bounds = lower_bounds(slice, matrix, failed_links=lost.links)
     if ordered.max() <= max(bounds.values()) * (1 + _TOLERANCE):
         loads["best"] = ordered
     elif slice.num_chips <= _MOST_CHIPS and time_limit and (slice.link_rates == 1).all():
-        flow = least_load(slice, matrix, tolerance=_TOLERANCE, time_limit=time_limit)
+        flow = least_load(
+            slice,
+            matrix,
+            failed_links=lost.links,
+            tolerance=_TOLERANCE,
+            time_limit=time_limit,
+        )
         bounds["flow"] = flow.lower_bound
         loads["best"] = flow.loads if flow.max_link_load < ordered.max() else ordered
     bound, links = max(bounds.values()), slice.neighbours >= 0
@@ -199,6 +216,7 @@ def report(demands: Demands, time_limit: float = 20.0) -> tuple[dict[str, Any], 
         "bounds": bounds,
         "routings": {name: _figures(load[links], bound, demands) for name, load in loads.items()},
         **{f"bound_{key}": value for key, value in _rates(bound, demands).items()},
+        **lost.said(),
     }
     return found, loads
 
@@ -228,7 +246,8 @@ def describe(found: dict[str, Any]) -> str:
     if not found["sent"]:
         return "no chip sends anything to another"
     unit = "bytes" if found["bytes"] else "units"
-    lines = ["", f"{'':<17}{'largest load':>18}{'mean load':>18}{_head(found):>18}{'bound':>9}"]
+    lines = [around_text(found)] if "lost_links" in found else []
+    lines += ["", f"{'':<17}{'largest load':>18}{'mean load':>18}{_head(found):>18}{'bound':>9}"]
     for name, row in found["routings"].items():
         lines.append(
             f"{_NAMES[name]:<17}{_amount_text(row['max_load']):>18}"

@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from launch.cli import main
 from launch.reports.layout import REFUSED, TABLED
 from topology import Slice, Traffic, traffic_seconds
+from topology.routing.throughput import switch_links
 
 TRAFFIC = [
     {"kind": "all_gather", "axes": ["data"], "bytes": "256MiB", "count": 2},
@@ -94,6 +95,34 @@ def test_a_ring_takes_what_the_formula_says(tmp_path, capsys):
     assert what["any_layout_seconds"] == pytest.approx(transfer + 3e-6)
     ring = found(capsys, str(path), "a=8,b=128", "8x8x16")
     assert ring["seconds"] <= 3 * (7 / 8 * 9e9 / 90e9 + 4e-6) * (1 + 1e-9)
+
+
+def test_around_failed_links_it_says_what_its_own_order_takes(file, capsys):
+    options = ("--failed", "ocs:x,0,0", "--failed-one-way", "link:0,1,1,1,+y")
+    what = found(capsys, file, "data=16,tensor=8", "4x4x8", *options)
+    whole = found(capsys, file, "data=16,tensor=8", "4x4x8")
+    assert what["lost_links"] == 4 + 1  # two rings, both ways, and one direction
+    assert "lost_links" not in whole
+    slice, mesh = Slice.parse("4x4x8"), {"data": 16, "tensor": 8}
+    chip = slice.index([1, 1, 1])
+    links = [*switch_links(slice, 0, 0, 0).tolist(), int(6 * chip + 2)]
+    traffic = [
+        Traffic(kind=one["kind"], axes=tuple(one["axes"]), bytes=one["bytes"], count=one["count"])
+        for one in what["traffic"]
+    ]
+    own = traffic_seconds(slice, mesh, what["devices"], traffic, failed_links=links)
+    assert sum(own) == pytest.approx(what["seconds"])
+    before = traffic_seconds(slice, mesh, whole["devices"], traffic, failed_links=links)
+    assert whole["seconds"] < what["seconds"] <= sum(before) * (1 + 1e-9)
+    assert whole["bound_seconds"] < what["bound_seconds"] <= what["seconds"]
+
+
+def test_a_heavy_axis_lies_along_fast_links(file, capsys):
+    fast = found(capsys, file, "data=8,tensor=8", "8x8", "--pod", "torus", "--links", "10,100,10")
+    assert [digit["vector"] for digit in fast["axes"]["data"]] == [[0, 1, 0]]
+    # A bidirectional ring of 8 at 100 GB/s, twice 256 MiB; 4 hops.
+    ring = 2 * (7 / 8 * 2**28 / (2 * 100e9) + 4e-6)
+    assert fast["traffic"][0]["seconds"] == pytest.approx(ring)
 
 
 def test_no_order_is_below_the_bound_of_any_layout(file, capsys):

@@ -9,6 +9,7 @@ from helpers.mistakes import mistake
 
 from launch.cli import main
 from topology import TPU_V4, Slice, all_to_all
+from topology.routing.throughput import switch_links
 
 
 def found(capsys, *arguments):
@@ -34,6 +35,30 @@ def test_the_best_routing_of_tornado_meets_the_bound(capsys):
     assert best["of_bound"] == pytest.approx(1, rel=1e-3)
     rate = TPU_V4.chip.link_bandwidth / best["max_load"]
     assert best["bytes_per_second_per_chip"] == pytest.approx(rate)
+
+
+def test_around_a_failed_switch_the_best_is_that_of_all_to_all(tmp_path, capsys):
+    table = tmp_path / "loads.csv"
+    what = found(
+        capsys, "--pattern", "uniform", "--slice", "4x4x4", "--failed", "ocs:x,0,0",
+        "--csv", str(table),
+    )  # fmt: skip
+    slice = Slice.parse("4x4x4")
+    links = switch_links(slice, 0, 0, 0)
+    flow = all_to_all(slice, links)
+    assert what["lost_links"] == len(links) == 2
+    best, ordered = (what["routings"][x]["max_load"] for x in ("best", "dimension_order"))
+    assert best == pytest.approx(flow.max_link_load / 64, rel=1e-3)
+    assert what["bound"] == pytest.approx(flow.lower_bound / 64, rel=1e-3)
+    assert ordered >= best
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    sent = {6 * int(row["chip"]) + DIRECTIONS.index(row["direction"]): row for row in rows}
+    for link in links:
+        assert float(sent[link]["dimension_order"]) == float(sent[link]["best"]) == 0
+
+
+DIRECTIONS = ["+x", "-x", "+y", "-y", "+z", "-z"]
 
 
 def test_a_file_of_rows_and_a_matrix_say_the_same(tmp_path, capsys):
@@ -121,6 +146,20 @@ def test_a_wrong_file_is_one_line(text, message, tmp_path, capsys):
         (["--pattern", "uniform", "--slice", "4x4x4", "--csv", "no/x.csv"], "--csv no/x.csv"),
         (["--pattern", "uniform", "--slice", "4x4x4", "--draw", "x"], "must end in .png"),
         (["--pattern", "uniform", "--slice", "4x4x4", "--time-limit", "nan"], "--time-limit"),
+        (["--pattern", "uniform", "--slice", "4x4x4", "--failed", "block:0"], "takes 64 of the"),
+        (["--pattern", "uniform", "--slice", "4x4x4", "--failed", "rack:0"], "no such kind"),
+        (
+            [
+                "--pattern",
+                "uniform",
+                "--slice",
+                "2x2x1",
+                "--failed",
+                "link:0,0,0,0,+x",
+                "link:0,0,1,0,+x",
+            ],
+            "the failed links cut it in two",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):

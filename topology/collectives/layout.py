@@ -110,6 +110,7 @@ def lay_mesh(
     mesh: Mapping[str, int],
     traffic: Sequence[Traffic],
     network: Network | None = None,
+    failed_links: Collection[int] = (),
 ) -> Layout:
     """The layout of a mesh on which the traffic takes least.
 
@@ -119,9 +120,12 @@ def lay_mesh(
 
     Args:
       mesh: sizes of the axes by name; their product is the number of chips.
+      failed_links: as `traffic_seconds` has them. With any, the best are found for the slice with
+        all its links, and the one of them is taken that takes least around those that failed.
 
     Raises:
-      ValueError: the product is another, or traffic names an axis that is not there.
+      ValueError: the product is another, traffic names an axis that is not there, or the failed
+        links cut the slice in two.
     """
     network = network or Network.of(slice.pod)
     _check_mesh(slice, mesh, traffic)
@@ -143,12 +147,23 @@ def lay_mesh(
             if len(best) == _IMPROVED:
                 limit = max(best.values())
     improved = [search.improve(one) for one in sorted(best, key=lambda one: best[one])]
-    chosen = min(improved, key=search.seconds)
+
+    def laid(candidate: _Candidate) -> tuple[Integers, tuple[float, ...]]:
+        axes = [
+            search.members(candidate.box, d, a in search.ordered)
+            for a, d in enumerate(search.digits(candidate))
+        ]
+        devices = _devices(slice, axes)
+        return devices, traffic_seconds(slice, mesh, devices, traffic, network, failed_links)
+
+    if failed_links:
+        layouts = {one: laid(one) for one in dict.fromkeys(improved)}
+        chosen = min(layouts, key=lambda one: sum(layouts[one][1]))
+        devices, each = layouts[chosen]
+    else:
+        chosen = min(improved, key=search.seconds)
+        devices, each = laid(chosen)
     b, digits = chosen.box, search.digits(chosen)
-    devices = _devices(
-        slice, [search.members(b, d, a in search.ordered) for a, d in enumerate(digits)]
-    )
-    each = traffic_seconds(slice, mesh, devices, traffic, network)
     vectors = [
         tuple(Digit(three(s * v for v in search.boxes[b].vectors[i]), f) for i, s, f in axis)
         for axis in digits
@@ -391,7 +406,8 @@ class _Search:
                     row.append((stride, size))
             rows.append(tuple(row))
         if not self.slice.is_twisted:
-            kinds = list(zip(self.slice.shape, self.slice.wrap, strict=True))
+            rates = self.slice.link_rates[::2].tolist()
+            kinds = list(zip(self.slice.shape, self.slice.wrap, rates, strict=True))
             for kind in set(kinds):
                 same = [i for i in range(3) if kinds[i] == kind]
                 for i, ordered in zip(same, sorted(rows[i] for i in same), strict=True):

@@ -64,6 +64,7 @@ def least_load(
     slice: Slice,
     traffic: npt.ArrayLike,
     *,
+    failed_links: Iterable[int] = (),
     tolerance: float = 1e-4,
     max_rounds: int = 200,
     time_limit: float = np.inf,
@@ -74,6 +75,7 @@ def least_load(
     more chips see `lower_bounds`.
 
     Args:
+      failed_links: ids 6 * chip + direction of directed links that carry nothing.
       time_limit: seconds after which the best found by then is returned.
     """
     demands = _checked(slice, traffic)
@@ -81,8 +83,10 @@ def least_load(
         raise ValueError(
             f"slice {slice}: the best routing is searched for links alike; give one bandwidth"
         )
+    left = slice.neighbours.copy()
+    left.ravel()[list(failed_links)] = -1
     return least_max_load(
-        slice.neighbours,
+        left,
         demands,
         tolerance=tolerance,
         max_rounds=max_rounds,

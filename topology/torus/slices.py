@@ -367,13 +367,13 @@ class Slice:
         these, because a ring of four is a square of two dimensions; they are not linear.)
         """
         found = []
-        around = self.lattice[list(self.wrap)]
+        around, rates = self.lattice[list(self.wrap)], self.link_rates[::2]
         for order in itertools.permutations(range(3)):
-            alike = [
-                (self.shape[d], self.wrap[d]) == (self.shape[e], self.wrap[e])
-                for d, e in enumerate(order)
-            ]
+            kinds = list(zip(self.shape, self.wrap, strict=True))
+            alike = [kinds[d] == kinds[e] for d, e in enumerate(order)]
             if not self.is_twisted and not all(alike):
+                continue
+            if (rates != rates[list(order)]).any():
                 continue
             for signs in itertools.product((1, -1), repeat=3):
                 P = np.zeros((3, 3), int)
