@@ -43,6 +43,7 @@ CHANGEABLE = (
 OF_TEXT = (
     "pjit_train.data.click_sources.",
     "pjit_train.data.clicks.ClickData.source",
+    "pjit_train.data.conversations.",
     "pjit_train.data.sources.",
     "pjit_train.data.text.TextData.sources",
     "pjit_train.data.tokenizers.TokenizerJson.path",
@@ -103,7 +104,7 @@ def _what_it_is(path: Path) -> str:
 
 def _architecture(path: Path) -> str:
     """The class of model that a Hugging Face configuration names, in brackets; "" for none."""
-    from pjit_train.huggingface.config import read_json
+    from pjit_train.files import read_json
 
     try:
         [name] = read_json(path)["architectures"]

@@ -18,6 +18,7 @@ STANDARD = (
     "pjit_train.checkpoint",
     "pjit_train.data.click_sources",
     "pjit_train.data.clicks",
+    "pjit_train.data.conversations",
     "pjit_train.data.image_sources",
     "pjit_train.data.images",
     "pjit_train.data.sources",

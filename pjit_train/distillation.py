@@ -127,8 +127,9 @@ class Teacher:
             weights_BT = jnp.ones_like(targets, jnp.float32)
 
         def run(model):
-            options = {"segments": batch.get("segments"), "collect": bool(of.features)}
-            hidden_BTD, layers_LBTD = model.hidden(batch["inputs"], **options)
+            options = {"segments": batch.get("segments"), "positions": batch.get("positions")}
+            collect = bool(of.features)
+            hidden_BTD, layers_LBTD = model.hidden(batch["inputs"], collect=collect, **options)
             return (model.head_inputs(hidden_BTD), model.head_kernel()), layers_LBTD
 
         (hidden_BTD, head_DV), layers_LBTD = run(student)

@@ -70,6 +70,40 @@ def json_sha256(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; UserError where there is none, or one that says a thing twice."""
+    try:
+        return parse_json(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); a JSON object is needed") from error
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """Parses a JSON text that has to be an object.
+
+    Raises:
+      ValueError: there is none, or its brackets are too deep, or an object in it has a key twice,
+        of which the `json` module takes the last without a word.
+    """
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return found
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("it is no object")
+    return document
+
+
 def write_sums(folder: Path) -> None:
     """Writes `SHA256SUMS` of the files of a folder, as `sha256sum -c SHA256SUMS` reads it."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SUMS]

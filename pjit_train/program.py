@@ -340,16 +340,13 @@ class Program:
         """
         function, state = self._step(step)
         rows, positions = self.run.data.batch_size, self.run.positions
-        names = ["inputs", "targets"]
         if not isinstance(self.run.data, TextData):
             raise UserError(f"{self.run.task.title}: a step is lowered of language modelling only")
-        if self.run.data.mask_documents:
-            names.append("segments")
         batch = {
             name: jax.ShapeDtypeStruct(
-                (rows, positions), "int32", sharding=self._batch_shardings[name]
+                (rows, positions), dtype, sharding=self._batch_shardings[name]
             )
-            for name in names
+            for name, dtype in self.run.data.arrays.items()
         }
         with jax.set_mesh(self.mesh):
             return function.lower(state, batch)

@@ -2,7 +2,8 @@
 
 `checkpoints/run.json` holds the configuration a second time, beside the checkpoints that depend on
 it, and digests of the tokens and of the tokenizer; `tokenizer.json` is a copy of the tokenizer's
-file. Runs of before have `corpus.sha256`, the digest of the tokens, and neither of these.
+file, and beside it stand copies of the files of a chat template that are read with it. Runs of
+before have `corpus.sha256`, the digest of the tokens, and neither of these.
 """
 
 import dataclasses
@@ -93,6 +94,9 @@ def write(
     write_whole(directory / FILE, json.dumps(sealed, indent=1) + "\n")
     if text is not None and _file_sha256(directory / TOKENIZER) != body["tokenizer"]:
         write_whole(directory / TOKENIZER, text)
+    for path in data.template_files:
+        if not (directory / path.name).exists():
+            write_whole(directory / path.name, path.read_text(encoding="utf-8"))
     write_whole(directory / "config.gin", config_text)
 
 

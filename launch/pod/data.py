@@ -20,6 +20,7 @@ import numpy as np
 from launch.pod import events
 from launch.pod.record import Record
 from pjit_train.data import cache
+from pjit_train.data.conversations import Conversations
 from pjit_train.data.data import Data
 from pjit_train.data.text import TextData
 from pjit_train.errors import TrainingError, UserError
@@ -50,7 +51,8 @@ def prepare(data: Data, record: Record, *, on_cluster: bool) -> None:
         attempt = 1 + max((event.attempt for event in begun), default=0)
         what, where = f"the {split} text of {type(source).__name__}", "here"
         encoded = cache.tokenize(source, split, tokenizer, cache_dir)
-        if on_cluster and (processors := _processors()) > 1:
+        texts = not isinstance(source, Conversations)  # whose template writes them, by this process
+        if on_cluster and texts and (processors := _processors()) > 1:
             where = f"by {processors} processors of the cluster"
             encoded = tokenize_on_cluster(source, split, tokenizer, cache_dir)
         record(events.Tokenize(attempt=attempt, text=f"tokenizing {what} {where}"))

@@ -13,9 +13,8 @@ from flax.traverse_util import unflatten_dict
 
 from pjit_train.compression.calibrate import enter
 from pjit_train.errors import UserError
-from pjit_train.files import SUMS, check_sums
+from pjit_train.files import SUMS, check_sums, read_json
 from pjit_train.huggingface import weights as huggingface
-from pjit_train.huggingface.config import read_json
 from pjit_train.huggingface.families import Tensor
 from pjit_train.huggingface.stored import DTYPES, INDEX, shard_files
 from pjit_train.models.transformer import TransformerConfig

@@ -5,6 +5,7 @@ ids, `cache` keeps those on disk, `packing` cuts them into rows, and `text.TextD
 together.
 """
 
+from pjit_train.data.conversations import Conversations
 from pjit_train.data.sources import PythonStdlib, TextFiles, Tfds
 from pjit_train.data.text import Batches, TextData
 from pjit_train.data.tokenizers import Bytes, TokenizerJson, train_tokenizer
@@ -12,6 +13,7 @@ from pjit_train.data.tokenizers import Bytes, TokenizerJson, train_tokenizer
 __all__ = [
     "Batches",
     "Bytes",
+    "Conversations",
     "PythonStdlib",
     "TextData",
     "TextFiles",

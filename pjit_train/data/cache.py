@@ -5,6 +5,8 @@ A cache is one directory named by a digest of what it was made from (source and 
   train.tokens, validation.tokens   the ids, uint8, uint16 or uint32 by the size of the vocabulary:
                                     documents end to end, each beginning with the separator
   train.starts, validation.starts   int64, where each document begins
+  train.answers, validation.answers of conversations only: bool, whether an id is of an answer;
+                                    their documents begin with no separator
   *.crc32                           the checksums of the blocks of these files (see `checked`)
   cache.json                        the key, the type of the ids, and of each split the sizes of its
                                     files, the UTF-8 bytes of its text and the tokens' sha256; and
@@ -31,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pjit_train.data import checked
+from pjit_train.data.marked import Marked
 from pjit_train.errors import UserError
 from pjit_train.files import json_sha256
 from pjit_train.signals import unfinished
@@ -53,6 +56,8 @@ class TokenSplit:
       text_bytes: UTF-8 bytes of the documents' text.
       sha256: of the ids as little-endian uint8, uint16 or uint32.
       largest: the greatest id.
+      answers: [tokens] bool, whether a token is of an answer in a conversation; None of other text.
+      num_answers: tokens of answers.
     """
 
     tokens: checked.CheckedArray
@@ -60,19 +65,31 @@ class TokenSplit:
     text_bytes: int
     sha256: str
     largest: int
+    answers: checked.CheckedArray | None = None
+    num_answers: int = 0
 
 
 class Encoded(NamedTuple):
-    """Encoded documents: the ids of each, [tokens], and the UTF-8 bytes of the text of all."""
+    """Encoded documents: the ids of each, [tokens], and the UTF-8 bytes of the text of all.
+
+    Of conversations also whether an id is of an answer, [tokens] bool; the bytes are of answers.
+    """
 
     ids: Sequence[np.ndarray]
     text_bytes: int
+    answers: Sequence[np.ndarray] | None = None
 
 
-def encode(texts: Sequence[str], tokenizer) -> Encoded:
+def encode(texts: Sequence[str] | Sequence[Marked], tokenizer) -> Encoded:
     """Returns the ids of texts under one of `tokenizers`."""
-    text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return Encoded(tokenizer.encode_batch(texts), text_bytes)
+    marked = [text for text in texts if isinstance(text, Marked)]
+    if marked:
+        ids, answers = zip(*map(tokenizer.encode_parts, marked), strict=True)
+        parts = (text.text[begin:end] for text in marked for begin, end in text.answers)
+        return Encoded(ids, sum(len(part.encode("utf-8", "replace")) for part in parts), answers)
+    plain = [text for text in texts if isinstance(text, str)]
+    text_bytes = sum(len(text.encode("utf-8", "replace")) for text in plain)
+    return Encoded(tokenizer.encode_batch(plain), text_bytes)
 
 
 def tokenize(source, split: str, tokenizer, cache_dir: Path) -> Iterator[Encoded]:
@@ -159,6 +176,16 @@ def open_cache(
     return splits
 
 
+def _answers_of(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a split that conversations have; none of other text."""
+    if "num_answers" not in entry:
+        return {}
+    answers = checked.CheckedArray(path, bool)
+    if len(answers) * entry["id_bytes"] != entry["tokens_bytes"]:
+        raise ValueError(f"{path} is not of the size of its tokens")
+    return {"answers": answers, "num_answers": entry["num_answers"]}
+
+
 def _unwritable(directory: Path) -> OSError | None:
     """Error that keeps a directory from being written to; None where it can be."""
     try:
@@ -190,6 +217,7 @@ def _load(path: Path, key: Any) -> dict[str, TokenSplit] | None:
                 text_bytes=entry["text_bytes"],
                 sha256=entry["sha256"],
                 largest=entry["largest"],
+                **_answers_of(path / f"{split}.answers", entry),
             )
         return splits
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -244,23 +272,37 @@ def _write_split(
 ) -> dict[str, Any]:
     """Writes stem.tokens and stem.starts; returns their entry in cache.json."""
     digest = hashlib.sha256()
-    written = text_bytes = largest = documents_written = 0
+    written = text_bytes = largest = documents_written = num_answers = 0
+    marked = False
     tokens_path, starts_path = Path(f"{stem}.tokens"), Path(f"{stem}.starts")
-    with checked.Writer(tokens_path) as tokens_file, checked.Writer(starts_path) as starts_file:
-        for documents, size in encoded:
-            parts = [part for ids in documents for part in (np.asarray([separator]), ids)]
+    with contextlib.ExitStack() as files:
+        tokens_file, starts_file = (
+            files.enter_context(checked.Writer(path)) for path in (tokens_path, starts_path)
+        )
+        for documents, size, answers in encoded:
+            if answers is not None and not marked:
+                answers_file = files.enter_context(checked.Writer(Path(f"{stem}.answers")))
+                marked = True
+            before = [] if marked else [np.asarray([separator])]
+            parts = [part for ids in documents for part in (*before, ids)]
             tokens = np.concatenate(parts)
-            lengths = np.asarray([1 + len(ids) for ids in documents])
+            lengths = np.asarray([len(before) + len(ids) for ids in documents])
             starts = written + np.cumsum(lengths) - lengths
             largest = max(largest, int(tokens.max()))
             data = tokens.astype(dtype).tobytes()
             tokens_file.write(data)
             starts_file.write(starts.astype(np.int64).tobytes())
             digest.update(data)
+            if answers is not None:
+                of_answers = np.concatenate(answers)
+                answers_file.write(of_answers.tobytes())
+                digest.update(of_answers.tobytes())
+                num_answers += int(of_answers.sum())
             written += len(tokens)
             documents_written += len(starts)
             text_bytes += size
-    return {
+    entry = {"num_answers": num_answers, "id_bytes": np.dtype(dtype).itemsize} if marked else {}
+    return entry | {
         "tokens_bytes": written * np.dtype(dtype).itemsize,
         "starts_bytes": documents_written * np.dtype(np.int64).itemsize,
         "text_bytes": text_bytes,
@@ -269,7 +311,7 @@ def _write_split(
     }
 
 
-def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
     """Groups the documents that are not empty into lists small enough to hold."""
     batch, characters = [], 0
     for text in documents:

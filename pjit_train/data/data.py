@@ -59,6 +59,11 @@ class Data(abc.ABC):
         return self
 
     @property
+    def template_files(self) -> list[Path]:
+        """Files beside that of the tokenizer that the data are read with, too."""
+        return []
+
+    @property
     def tokenizer_file(self):
         """The `TokenizerJson` that the data are read with; None for none."""
         return None

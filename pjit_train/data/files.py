@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from pjit_train.data import tables
@@ -48,10 +48,47 @@ def read_documents(path: str, text_field: str = "text") -> Iterator[str]:
         yield from tables.read_column(path, text_field)
         return
     by_line = _unfolded(path).endswith(".jsonl")
+
+    def read(file, place):
+        if not by_line:
+            return _pieces(file, place)
+        return (_text_of(row, place, text_field) for row in _lines(file, place, text_field))
+
+    yield from _unfold(path, read)
+
+
+def read_rows(path: str, kinds: Mapping[str, tables.Kind]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a .jsonl file or a table: where each stands, for messages, and its values.
+
+    Args:
+      path: as of `read_documents`, but for .txt.
+      kinds: of the wanted keys of a line or columns, each "text" or "messages"; a table is checked
+        for them, a line of .jsonl may hold anything under them.
+
+    Raises:
+      UserError: as `read_documents`; or a line lacks a key.
+    """
+    if path.lower().endswith(tables.ENDINGS):
+        yield from tables.read_rows(path, kinds)
+        return
+
+    def read(file, place):
+        for row in _lines(file, place, *kinds):
+            for name in kinds:
+                if not isinstance(row, dict) or name not in row:
+                    has = ", ".join(map(repr, sorted(row)[:8])) if isinstance(row, dict) else ""
+                    raise place.wrong(f"has no {name!r} (its fields are: {has or 'none'})")
+            yield f"{path}:{place.line}", {name: row[name] for name in kinds}
+
+    yield from _unfold(path, read)
+
+
+def _unfold(path: str, read: Callable[[BinaryIO, "_Place"], Iterator[Any]]) -> Iterator[Any]:
+    """Yields what `read` does of a file; says what is wrong with the file itself."""
     place = _Place(path)
     try:
         with _open(path) as file:
-            yield from _lines(file, place, text_field) if by_line else _pieces(file, place)
+            yield from read(file, place)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{path}:{place.line + 1}: the gzip file is damaged or cut short from here on ({error})"
@@ -112,7 +149,8 @@ def _first_not_utf8(path: str) -> UserError | None:
                 return None
 
 
-def _lines(file: BinaryIO, place: _Place, text_field: str) -> Iterator[str]:
+def _lines(file: BinaryIO, place: _Place, *names: str) -> Iterator[Any]:
+    """Yields the value of each line of .jsonl; a key of `names` stands in it once at most."""
     while line := file.readline(LINE_BYTES + 1):
         place.line += 1
         if len(line) > LINE_BYTES:
@@ -120,11 +158,10 @@ def _lines(file: BinaryIO, place: _Place, text_field: str) -> Iterator[str]:
                 f"the line is longer than {LINE_BYTES:,} bytes; give shorter documents"
             )
         if line.strip():
-            yield _text_of(line, place, text_field)
+            yield _value_of(line, place, names)
 
 
-def _text_of(line: bytes, place: _Place, text_field: str) -> str:
-    """Reads the text from a line of .jsonl."""
+def _value_of(line: bytes, place: _Place, names: Collection[str]) -> Any:
     try:
         text = line.decode("utf-8-sig" if place.line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -134,20 +171,26 @@ def _text_of(line: bytes, place: _Place, text_field: str) -> str:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs) and [name for name, _ in pairs].count(text_field) > 1:
-            raise place.wrong(f"gives {text_field!r} twice; give one text a line")
+        if len(found) < len(pairs):
+            given = [name for name, _ in pairs]
+            if twice := next((name for name in names if given.count(name) > 1), None):
+                raise place.wrong(f"gives {twice!r} twice; give one text a line")
         return found
 
     try:
-        row = json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
         what = str(error).partition(": line 1 column")[0]
         at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise place.wrong(f"is not a line of JSON: {what}{at}") from error
+
+
+def _text_of(row: Any, place: _Place, text_field: str) -> str:
+    """Reads the text from the value of a line."""
     if not isinstance(row, dict):
-        raise place.wrong(f"is {_kind(row)}, not an object with a text under {text_field!r}")
+        raise place.wrong(f"is {kind(row)}, not an object with a text under {text_field!r}")
     if text_field not in row:
         fields = ", ".join(map(repr, sorted(row)[:8])) + (", ..." if len(row) > 8 else "")
         raise place.wrong(
@@ -156,7 +199,7 @@ def _text_of(line: bytes, place: _Place, text_field: str) -> str:
         )
     if not isinstance(row[text_field], str):
         raise place.wrong(
-            f'{text_field!r} is {_kind(row[text_field])}, not a text; give it one ("" for none), '
+            f'{text_field!r} is {kind(row[text_field])}, not a text; give it one ("" for none), '
             "or leave the line out"
         )
     return row[text_field]
@@ -177,7 +220,7 @@ def _not_utf8(place: _Place, error: UnicodeDecodeError, line: int | None = None)
     return place.wrong(f"is not UTF-8 text ({error.reason}, byte 0x{byte:02x}): {hint}", line)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """Names the type of a JSON value, in JSON's own words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -9,7 +9,6 @@ keeps it, `cache.default_cache_dir()` if None.
 import contextlib
 import dataclasses
 import difflib
-import glob
 import hashlib
 import importlib.util
 import io
@@ -23,13 +22,13 @@ from typing import Any
 
 from pjit_train.data import stdlib_files
 from pjit_train.data.cache import default_cache_dir, locked
-from pjit_train.data.files import is_text_file, read_documents
+from pjit_train.data.files import read_documents
+from pjit_train.data.local_files import Files
 from pjit_train.errors import UserError
-from sparsity.ranges import Part, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFiles:
+class TextFiles(Files):
     """Local files: .txt, a document each; .jsonl, a document a line; either also as .gz or .zst;
     .parquet, .arrow and .feather, a document a row.
 
@@ -46,13 +45,7 @@ class TextFiles:
       text_field: the key of a .jsonl line under which its text is, or the column of a table.
     """
 
-    train: str | Sequence[str]
-    validation: str | Sequence[str] | None = None
-    validation_fraction: Part = 0.05
     text_field: str = "text"
-
-    def __post_init__(self):
-        check_fields(self, UserError)
 
     def documents(self, split: str, cache_dir: Path | None = None) -> Iterator[str]:
         """Yields the texts of a split; raises UserError for a file or line it cannot read, and at
@@ -102,53 +95,6 @@ class TextFiles:
             f"{what}: its {count} documents are {alike}, and as equal documents go to one split "
             f"none is left for {split}; give different documents, or files for TextFiles.validation"
         )
-
-    def key(self, cache_dir: Path | None = None) -> Any:
-        """Returns the path, size and time of every file, and the options."""
-        key = dataclasses.asdict(self)
-        for split in ("train", "validation"):
-            if (patterns := getattr(self, split)) is not None:
-                stats = [(path, os.stat(path)) for path in self._paths(patterns)]
-                key[split] = [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
-        return ["TextFiles", key]
-
-    def seen_from(self, folder: Path) -> "TextFiles":
-        """Returns the source with relative paths taken from a folder, if some files are found
-        there."""
-
-        def there(patterns):
-            if patterns is None or not isinstance(patterns, str):
-                return patterns and [there(pattern) for pattern in patterns]
-            path = os.path.join(folder, os.path.expanduser(patterns))
-            found = os.path.exists(path) or glob.glob(path, recursive=True)
-            return path if found else patterns
-
-        return dataclasses.replace(self, train=there(self.train), validation=there(self.validation))
-
-    def _paths(self, patterns: str | Sequence[str]) -> list[str]:
-        """Returns the sorted absolute paths that the patterns name."""
-        found = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            path = os.path.abspath(os.path.expanduser(pattern))
-            # A path that exists is taken as it is, though it may hold a "[" or a "*".
-            matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-            if not matches:
-                where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}"
-                raise UserError(f"TextFiles: {pattern!r} matches no file{where}")
-            found.update(matches)
-        for path in sorted(found):
-            if os.path.isdir(path):
-                raise UserError(
-                    f"TextFiles: {path!r} is a folder: give a glob such as {path + '/**/*.txt'!r}"
-                )
-            if not os.path.isfile(path):
-                raise UserError(f"TextFiles: {path!r} is not a file that can be read")
-            if not is_text_file(path):
-                raise UserError(
-                    f"TextFiles: {path!r} is neither .txt nor .jsonl, nor one of them as .gz or "
-                    ".zst, nor .parquet, .arrow or .feather"
-                )
-        return sorted(found)
 
     def _read(self, patterns: str | Sequence[str]) -> Iterator[str]:
         for path in self._paths(patterns):

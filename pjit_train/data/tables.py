@@ -1,11 +1,12 @@
-"""Columns of text in Parquet and Arrow files, read a batch of rows at a time."""
+"""Columns of text and of conversations in Parquet and Arrow files, read some rows at a time."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from pjit_train.errors import UserError
 
 ENDINGS = (".parquet", ".arrow", ".feather")
+Kind = Literal["text", "messages"]
 _ROWS = 1024  # of a batch
 
 
@@ -20,24 +21,37 @@ def read_column(path: str, name: str) -> Iterator[str]:
       UserError: it cannot be read, has no such column, the column is not of text, or a text is
         null; names file, column and row, from 1.
     """
+    for _, row in read_rows(path, {name: "text"}, setting="text_field"):
+        yield row[name]
+
+
+def read_rows(
+    path: str, kinds: Mapping[str, Kind], *, setting: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place of each row, for messages, and its values in some columns.
+
+    Args:
+      path: as of `read_column`.
+      kinds: of the columns by their names: "text", or "messages" for lists of objects.
+      setting: the option that names the column, for messages; by default that of the kind.
+
+    Raises:
+      UserError: as `read_column`.
+    """
     import pyarrow as pa
 
     row = 0
     try:
-        for texts in _batches(path, name):
-            if texts.null_count:
-                null = row + texts.is_null().to_pylist().index(True) + 1
-                raise UserError(
-                    f'{path}: row {null}: {name!r} is null, not a text; give it one ("" for none), '
-                    "or leave the row out"
-                )
-            for text in texts.to_pylist():
+        for batch in _batches(path, kinds, setting):
+            values = {name: batch.column(name).to_pylist() for name in kinds}
+            for i in range(batch.num_rows):
                 row += 1
-                if "\0" in text:
-                    raise UserError(f"{path}: row {row}: {name!r} has a NUL byte; give it text")
-                yield text
+                found = {name: column[i] for name, column in values.items()}
+                for name, kind in kinds.items():
+                    _check_value(f"{path}: row {row}: {name!r}", found[name], kind)
+                yield f"{path}: row {row}", found
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {name!r} is not UTF-8 text after row {row}") from error
+        raise UserError(f"{path}: is not UTF-8 text after row {row}") from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (pa.ArrowException, OSError) as error:
@@ -47,16 +61,23 @@ def read_column(path: str, name: str) -> Iterator[str]:
         ) from error
 
 
-def _batches(path: str, name: str) -> Iterator[Any]:
-    """The arrays of the column, a batch of rows each."""
+def _check_value(what: str, value: Any, kind: Kind) -> None:
+    if value is None:
+        wanted = 'a text; give it one ("" for none)' if kind == "text" else "a list; give it one"
+        raise UserError(f"{what} is null, not {wanted}, or leave the row out")
+    if kind == "text" and "\0" in value:
+        raise UserError(f"{what} has a NUL byte; give it text")
+
+
+def _batches(path: str, kinds: Mapping[str, Kind], setting: str | None) -> Iterator[Any]:
+    """The columns, as a record batch of some rows each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if path.lower().endswith(".parquet"):
         with pq.ParquetFile(path) as file:
-            _check_column(path, name, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[name]):
-                yield _texts(batch.column(0))
+            _check_columns(path, kinds, file.schema_arrow, setting)
+            yield from file.iter_batches(batch_size=_ROWS, columns=list(kinds))
         return
     with pa.OSFile(path) as source:
         try:
@@ -65,34 +86,36 @@ def _batches(path: str, name: str) -> Iterator[Any]:
         except pa.ArrowInvalid:
             source.seek(0)
             batches = reader = pa.ipc.open_stream(source)
-        _check_column(path, name, reader.schema)
+        _check_columns(path, kinds, reader.schema, setting)
         for batch in batches:
-            whole = _texts(batch.column(name))
-            yield from (whole[i : i + _ROWS] for i in range(0, len(whole), _ROWS))
+            whole = batch.select(list(kinds))
+            yield from (whole.slice(i, _ROWS) for i in range(0, whole.num_rows, _ROWS))
 
 
-def _texts(column: Any) -> Any:
+def _is_of(type_: Any, kind: Kind) -> bool:
     import pyarrow as pa
 
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-
-
-def _check_column(path: str, name: str, schema: Any) -> None:
-    import pyarrow as pa
-
-    def is_text(of: Any) -> bool:
-        of = of.value_type if pa.types.is_dictionary(of) else of
+    if kind == "text":
+        of = type_.value_type if pa.types.is_dictionary(type_) else type_
         return bool(
             pa.types.is_string(of) or pa.types.is_large_string(of) or pa.types.is_string_view(of)
         )
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
+    return bool(is_list and pa.types.is_struct(type_.value_type))
 
+
+def _check_columns(path: str, kinds: Mapping[str, Kind], schema: Any, setting: str | None) -> None:
     columns = schema.names
-    if columns.count(name) != 1 or not is_text(schema.field(name).type):
-        texts = [field.name for field in schema if is_text(field.type)]
-        what = "has no column" if name not in columns else "has no text in its one column"
+    for name, kind in kinds.items():
+        if columns.count(name) == 1 and _is_of(schema.field(name).type, kind):
+            continue
+        plural = "text" if kind == "text" else "lists of messages"
+        right = [field.name for field in schema if _is_of(field.type, kind)]
+        what = "has no column" if name not in columns else f"has no {plural} in its one column"
         if columns.count(name) == 1:
             what = f"holds {schema.field(name).type} in its column"
+        setting = setting or ("messages" if kind == "messages" else "prompt and answer")
         raise UserError(
-            f"{path}: {what} {name!r}: set text_field to a column of text "
-            f"(it has {', '.join(map(repr, texts[:8])) or 'none'})"
+            f"{path}: {what} {name!r}: set {setting} to a column of {plural} "
+            f"(it has {', '.join(map(repr, right[:8])) or 'none'})"
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from pjit_train.data.cache import TokenSplit, default_cache_dir, open_cache, tokenize
+from pjit_train.data.chat_template import FILES
+from pjit_train.data.conversations import Conversations
 from pjit_train.data.data import Data
-from pjit_train.data.packing import PackedRows
+from pjit_train.data.packing import PackedExamples, PackedRows
 from pjit_train.data.sources import PythonStdlib, TextFiles, Tfds
 from pjit_train.data.tokenizers import Bytes, TokenizerJson
 from pjit_train.errors import UserError
@@ -32,7 +35,7 @@ class TextData(Data):
       cache_dir: where tokens are kept; by default $TORSION_CACHE or ~/.cache/torsion.
     """
 
-    sources: Sequence[TextFiles | Tfds | PythonStdlib] = (PythonStdlib(),)
+    sources: Sequence[TextFiles | Tfds | PythonStdlib | Conversations] = (PythonStdlib(),)
     weights: Sequence[Positive] | None = None
     tokenizer: Bytes | TokenizerJson = dataclasses.field(default_factory=Bytes)
     seq_len: Count = 256
@@ -57,14 +60,16 @@ class TextData(Data):
         """
         caches = self.open_caches(keep=keep)
         rows = {
-            split: [
-                PackedRows(
-                    split=cache[split], seq_len=self.seq_len, mask_documents=self.mask_documents
-                )
-                for cache in caches
-            ]
+            split: [self._packed(cache[split]) for cache in caches]
             for split in ("train", "validation")
         }
+        for split, source in itertools.product(rows, range(len(caches))):
+            packed = rows[split][source]
+            if isinstance(packed, PackedExamples) and not len(packed):
+                raise UserError(
+                    f"{self.sources[source]}: no conversation of the {split} split has an answer "
+                    f"that begins within seq_len={self.seq_len}; use a larger one"
+                )
         for source, packed in zip(self.sources, rows["train"], strict=True):
             if not len(packed):
                 raise UserError(
@@ -73,6 +78,40 @@ class TextData(Data):
                 )
         weights = [1.0] * len(caches) if self.weights is None else list(self.weights)
         return Batches(self, rows, weights, seed)
+
+    def _packed(self, split: TokenSplit) -> PackedRows | PackedExamples:
+        if split.answers is not None:
+            return PackedExamples(split=split, seq_len=self.seq_len)
+        masked = self.mask_documents
+        return PackedRows(split=split, seq_len=self.seq_len, mask_documents=masked)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Tells whether a source is one of conversations."""
+        return any(isinstance(source, Conversations) for source in self.sources)
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """The arrays of a training batch, by their names, and their dtypes; see `Batches`."""
+        names = ["inputs", "targets", *(["segments"] if self.mask_documents else [])]
+        if self.has_conversations:
+            names = ["inputs", "targets", "segments", "positions"]
+        more = {"weights": "float32"} if self.has_conversations else {}
+        return dict.fromkeys(names, "int32") | more
+
+    @property
+    def template_files(self) -> list[Path]:
+        """Files beside the tokenizer's that chat templates are read from."""
+        folder = self._tokenizer_folder
+        named = {s.template for s in self.sources if isinstance(s, Conversations)}
+        if folder is None or None not in named:
+            return []
+        return [path for name in FILES if (path := folder / name).is_file()]
+
+    @property
+    def _tokenizer_folder(self) -> Path | None:
+        file = self.tokenizer_file
+        return None if file is None else Path(file.path).expanduser().parent
 
     def seen_from(self, folder: Path) -> "TextData":
         """Returns the data with relative paths taken from a folder, where something is there."""
@@ -105,9 +144,15 @@ class TextData(Data):
 
         cache_dir = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
         return [
-            open_cache(source, self.tokenizer, cache_dir, tokenize, keep=keep)
+            open_cache(self._placed(source), self.tokenizer, cache_dir, tokenize, keep=keep)
             for source in self.sources
         ]
+
+    def _placed(self, source: Any) -> Any:
+        """A source, one of conversations with its template."""
+        if isinstance(source, Conversations):
+            return source.beside(self._tokenizer_folder)
+        return source
 
 
 class Batches:
@@ -118,12 +163,16 @@ class Batches:
       targets: int32, the token after each input.
       segments: int32, if `mask_documents`: 1, 2, ... by document from the row's start.
       weights: float32, in evaluation batches only: 1 where a target counts, 0 past the end.
+
+    Where a source is one of conversations, every batch has segments, by conversation, and weights,
+    of conversations 1 for the tokens of answers alone; and
+      positions: int32, from 0 in each conversation, and in each row of other text.
     """
 
     def __init__(
         self,
         data: TextData,
-        rows: dict[str, list[PackedRows]],
+        rows: dict[str, list[PackedRows | PackedExamples]],
         weights: Sequence[float],
         seed: int,
     ):
@@ -133,6 +182,13 @@ class Batches:
         self.batch_size = data.batch_size
         self.seq_len = data.seq_len
         self._rows = rows
+        self._whole: dict[str, np.ndarray] = {}  # what a row of text has beside conversations
+        if data.has_conversations:
+            self._whole = {
+                "weights": np.ones(self.seq_len, np.float32),
+                "segments": np.ones(self.seq_len, np.int32),
+                "positions": np.arange(self.seq_len, dtype=np.int32),
+            }
         datasets = [
             # Grain shuffles epoch e with seed + e, so neighbouring seeds must be made strangers.
             grain.MapDataset.source(packed).shuffle(seed=derived_seed(seed, i)).repeat()
@@ -173,10 +229,11 @@ class Batches:
         """UTF-8 bytes of the text of a split over its tokens, separators among the tokens.
 
         So `loss / ln 2 / bytes_per_token` is bits per byte where `loss`, in nats, is the mean over
-        all targets: a separator is a token to predict that adds no byte.
+        all targets: a separator is a token to predict that adds no byte. Of conversations only
+        answers count.
         """
-        splits = [packed.split for packed in self._rows[split]]
-        return sum(s.text_bytes for s in splits) / sum(len(s.tokens) for s in splits)
+        rows = self._rows[split]
+        return sum(r.split.text_bytes for r in rows) / sum(r.num_targets for r in rows)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError if a model of `vocab_size` tokens lacks one that the text has."""
@@ -194,7 +251,7 @@ class Batches:
         shuffled anew each time: an index permutation, so nothing is held in memory.
         """
         first = step * self.batch_size
-        return _stack([self._train[first + r] for r in range(self.batch_size)[rows]])
+        return self._stacked([self._train[first + r] for r in range(self.batch_size)[rows]])
 
     def eval_batch(self, index: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns the given rows of batch `index` of the validation split, its sources mixed.
@@ -203,7 +260,11 @@ class Batches:
         is a target of weight 1 exactly once.
         """
         first = index * self.batch_size
-        return _stack([self._eval_row(first + r) for r in range(self.batch_size)[rows]])
+        return self._stacked([self._eval_row(first + r) for r in range(self.batch_size)[rows]])
+
+    def _stacked(self, rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        rows = [self._whole | row for row in rows]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _eval_row(self, index: int) -> dict[str, np.ndarray]:
         sources = self._rows["validation"]
@@ -216,7 +277,3 @@ class Batches:
 def derived_seed(seed: int, source: int) -> int:
     """Returns the seed of 32 bits with which a source is shuffled."""
     return int.from_bytes(hashlib.sha256(f"shuffle {seed} {source}".encode()).digest()[:4], "big")
-
-
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

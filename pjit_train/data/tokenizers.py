@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pjit_train.data.marked import Marked
 from pjit_train.errors import UserError
 from pjit_train.files import replacing
 
@@ -54,6 +55,11 @@ class Bytes:
     def encode_marked(self, text: str) -> np.ndarray:
         """Returns the ids of a text; no text has a special token."""
         return self.encode(text)
+
+    def encode_parts(self, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of a text, and of each whether it is of a marked part, bool [tokens]."""
+        lengths = [len(character.encode("utf-8", "replace")) for character in marked.text]
+        return self.encode(marked.text), np.repeat(marked.spans(), lengths)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, separators dropped; broken UTF-8 becomes U+FFFD.
@@ -189,6 +195,25 @@ class TokenizerJson:
             return self.encode(text)
         finally:
             self._tokenizer.encode_special_tokens = True
+
+    def encode_parts(self, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of a text, and of each whether it has a character of a marked part.
+
+        Special tokens stand for themselves. Returns uint32 [tokens] and bool [tokens].
+        """
+        text = marked.text.encode("utf-8", "replace").decode("utf-8")
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not _of_library(error):
+                raise
+            raise self._not_encoded([text], error) from error
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        before = np.concatenate([[0], np.cumsum(marked.spans())])  # marked characters before each
+        offsets = np.asarray(encoding.offsets, int).reshape(-1, 2)
+        return np.asarray(encoding.ids, np.uint32), before[offsets[:, 1]] > before[offsets[:, 0]]
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its text; None where the vocabulary lacks it."""

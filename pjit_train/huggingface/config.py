@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pjit_train.errors import UserError
+from pjit_train.files import read_json
 from pjit_train.huggingface.families import ABSENT, FAMILIES, Family, find
 from pjit_train.huggingface.families.keys import EMPTY, HARMLESS, MEANINGFUL
 from pjit_train.huggingface.quantization_config import check_quantization
@@ -157,40 +157,6 @@ def difference(config: BlockConfig, other: BlockConfig) -> str | None:
     free = _FREE_FIELDS | ({"max_len"} if getattr(config, "positions", "") == "rope" else set())
     fields = (f.name for f in dataclasses.fields(config) if f.name not in free)
     return next((f for f in fields if getattr(config, f) != getattr(other, f)), None)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file; UserError where there is none, or one that says a thing twice."""
-    try:
-        return parse_json(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); a JSON object is needed") from error
-
-
-def parse_json(text: str | bytes) -> dict:
-    """Parses a JSON text that has to be an object.
-
-    Raises:
-      ValueError: there is none, or its brackets are too deep, or an object in it has a key twice,
-        of which the `json` module takes the last without a word.
-    """
-
-    def unique(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} stands twice in one object")
-        return found
-
-    try:
-        document = json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply") from None
-    if not isinstance(document, dict):
-        raise ValueError("it is no object")
-    return document
 
 
 def _is_of(config: BlockConfig, family: Family) -> bool:

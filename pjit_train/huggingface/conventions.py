@@ -1,30 +1,15 @@
 """Conventions of a Hugging Face folder: tokens of begin and end, and the form of a chat."""
 
 import dataclasses
-import datetime
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from pjit_train.data.chat_template import FILES, ChatTemplate, read_template, special_tokens
 from pjit_train.data.tokenizers import TokenizerJson
 from pjit_train.errors import UserError
-from pjit_train.huggingface.config import read_json
-
-
-class _Generation(Extension):
-    """Tag of a template around what the model said, which only training on answers reads."""
-
-    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+from pjit_train.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,23 +45,8 @@ class Conventions:
                 "chat: the model has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); use --prompt"
             )
-
-        def refuse(message):
-            raise TemplateError(message)
-
-        # As `transformers` sets it up, for which templates are written.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        environment.filters["tojson"] = _json  # Jinja's own escapes for HTML
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=answer, **self.special_tokens
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"chat: the model's template refuses the messages: {error}") from error
+        template = ChatTemplate(text=self.chat_template, special_tokens=self.special_tokens)
+        return template.render(messages, answer=answer)
 
 
 def copy_conventions(folder: Path, to: Path) -> None:
@@ -100,7 +70,7 @@ def read_conventions(folder: Path) -> tuple[TokenizerJson, Conventions]:
     config = read_json(folder / "config.json")
     generation = _read_if_there(folder / "generation_config.json")
     settings = _read_if_there(folder / "tokenizer_config.json")
-    tokens = {name: text for name in _USES if (text := _token_text(settings.get(name))) is not None}
+    tokens = special_tokens(settings)
     plain = TokenizerJson(path=str(folder / "tokenizer.json"))
     ids = {name: plain.token_id(text) for name, text in tokens.items()}
 
@@ -115,43 +85,22 @@ def read_conventions(folder: Path) -> tuple[TokenizerJson, Conventions]:
     adds = settings.get("add_bos_token")
     if not isinstance(adds, bool):
         adds = begin is not None and plain.adds_first() == begin
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
-        template = named.get("default")
-    if (file := folder / "chat_template.jinja").is_file():
-        template = file.read_text(encoding="utf-8")
+    template = read_template(folder)
     separator = plain.token_text(ends[0]) if ends else None
     return TokenizerJson(path=plain.path, separator_token=separator), Conventions(
         begin=begin,
         ends=ends,
         adds_begin=adds,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=None if template is None else template.text,
         special_tokens=tokens,
     )
 
 
-_FILES = (
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "special_tokens_map.json",
-)
-_USES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-
-
-def _json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+_FILES = (*FILES, "generation_config.json", "special_tokens_map.json")
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _token_text(value: Any) -> str | None:
-    """The text of a token as tokenizer_config.json gives it: itself, or in an object."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def _ids(value: Any) -> list[int]:

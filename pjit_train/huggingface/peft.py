@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pjit_train.errors import UserError
-from pjit_train.huggingface.config import read_json, some, write_config
+from pjit_train.files import read_json
+from pjit_train.huggingface.config import some, write_config
 from pjit_train.huggingface.weights import abstract_params, new_folder, tensors_of
 from pjit_train.sharding import Rules
 

@@ -16,8 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pjit_train.errors import UserError
+from pjit_train.files import parse_json, read_json
 from pjit_train.huggingface.compressed_tensors_codes import decode
-from pjit_train.huggingface.config import parse_json, read_json, some
+from pjit_train.huggingface.config import some
 from pjit_train.huggingface.families import Family
 from pjit_train.huggingface.quantization_config import stored_as
 

@@ -234,13 +234,23 @@ class Transformer(nnx.Module):
         return self.norm(x_BTD), cache
 
     def body(
-        self, tokens_BT, *, segments=None, cache=None, position=0, padding=None, collect=False
+        self,
+        tokens_BT,
+        *,
+        segments=None,
+        positions=None,
+        cache=None,
+        position=0,
+        padding=None,
+        collect=False,
     ):
         """The output of the last block [batch, tokens, d_model], and the new cache.
 
         Args:
           tokens_BT: int [batch, tokens].
           segments: int [batch, tokens]; tokens see only their own segment.
+          positions: int [batch, tokens], of each token in its text; None for 0, 1, ... from
+            `position` on. Without a cache.
           cache: what `empty_cache` made, or an earlier call returned.
           position: of the first token: how many tokens the cache holds.
           padding: int [batch]; so many of a row's first tokens, from position 0 on, are none, and
@@ -248,7 +258,10 @@ class Transformer(nnx.Module):
           collect: without a cache; what each layer gives is returned in place of it.
         """
         c = self.config
-        columns_T = positions = position + jnp.arange(tokens_BT.shape[1])
+        columns_T = position + jnp.arange(tokens_BT.shape[1])
+        of_rows = positions is not None or padding is not None
+        if positions is None:
+            positions = columns_T
         if padding is not None:
             positions = jnp.maximum(columns_T - padding[:, None], 0)  # [batch, tokens]
             columns_C = jnp.arange(cache_length(cache))
@@ -265,7 +278,7 @@ class Transformer(nnx.Module):
                 local_angles = rotary_angles(positions, c.rotary_dim, c.rope_local_theta)
         else:
             table = gathered(self.position_embedding, self.rules, c.dtype)
-            if padding is not None:
+            if of_rows:
                 x_BTD += lookup(table, positions + c.position_offset)
             else:
                 first = position + c.position_offset

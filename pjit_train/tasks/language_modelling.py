@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,7 +23,8 @@ class LanguageModelling(Task):
     title: ClassVar[str] = "language modelling"
     unit: ClassVar[str] = "tokens"
     axes: ClassVar = {
-        name: ("batch", "length") for name in ("inputs", "targets", "segments", "weights")
+        name: ("batch", "length")
+        for name in ("inputs", "targets", "segments", "positions", "weights")
     }
 
     splits_positions: ClassVar[bool] = True
@@ -60,7 +61,7 @@ class LanguageModelling(Task):
         return f"{batches.tokens_per_epoch:,} training tokens"
 
     def body(self, model, batch):
-        return model.body(batch["inputs"], segments=batch.get("segments"))[0]
+        return model.body(batch["inputs"], **placing(batch))[0]
 
     def head_loss(self, model, x_BTD, batch):
         hidden_BTD = model.head_inputs(model.norm(x_BTD))
@@ -113,6 +114,12 @@ class LanguageModelling(Task):
                 say(f"sample {when}:\n{shown}\n")
 
         return show
+
+
+def placing(batch) -> dict[str, Any]:
+    """The arguments of `Transformer.body` that say what the tokens of a batch see, and where they
+    stand."""
+    return {"segments": batch.get("segments"), "positions": batch.get("positions")}
 
 
 def language_model(run) -> TransformerConfig:

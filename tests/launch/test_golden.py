@@ -29,6 +29,7 @@ CONFIGS = [str(path.relative_to(SHIPPED)) for path in sorted(SHIPPED.glob("**/*.
 CONFIGS.remove("base.gin")
 CONFIGS.remove("finetune.gin")  # its model is that of a folder: test_finetune.py
 CONFIGS.remove("finetune_sparse.gin")  # likewise
+CONFIGS.remove("finetune_chats.gin")
 
 
 @functools.cache

@@ -68,6 +68,7 @@ class _Data:
 
     def __init__(self, path):
         self.tokenizer_file = TokenizerJson(path=str(path))
+        self.template_files: list = []
 
 
 @pytest.fixture
