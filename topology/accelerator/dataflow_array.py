@@ -113,5 +113,7 @@ def best_shape(
 
 
 def candidates(length: int) -> Integers:
-    """Sizes that a search tries: powers of two, and the whole."""
-    return np.array([*(2**i for i in range(length.bit_length()) if 2**i < length), length])
+    """Sizes that a search tries: powers of two, the whole, and its halves while they are whole."""
+    halvings = range((length & -length).bit_length())
+    powers = (2**i for i in range(length.bit_length()) if 2**i < length)
+    return np.array(sorted({*powers, *(length >> i for i in halvings)}))
