@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_failed, add_pod, pod_of
+from launch.commands.common import add_command, add_failed, add_pod, pod_of, real, whole
 
 
 def add(commands) -> None:
@@ -33,6 +33,22 @@ def add(commands) -> None:
     collective.add_argument(
         "--axes", metavar="AXES", help="dimensions that it goes over, such as x,y (default: all)"
     )
+    collective.add_argument(
+        "--slices",
+        type=whole(1, 4096),
+        default=1,
+        metavar="N",
+        help="over so many slices alike, joined by the data-centre network (1)",
+    )
+    collective.add_argument(
+        "--pieces", type=whole(1, 2**20), metavar="N", help="into which it is cut then (the best)"
+    )
+    collective.add_argument(
+        "--dcn",
+        type=real(1e-6, 1e6),
+        metavar="GB/S",
+        help="of a chip on that network, one way (its part of what is published of its host's)",
+    )
     add_failed(collective)
     add_pod(collective, "slice it is", torus=True)
     collective.add_argument("--json", action="store_true", help="print one JSON document")
@@ -49,6 +65,9 @@ def run(args, began: float) -> int:
         pod_of(args),
         failed=args.failed,
         failed_one_way=args.failed_one_way,
+        slices=args.slices,
+        pieces=args.pieces,
+        dcn=args.dcn,
     )
     print(json.dumps(found) if args.json else describe(found))
     return 0

@@ -33,6 +33,33 @@ def test_a_torus_of_any_sides_with_links_of_its_own(capsys):
         assert message in mistake(command, capsys)
 
 
+def test_over_several_slices(capsys):
+    what = found(capsys, "all_reduce", "--bytes", "1GB", "--slice", "4x4x8", "--slices", "4")
+    assert (what["slices"], what["members"]) == (4, 512)
+    between = 2 * 3 / 4 * 1e9 / 128 / (25e9 / 4)  # a host's 25 GB/s for four chips
+    within = 127 / 128 / 6 * 1e9 / 45e9
+    assert [s["seconds"] for s in what["stages"]] == pytest.approx([within, between, within])
+    assert what["bounds"]["between"] == pytest.approx(between)
+    whole = found(
+        capsys, "all_reduce", "--bytes", "1GB", "--slice", "4x4x8", "--slices", "4",
+        "--pieces", "1", "--dcn", "12.5",
+    )  # fmt: skip
+    assert whole["pieces"] == 1
+    latency = sum(s["latency_seconds"] for s in whole["stages"])
+    assert whole["seconds"] == pytest.approx(2 * within + between / 2 + latency)
+    assert main(["collective", "all_gather", "--bytes", "1GB", "--slice", "8x8", "--pod", "v5e",
+                 "--slices", "2"]) == 0  # fmt: skip
+    page = capsys.readouterr().out
+    assert "all_gather of 953.7 MiB on 2 slices 8x8 of TPU v5e" in page
+    assert "all_gather between slices" in page
+    for more, message in (
+        (["--pieces", "4"], "they are of several slices; give --slices"),
+        (["--slices", "2", "--pod", "torus"], "pod own design: the host is not published"),
+    ):
+        command = ["collective", "all_gather", "--bytes", "1", "--slice", "4x4x4", *more]
+        assert message in mistake(command, capsys)
+
+
 @pytest.mark.parametrize("slice", ["2x2x4", "4x4x4"])
 @pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"])
 def test_times_are_those_of_a_replayed_schedule(kind, slice, capsys):
