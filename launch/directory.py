@@ -17,12 +17,16 @@ log = logging.getLogger("torsion")
 # What may differ when a run is resumed: where and how it computes, reports and saves, not what.
 # Everything else gives another run.
 CHANGEABLE = (
+    "pjit_train.loggers.MLflow",
+    "pjit_train.loggers.Trackio",
+    "pjit_train.loggers.Wandb",
     "pjit_train.checkpoint.CheckpointConfig",
     "pjit_train.data.text.TextData.cache_dir",
     "pjit_train.run.Run.checkpoints",
     "pjit_train.run.Run.eval_batches",
     "pjit_train.run.Run.eval_every",
     "pjit_train.run.Run.log_every",
+    "pjit_train.run.Run.loggers",
     "pjit_train.run.Run.mesh",
     "pjit_train.run.Run.on_nonfinite",
     "pjit_train.run.Run.profile",

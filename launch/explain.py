@@ -28,6 +28,7 @@ STANDARD = (
     "pjit_train.embeddings.row_optimizers",
     "pjit_train.embeddings.storage",
     "pjit_train.embeddings.tables",
+    "pjit_train.loggers",
     "pjit_train.models.dlrm",
     "pjit_train.models.transformer",
     "pjit_train.models.vit",

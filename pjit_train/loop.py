@@ -21,6 +21,7 @@ from pjit_train.evaluate import validation_sums
 from pjit_train.huggingface import weights as huggingface
 from pjit_train.huggingface.sources import folder_of
 from pjit_train.lock import held
+from pjit_train.loggers import Loggers
 from pjit_train.metrics import Display, Metrics, utilisation
 from pjit_train.models.roles import param_roles
 from pjit_train.models.transformer import count_params
@@ -69,6 +70,8 @@ def train(
     began = time.monotonic() if began is None else began
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        for logger in run.loggers:
+            logger.check()
         program = Program(run, make_mesh(run.mesh) if mesh is None else mesh)
         if run.initial_weights is not None and not (directory / "checkpoints").exists():
             huggingface.check(folder_of(run.initial_weights), run.blocks)
@@ -113,6 +116,7 @@ def train(
             keep(config_text)
         written = checkpoints.rows(start) if start else None
         metrics = stack.enter_context(contextlib.closing(Metrics(directory, start, written)))
+        loggers = stack.enter_context(Loggers(run.loggers, directory, config_text))
         display = stack.enter_context(contextlib.closing(Display(start, run.steps, run.task)))
         display.say(
             f"{count_params(state['params']):,} parameters, "
@@ -141,6 +145,7 @@ def train(
             directory=directory,
             checkpoints=checkpoints,
             metrics=metrics,
+            loggers=loggers,
             display=display,
             shower=shower,
             start=start,
@@ -159,6 +164,7 @@ class _Loop:
     directory: Path
     checkpoints: Checkpoints
     metrics: Metrics
+    loggers: Loggers
     display: Display
     shower: Callable | None  # see `Task.shower`
     start: int
@@ -291,6 +297,7 @@ class _Loop:
         self.step_seconds, self.extra = [], {}
         self.watch.write(row["step"])
         self.metrics.write(row)
+        self.loggers.write(row)
         self.display.row(row)
 
     def _show(self, state, step: int) -> None:

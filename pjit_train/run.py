@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pjit_train.adapters import Lora
@@ -10,6 +10,7 @@ from pjit_train.checkpoint import CheckpointConfig
 from pjit_train.data.data import Data
 from pjit_train.distillation import Distillation
 from pjit_train.errors import UserError
+from pjit_train.loggers import Logger
 from pjit_train.models.block_config import BlockConfig
 from pjit_train.models.model_config import ModelConfig
 from pjit_train.models.roles import contraction, param_roles
@@ -71,6 +72,7 @@ class Run:
       eval_batches: batches of a validation, from the start of the validation split.
       on_nonfinite: what an update whose loss or gradient is not finite does to the run. It is never
         applied; "stop" ends the run there, "skip" goes on with the next batch.
+      loggers: services that are told the metrics, too, such as `loggers.Wandb`; one of a kind.
       profile: (first, last) step of a `jax.profiler` trace, or None.
     """
 
@@ -94,10 +96,14 @@ class Run:
     eval_every: Whole = 250
     eval_batches: Count = 20
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    loggers: Sequence[Logger] = ()
     profile: tuple[Count, Count] | None = None
 
     def __post_init__(self):
         check_fields(self, UserError)
+        kinds = [type(logger).__name__ for logger in self.loggers]
+        if len(set(kinds)) < len(kinds):
+            raise UserError(f"run: loggers={kinds}; give one of a kind")
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise UserError(f"run: profile={self.profile}; want (first step, last step)")
         if not isinstance(self.sparsity, Sparsity | None):
