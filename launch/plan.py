@@ -117,18 +117,17 @@ def is_compiled_for(slice: Slice) -> bool:
 
 def twin_of(slice: Slice) -> Slice | None:
     """The twisted slice of a regular one's shape, or the regular one of a twisted; None where
-    there is none that the compiler takes."""
-    try:
-        if slice.is_twisted:
-            twin = Slice(shape=slice.sizes, pod=slice.pod)
-        else:
-            twist = shipped_twist(slice.sizes, slice.pod)
-            if twist is None:
-                return None
-            twin = Slice(shape=slice.sizes, twist=twist, pod=slice.pod)
-    except ValueError:
-        return None
-    return twin if is_compiled_for(twin) else None
+    none ships."""
+    if slice.is_twisted:
+        return Slice(shape=slice.sizes, pod=slice.pod)
+    twist = shipped_twist(slice.sizes, slice.pod)
+    return None if twist is None else Slice(shape=slice.sizes, twist=twist, pod=slice.pod)
+
+
+def compiled_twin(slice: Slice) -> Slice | None:
+    """The twin of a slice; None where there is none that the compiler takes."""
+    twin = twin_of(slice)
+    return twin if twin is not None and is_compiled_for(twin) else None
 
 
 def compile_for(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ def slices_of(chips: int, pod: Pod) -> list[Slice]:
         if math.prod(shape) == chips:
             slice = Slice(shape=shape, pod=pod)
             found += [slice] if plan.is_compiled_for(slice) else []
-            twin = plan.twin_of(slice)
+            twin = plan.compiled_twin(slice)
             found += [] if twin is None else [twin]
     if not found:
         raise UserError(f"--chips {chips}: the compiler takes no slice of so many {pod.name} chips")
@@ -175,6 +176,67 @@ def search(
         if way.status == "planned" and way is not best:
             way.why = f"{way.seconds / best.seconds:.3f} times the best"
     return best
+
+
+def nearest_that_fits(
+    files: Sequence[str],
+    bindings: Sequence[str],
+    slice: Slice,
+    planned: plan.Planned,
+    *,
+    options: dict[str, Any],
+    seconds: float,
+    limit: float,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Says with which change a step fits that does not: the first that does of more
+    rematerialisation, then also half and a quarter of the batch, then also all chips in `fsdp`.
+
+    Each is compiled. Arguments as of `search`.
+    """
+    began, tried = time.monotonic(), list[str]()
+    for words, more in _smaller(planned, slice.num_chips):
+        if time.monotonic() - began > seconds:
+            break
+        try:
+            changed = plan.planned_run(files, [*bindings, *more], slice.num_chips)
+        except UserError:  # another kind of model, or the batch is not of so many parts
+            continue
+        say(f"does not fit; compiling it with {words}")
+        [compiled] = plan.compile_for(changed, [slice], options=options, seconds=limit)
+        if not isinstance(compiled, UserError):
+            return f"with {words} it fits and needs {compiled.peak_bytes / 2**30:.2f} GiB"
+        tried.append(words)
+    if not tried:
+        return "take more chips, a smaller batch or a smaller model"
+    return f"nor does it with {', or '.join(tried)}; take more chips or a smaller model"
+
+
+def _smaller(planned: plan.Planned, chips: int) -> Iterator[tuple[str, list[str]]]:
+    """(words, bindings) of changes with which a step needs less memory, the least change first."""
+
+    def said(parameter: str) -> str | None:
+        found = re.search(rf"^{parameter} = (.+)$", planned.text, re.MULTILINE)
+        return None if found is None else found[1].strip("'\"")
+
+    now = said(r"transformer\.TransformerConfig\.remat")
+    remats = REMATS[REMATS.index(now) + 1 :] if now in REMATS else ()
+    for remat in remats:
+        yield f"remat = {remat!r}", [f"transformer.TransformerConfig.remat = {remat!r}"]
+    words = ["remat = 'full'"] if remats else []
+    more = ["transformer.TransformerConfig.remat = 'full'"] if remats else []
+    batch = said(r"text\.TextData\.batch_size")
+    rows = planned.mesh.get("data", 1) * planned.mesh.get("fsdp", 1)
+    sizes = [int(batch) // n for n in (2, 4)] if batch and batch.isdigit() else []
+    for size in sizes:
+        if size and size % rows == 0:
+            one = [f"text.TextData.batch_size = {size}", *more]
+            yield " and ".join([f"batch_size = {size}", *words]), one
+    if planned.mesh.get("fsdp", 1) < chips:
+        yield (
+            " and ".join([f"--mesh fsdp={chips}", *words]),
+            [*_mesh_bindings({"fsdp": chips}), *more],
+        )
 
 
 def table(ways: Sequence[Trial]) -> list[dict[str, Any]]:

@@ -42,7 +42,11 @@ def add(commands) -> None:
         "the slice with which the step is shortest",
     )
     plan.add_argument(
-        "--search-time", type=whole(1, 10**7), default=1800, metavar="S", help="for it (1800)"
+        "--search-time",
+        type=whole(1, 10**7),
+        default=1800,
+        metavar="S",
+        help="for it, and to find what would fit where a step does not (1800)",
     )
     add_pod(plan, "slice it is")
     plan.add_argument("--slices", type=whole(1, 4096), default=1, metavar="N", help="how many (1)")
@@ -96,8 +100,14 @@ def run(args, began: float) -> int:
     if args.hlo is not None:
         if args.configs or args.mesh or args.gin:
             raise UserError("--hlo: the program is whole; give no configuration, --mesh or --gin")
-        found, prediction = _reported(reports, slice, _text(Path(args.hlo)), how, args.hlo)
+        from launch.plan import twin_of
+
+        text = _text(Path(args.hlo))
+        found, prediction = _reported(reports, slice, text, how, args.hlo)
+        other = None if args.no_twin or args.slices > 1 else twin_of(slice)
         twin = None
+        if other is not None:
+            twin = _reported(reports, other, text, how, args.hlo)[0]
     elif args.search:
         found, prediction = _searched(args, slice, pod, how, reports)
         twin = None
@@ -117,6 +127,10 @@ def run(args, began: float) -> int:
     if twin is not None:
         said = twin["error"] if "error" in twin else reports.describe_twin(found, twin)
         print(f"\n  {said}")
+        if "error" not in twin:
+            print("\n" + reports.describe_twist(found, twin))
+        if args.hlo is not None:
+            print("  (this program priced there; a compiler may choose other strategies for it)")
     if args.timeline is not None:
         print(f"wrote {args.timeline}")
     return 0
@@ -195,14 +209,27 @@ def _planned(args, slice, how, reports):
         except ValueError as error:
             raise UserError(str(error)) from error
     options = _options(args)
-    from launch import plan
+    from launch import plan, plan_search
+    from pjit_train.compiler.compile import DoesNotFit
 
     planned = plan.planned_run(args.configs, args.gin + mesh_bindings(args.mesh), slice.num_chips)
-    twin = None if args.no_twin or args.slices > 1 else plan.twin_of(slice)
+    twin = None if args.no_twin or args.slices > 1 else plan.compiled_twin(slice)
     wanted = [slice] if twin is None else [slice, twin]
     compiled = plan.compile_for(
         planned, wanted, options=options, seconds=args.time_limit, progress=_progress()
     )
+    if isinstance(compiled[0], DoesNotFit):
+        nearest = plan_search.nearest_that_fits(
+            args.configs,
+            args.gin + mesh_bindings(args.mesh),
+            slice,
+            planned,
+            options=options,
+            seconds=args.search_time,
+            limit=args.time_limit,
+            say=lambda line: print(line, file=sys.stderr, flush=True) if _on_terminal() else None,
+        )
+        raise UserError(f"{compiled[0]}; {nearest}")
     if isinstance(compiled[0], UserError):
         raise compiled[0]
     found, prediction = _reported_compiled(reports, slice, compiled[0], planned, how)
@@ -270,9 +297,13 @@ def _machine(pod, changes: list[str]):
     return machine_of(pod).what_if(**factors), tuple(free)
 
 
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
 def _progress():
     """Says on a terminal, about once a second, how long the compiler has worked."""
-    if not sys.stderr.isatty():
+    if not _on_terminal():
         return lambda gone: None
     last = [0.0]
 

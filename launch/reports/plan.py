@@ -134,6 +134,36 @@ def describe_twin(found: dict[str, Any], twin: dict[str, Any]) -> str:
     )
 
 
+def describe_twist(found: dict[str, Any], twin: dict[str, Any], most: int = 8) -> str:
+    """What the twist gives and takes, collective by collective, the largest differences first."""
+    here, there = _by_groups(found), _by_groups(twin)
+    rows = []
+    for key in here.keys() | there.keys():
+        kind, members = key
+        pair = [at.get(key, (0.0, "-")) for at in (here, there)]
+        rows.append((f"{kind} of {members}", pair[0], pair[1]))
+    rows.sort(key=lambda row: -abs(row[2][0] - row[1][0]))
+    heads = found["slice"], twin["slice"]
+    lines = [f"  {'collectives':<28}{heads[0]:>14}{heads[1]:>24}   strategies"]
+    for name, (before, how), (after, other) in rows[:most]:
+        change = f"{100 * (after / before - 1):+.0f} %" if before else "new"
+        ways = how if how == other else f"{how} -> {other}"
+        lines.append(f"  {name:<28}{before:>12.4f} s{after:>13.4f} s {change:>8}   {ways}")
+    return "\n".join(lines)
+
+
+def _by_groups(found: dict[str, Any]) -> dict[tuple[str, int], tuple[float, str]]:
+    """{(kind, members): (seconds, strategies)} of a report's collectives."""
+    seconds: dict[tuple[str, int], float] = {}
+    names: dict[tuple[str, int], list[str]] = {}
+    for c in found["collectives"]:
+        key = c["kind"], c["members"]
+        seconds[key] = seconds.get(key, 0.0) + c["seconds"]
+        if c["strategy"] and c["strategy"] not in names.setdefault(key, []):
+            names[key].append(c["strategy"])
+    return {key: (total, ", ".join(names.get(key, [])) or "-") for key, total in seconds.items()}
+
+
 def describe_search(search: dict[str, Any], most: int = 20) -> str:
     """The ways that a search tried, the planned ones first, and why each lost."""
     order = {"planned": 0, "does not fit": 1, "failed": 2, "not reached": 3, "cannot win": 4}

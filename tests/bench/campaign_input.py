@@ -130,6 +130,7 @@ def surfaces(folder: Path) -> dict[str, tuple[list[str], Callable[[str], object]
     from topology import TPU_V4, Part, Slice
 
     shipped = sorted((runs.ROOT / "configs").glob("**/*.gin"))
+    shipped = [path for path in shipped if not path.name.startswith("finetune")]  # of a folder
     quick = str(runs.ROOT / "configs" / "quickstart.gin")
 
     def gin_file(text: str):

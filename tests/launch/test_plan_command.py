@@ -52,6 +52,33 @@ def test_a_program_of_a_file_is_planned(hlo, tmp_path, capsys):
     assert "s a step" in capsys.readouterr().out
 
 
+ALL_TO_ALL = """HloModule step, is_scheduled=true, num_partitions=128
+
+ENTRY %main (p: bf16[128,819200]) -> bf16[128,819200] {
+  %p = bf16[128,819200]{1,0} parameter(0)
+  ROOT %x = bf16[128,819200]{1,0} all-to-all(%p), channel_id=1, replica_groups=[1,128]<=[128], dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_the_twist_says_of_each_collective_what_it_gives(tmp_path, capsys):
+    file = tmp_path / "step.txt"
+    file.write_text(ALL_TO_ALL)
+    command = ["plan", "--hlo", str(file), "--slice", "4x4x8"]
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    here, there = (x["collectives"][0]["seconds"] for x in (found, found["twin"]))
+    assert found["twin"]["slice"] == "4x4x8_twisted"
+    # The loads of the best paths by dimension order, beside hops that both have.
+    assert here / there == pytest.approx(512 / 293.4, rel=0.02)
+    assert cli.main(command) == 0
+    page = capsys.readouterr().out
+    assert "all_to_all of 128" in page
+    assert "a compiler may choose other strategies" in page
+    assert cli.main([*command, "--no-twin", "--json"]) == 0
+    assert "twin" not in json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -116,6 +116,37 @@ def test_time_that_is_up_and_a_mesh_that_is_given(compiler, capsys, monkeypatch)
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize(
+    ("fits", "says", "compiled"),
+    [
+        ("remat = 'dots'", "with remat = 'dots' it fits and needs 3.00 GiB", 2),
+        ("remat = 'full'", "with remat = 'full' it fits", 3),
+        ("batch_size = 8", "with batch_size = 8 and remat = 'full' it fits", 4),
+        ("fsdp = 4", "with --mesh fsdp=4 and remat = 'full' it fits", 6),
+        ("nothing", "nor does it with remat = 'dots', or remat = 'full', or batch_size = 8", 6),
+    ],
+)
+def test_a_step_that_does_not_fit_says_with_what_it_would(
+    fits, says, compiled, monkeypatch, capsys
+):
+    asked = []
+
+    def compile_for(planned, slices, **options):
+        asked.append(planned)
+        if fits not in planned.text:
+            return [DoesNotFit("step: 2 GiB more than there are", 2, 1)] * len(slices)
+        return [Compiled(text="", peak_bytes=3 << 30, partitions=[], seconds=1.0, cached=False)]
+
+    monkeypatch.setattr(plan, "compile_for", compile_for)
+    monkeypatch.setattr(compiling, "libtpu_version", lambda: "0")
+    options = ["--mesh", "fsdp=2,tensor=2", "--gin", "text.TextData.batch_size = 16"]
+    assert cli.main(["plan", *MODEL, "--slice", "2x2x1", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"step: 2 GiB more than there are; {says}" in error
+    assert error.count("\n") == 1
+    assert len(asked) == compiled
+
+
 def test_slices_of_a_number_of_chips():
     names = {str(s) for s in plan_search.slices_of(128, TPU_V4)}
     assert {"4x4x8", "4x4x8_twisted"} <= names
