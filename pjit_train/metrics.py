@@ -60,7 +60,7 @@ class Metrics:
       directory: of the run.
       start: the step that the run resumes after.
       written: `digest` when the checkpoint of that step was saved, if it is known: rows that are
-        not those of then are named in a warning.
+        not those of then, or are not there, are named in a warning.
     """
 
     def __init__(self, directory: Path, start: int, written: str | None = None):
@@ -73,6 +73,10 @@ class Metrics:
         path = directory / "metrics.jsonl"
         if path.exists():
             self._digest.update(_keep_until(path, start, written))
+        elif written not in (None, self.digest):
+            log.warning(
+                "%s is missing: its rows up to step %d are lost, later ones follow", path, start
+            )
         self._file = path.open("a", buffering=1)
         # Written by this thread: tensorboardX's own one would hang the run when the disk is full.
         (directory / "tensorboard").mkdir(exist_ok=True)

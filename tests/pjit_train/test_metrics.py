@@ -81,6 +81,21 @@ def test_rows_that_are_not_those_of_the_save_are_named_and_stay(tmp_path, caplog
     assert (tmp_path / "metrics.jsonl.damaged").read_text() == changed
 
 
+def test_rows_that_are_not_there_any_more_are_said_to_be_lost(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0)
+    none = metrics.digest
+    metrics.write({"step": 1, "loss": 2.0})
+    written = metrics.digest
+    metrics.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    Metrics(tmp_path, 1, written).close()
+    [said] = caplog.records
+    assert "metrics.jsonl is missing: its rows up to step 1 are lost" in said.getMessage()
+    (tmp_path / "metrics.jsonl").unlink()
+    Metrics(tmp_path, 1, none).close()  # none had been written
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     "line", [b"{", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b"[" * 9999]
 )
