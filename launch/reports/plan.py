@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from topology.plan.economics import cost_of
+from topology.plan.economics import AVERAGE_SITE, GOOGLE_OKLAHOMA, cost_of
 from topology.plan.machine import Machine, machine_of
 from topology.plan.predict import Prediction, across_slices, predict, read, summary
 from topology.torus.slices import Slice
@@ -64,6 +64,9 @@ def report(
             "seconds_between_checkpoints": cost.save_every,
             "chip_hours": cost.chip_hours,
             "megawatt_hours": None if cost.energy is None else cost.energy / 3.6e9,
+            "tonnes_co2e": None
+            if cost.energy is None
+            else {site.name: site.tonnes(cost.energy) for site in (GOOGLE_OKLAHOMA, AVERAGE_SITE)},
         }
     return found, prediction
 
@@ -135,7 +138,7 @@ def describe_twin(found: dict[str, Any], twin: dict[str, Any]) -> str:
 
 
 def describe_twist(found: dict[str, Any], twin: dict[str, Any], most: int = 8) -> str:
-    """What the twist gives and takes, collective by collective, the largest differences first."""
+    """Table of what the twist gives and takes by collective, the largest differences first."""
     here, there = _by_groups(found), _by_groups(twin)
     rows = []
     for key in here.keys() | there.keys():
@@ -195,6 +198,9 @@ def describe_search(search: dict[str, Any], most: int = 20) -> str:
 def _run(run: dict[str, Any]) -> str:
     energy = run["megawatt_hours"]
     power = "" if energy is None else f", {energy:,.1f} MWh of the chips"
+    if run["tonnes_co2e"]:
+        carbon = (f"{tonnes:,.1f} t in {site}" for site, tonnes in run["tonnes_co2e"].items())
+        power += f": CO2e of their electricity {', '.join(carbon)}"
     return (
         f"{run['tokens']:,.0f} tokens: {run['days']:,.1f} days with "
         f"{run['failures']:,.0f} failures (goodput {100 * run['goodput']:.1f} %, a checkpoint each "

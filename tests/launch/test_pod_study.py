@@ -125,6 +125,16 @@ def test_the_wiring(results):
     assert (row["published"], row["ours"]) == (24, 2 * 16 * 16 * 50e9 / 1e12)
 
 
+def test_generations_by_hand(results):
+    found = {row["what"]: row["ours"] for row in results["comparisons"]}
+    assert found["a chip of v4 over one of v3"] == 275 / 123
+    assert found["the same a watt"] == pytest.approx(275 / 123 * 220 / 170)
+    assert found["a pod of v4 over one of v3"] == pytest.approx(4096 * 275 / (1024 * 123))
+    energy = found["energy on premises over TPU v4 in Google Cloud"]
+    assert energy == pytest.approx(2 * 1.57 / 1.10)
+    assert found["operational CO2e, the same"] == pytest.approx(energy * 0.475 / 0.074)
+
+
 def test_twists_are_ranked_by_their_optimum(results):
     rows = {row["shape"]: row for row in results["twists"]}
     assert list(rows) == ["4x4x8", "4x4x12", "4x4x16", "4x8x8"]

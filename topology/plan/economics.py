@@ -13,6 +13,30 @@ HOUR = 3600.0
 
 
 @dataclass(frozen=True)
+class Site:
+    """Data centre.
+
+    Attributes:
+      pue: energy that it takes over that of its computers (power usage effectiveness).
+      kg_per_kwh: kilograms of CO2e of its electricity, in operation.
+    """
+
+    name: str
+    pue: float
+    kg_per_kwh: float
+
+    def tonnes(self, joules: float) -> float:
+        """Tonnes of CO2e of so much energy of computers."""
+        return self.pue * joules / 3.6e6 * self.kg_per_kwh / 1000
+
+
+# Jouppi et al., TPU v4 (ISCA 2023), section 7.6: Google's PUE, and its electricity in Oklahoma
+# after hour by hour purchases of renewable energy; the averages of the world.
+GOOGLE_OKLAHOMA = Site("Google's data centre in Oklahoma", 1.10, 0.074)
+AVERAGE_SITE = Site("an average data centre", 1.57, 0.475)
+
+
+@dataclass(frozen=True)
 class Cost:
     """A run of many steps on slices that fail.
 

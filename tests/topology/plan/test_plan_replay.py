@@ -7,7 +7,7 @@ import pytest
 from helpers.programs import ASYNC, BY_TWO, FUSED, HEADER, ODD
 
 from topology.hardware import TPU_V4, TPU_V5E
-from topology.plan.economics import cost_of, failures_a_day
+from topology.plan.economics import GOOGLE_OKLAHOMA, cost_of, failures_a_day
 from topology.plan.machine import machine_of
 from topology.plan.predict import across_slices, predict, summary
 from topology.plan.replay import TRACKS
@@ -164,6 +164,8 @@ def test_the_cost_of_a_run_by_the_renewal_formula():
     assert found.chip_hours == pytest.approx(64 * found.seconds / 3600)
     assert found.energy == pytest.approx(170 * 64 * found.seconds)
     assert 0.9 < found.goodput < 1
+    # A MWh of computers: 1.1 MWh of the site, 74 kg of CO2e each.
+    assert GOOGLE_OKLAHOMA.tonnes(3.6e9) == pytest.approx(1.1 * 0.074)
     v5e = cost_of(1e5, 2.0, Slice.parse("16x16", TPU_V5E))
     assert v5e.energy is None  # no power is published
     assert math.isfinite(v5e.days)
