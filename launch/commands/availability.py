@@ -44,7 +44,7 @@ def run(args, began: float) -> int:
     from launch.reports.pictures import check_picture
 
     path = None if args.draw is None else check_picture(args.draw)
-    pod = pod_of(args)
+    pod = pod_of(args.pod)
     slices, parts = read_slices(args.slice, pod), read_hosts_up(args.hosts_up)
     found = report(slices, parts, pod, trials=args.trials, seed=args.seed)
     print(json.dumps(found) if args.json else describe(found), flush=True)

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_failed, add_pod, pod_of, real, whole
+from launch.commands.common import add_command, add_failed, add_pod, pod_or_torus, real, whole
 
 
 def add(commands) -> None:
@@ -62,7 +62,7 @@ def run(args, began: float) -> int:
         args.bytes,
         args.slice,
         args.axes,
-        pod_of(args),
+        pod_or_torus(args),
         failed=args.failed,
         failed_one_way=args.failed_one_way,
         slices=args.slices,

@@ -141,7 +141,7 @@ def add_pod(sub: argparse.ArgumentParser, of: str, *, torus: bool = False) -> No
     """Adds the option --pod, for `pod_of`.
 
     Args:
-      torus: whether any torus will do, too, with --links.
+      torus: whether any torus will do, too, with --links, for `pod_or_torus`.
     """
     any_torus = ", or torus: a box of any sides, such as 5x7_wrap:x" if torus else ""
     sub.add_argument(
@@ -159,15 +159,22 @@ def add_pod(sub: argparse.ArgumentParser, of: str, *, torus: bool = False) -> No
         )
 
 
-def pod_of(args):
-    """The data of the pod that --pod, and --links, say."""
+def pod_of(version: str):
+    """The data of a pod that --pod names."""
     from topology import hardware
 
-    links = getattr(args, "links", None)
+    return hardware.PODS[f"TPU {version}"]
+
+
+def pod_or_torus(args):
+    """The data of the pod that --pod, and --links, say; a torus of one's own with --pod torus."""
+    from topology import hardware
+
+    links = args.links
     if args.pod != "torus":
         if links is not None:
             raise UserError(f"--links {links}: those of TPU {args.pod} are known; give --pod torus")
-        return hardware.PODS[f"TPU {args.pod}"]
+        return pod_of(args.pod)
     try:
         bandwidths = [1e9 * real(1e-6, 1e9)(x) for x in links.split(",")] if links else []
         return hardware.any_torus(bandwidths or None)

@@ -49,6 +49,6 @@ def run(args, began: float) -> int:
     from launch.reports.embeddings import describe, model_named, report
 
     model = model_named(args.tables, batch=args.batch, skew=args.skew)
-    found = report(model, args.slice, pod_of(args))
+    found = report(model, args.slice, pod_of(args.pod))
     print(json.dumps(found) if args.json else describe(found))
     return 0

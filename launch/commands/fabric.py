@@ -42,7 +42,7 @@ def run(args, began: float) -> int:
     from launch.reports.slices import check_drawing
 
     check_drawing(args.draw)
-    pod = place(args.slices, args.failed, pod_of(args))
+    pod = place(args.slices, args.failed, pod_of(args.pod))
     found = report(pod)
     if args.draw is not None:
         found["drawn"] = [str(file) for file in draw(pod, found, args.draw)]

@@ -32,7 +32,7 @@ def run(args, began: float) -> int:
     from launch.reports.pictures import check_picture
 
     path = None if args.draw is None else check_picture(args.draw)
-    workload = read_workload(args.workload, pod_of(args))
+    workload = read_workload(args.workload, pod_of(args.pod))
     if not args.json:
         print(title(workload), flush=True)
 

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_failed, add_pod, pod_of
+from launch.commands.common import add_command, add_failed, add_pod, pod_or_torus
 
 
 def add(commands) -> None:
@@ -40,7 +40,7 @@ def run(args, began: float) -> int:
     from launch.reports.failures import lost_links
     from launch.reports.layout import describe, read_slice, read_traffic, report, title
 
-    slice, mesh = read_slice(args.slice, args.mesh, pod_of(args))
+    slice, mesh = read_slice(args.slice, args.mesh, pod_or_torus(args))
     traffic = read_traffic(args.traffic, mesh)
     lost = lost_links(slice, args.failed, args.failed_one_way)
     if not args.json:

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, pod_of, whole
+from launch.commands.common import add_command, pod_or_torus, whole
 from launch.commands.traffic import add_pattern
 
 
@@ -46,7 +46,7 @@ def run(args, began: float) -> int:
 
     table = None if args.csv is None else check_table(args.csv)
     path = None if args.draw is None else check_picture(args.draw)
-    demands = read_pattern(args.pattern, args.slice, pod_of(args), args.hot)
+    demands = read_pattern(args.pattern, args.slice, pod_or_torus(args), args.hot)
     check_sends(demands)
     if not args.json:
         print(title(demands), flush=True)

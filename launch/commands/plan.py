@@ -91,7 +91,7 @@ def run(args, began: float) -> int:
 
     _check_slice(args)
     try:
-        pod = pod_of(args)
+        pod = pod_of(args.pod)
         slice = None if args.slice is None else Slice.parse(args.slice, pod)
         machine, free = _machine(pod, args.what_if)
     except ValueError as error:

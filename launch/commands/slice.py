@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_pod, pod_of
+from launch.commands.common import add_command, add_pod, pod_or_torus
 
 
 def add(commands) -> None:
@@ -50,7 +50,7 @@ def run(args, began: float) -> int:
     from launch.reports.slices import check_drawing, describe, draw, report
 
     check_drawing(args.draw)
-    pod = pod_of(args)
+    pod = pod_or_torus(args)
     found = report(args.shape, args.failed_ocs, args.failed, pod)
     if args.draw is not None:
         files = draw(args.shape, found, args.draw, args.failed_ocs, args.failed, pod)

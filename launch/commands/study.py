@@ -117,7 +117,7 @@ def _add_pod(studies) -> None:
 def _run_pod(args, began: float) -> int:
     from launch.reports.pod_study import check_pod, study_pod
 
-    check_pod(pod_of(args))
+    check_pod(pod_of(args.pod))
     return study_pod(Path(args.out), as_json=args.json)
 
 

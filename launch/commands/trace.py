@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch.commands.common import add_command, add_failed, add_pod, pod_of
+from launch.commands.common import add_command, add_failed, add_pod, pod_or_torus
 
 
 def add(commands) -> None:
@@ -37,7 +37,7 @@ def run(args, began: float) -> int:
     found, step = report(
         [Path(file) for file in args.files],
         args.slice,
-        pod_of(args),
+        pod_or_torus(args),
         groups=None if args.groups is None else Path(args.groups),
         failed=args.failed,
         failed_one_way=args.failed_one_way,

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.commands.common import add_command, add_failed, add_pod, pod_of, real
+from launch.commands.common import add_command, add_failed, add_pod, pod_or_torus, real
 
 
 def add_pattern(sub, files: bool) -> None:
@@ -66,7 +66,7 @@ def run(args, began: float) -> int:
 
     table = None if args.csv is None else check_table(args.csv)
     path = None if args.draw is None else check_picture(args.draw)
-    demands = read_demands(args.pattern, args.slice, pod_of(args), args.hot)
+    demands = read_demands(args.pattern, args.slice, pod_or_torus(args), args.hot)
     lost = lost_links(demands.slice, args.failed, args.failed_one_way)
     if not args.json:
         print(title(demands), flush=True)
