@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from pjit_train.errors import UserError
@@ -29,18 +30,29 @@ class MeshShape:
 
     `data` replicates parameters and splits the batch; `fsdp` splits both; `sequence` splits the
     tokens of a row; `tensor` splits heads, feed-forward width and vocabulary.
+
+    Attributes:
+      slices: how many slices, joined by a data-centre network, the devices are of. `data` is laid
+        across them, slice after slice, and no other axis: what crosses that network is the sum of
+        gradients. Devices that do not say their slice are cut into as many equal runs.
     """
 
     data: Size = -1
     fsdp: Size = 1
     sequence: Size = 1
     tensor: Size = 1
+    slices: Count = 1
 
     def __post_init__(self):
         check_fields(self, UserError)
-        sizes = dataclasses.asdict(self)
+        sizes = self._asked
         if list(sizes.values()).count(-1) > 1:
             raise UserError("mesh: only one axis may be -1 (the one that takes what is left)")
+
+    @property
+    def _asked(self) -> dict[str, int]:
+        """The sizes of the axes, as they are given."""
+        return {axis: size for axis, size in dataclasses.asdict(self).items() if axis != "slices"}
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of every axis on `num_devices` devices.
@@ -48,7 +60,7 @@ class MeshShape:
         Raises:
           UserError: the mesh needs more devices than there are, or does not divide them.
         """
-        sizes = dataclasses.asdict(self)
+        sizes = self._asked
         fixed = math.prod(size for size in sizes.values() if size != -1)
         shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
         if fixed > num_devices:
@@ -63,6 +75,10 @@ class MeshShape:
                     "use sizes whose product divides the number of devices"
                 )
             sizes = {a: num_devices // fixed if s == -1 else s for a, s in sizes.items()}
+        if sizes["data"] % self.slices:
+            raise UserError(
+                f"mesh: data={sizes['data']} is laid across slices={self.slices}; use a multiple"
+            )
         return sizes
 
 
@@ -79,12 +95,41 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
             f"mesh: {count} devices of {len(devices)} would leave processes without work; "
             "use all of them (one axis may be -1)"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Explicit,) * len(sizes),
-        devices=devices[:count],
-    )
+    kinds, axes = (AxisType.Explicit,) * len(sizes), tuple(sizes)
+    parts = _by_slice(devices[:count], shape.slices)
+    of_slice = sizes | {"data": sizes["data"] // shape.slices}
+    meshes = [
+        jax.make_mesh(tuple(of_slice.values()), axes, axis_types=kinds, devices=part)
+        for part in parts
+    ]
+    if len(meshes) == 1:
+        return meshes[0]
+    across = np.concatenate([mesh.devices for mesh in meshes], axis=axes.index("data"))
+    return Mesh(across, axes, axis_types=kinds)
+
+
+def _by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """The devices of each slice, in their order.
+
+    Raises:
+      UserError: they are not of so many slices, or not equally many of each.
+    """
+    said: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        said.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    parts = [said[index] for index in sorted(said)]
+    if devices[0].platform != "tpu" and 1 in (len(parts), slices):  # GPUs say their host
+        each = len(devices) // slices
+        parts = [list(devices[i * each : (i + 1) * each]) for i in range(slices)]
+    if len(parts) != slices:
+        raise UserError(
+            f"mesh: the devices are of {len(parts)} slices and slices={slices}; use "
+            f"sharding.MeshShape.slices = {len(parts)}"
+        )
+    if len({len(part) for part in parts}) > 1:
+        shown = ", ".join(str(len(part)) for part in parts)
+        raise UserError(f"mesh: it takes {shown} devices of the slices; use equally many of each")
+    return parts
 
 
 def device_memory(device: jax.Device, devices: int) -> int | None:
@@ -121,7 +166,7 @@ class Rules:
     vocab: tuple[str, ...] = ("tensor",)
 
     def __post_init__(self):
-        known = {f.name for f in dataclasses.fields(MeshShape)}
+        known = {f.name for f in dataclasses.fields(MeshShape)} - {"slices"}
         for field in dataclasses.fields(self):
             axes = getattr(self, field.name)
             for axis in axes if isinstance(axes, (tuple, list)) else (axes,):

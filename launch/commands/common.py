@@ -14,7 +14,7 @@ from typing import Any
 from launch.argparse_internals import arguments
 from pjit_train.errors import UserError
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor", "slices")  # the last: of which data spans so many
 
 
 def add_command(

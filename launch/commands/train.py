@@ -1,6 +1,7 @@
 """`torsion train`: trains a model, or goes on with its training."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def add(commands) -> None:
     train.add_argument("configs", nargs="*", metavar="CONFIG.gin", help="what to train")
     add_run(train)
     add_machine(train)
-    group = train.add_argument_group("several processes, started by hand, alike but for their id")
+    group = train.add_argument_group(
+        "several processes, alike but for their id; SLURM and several slices say them by variables"
+    )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--process-id", type=whole(), metavar="I", help="of this one, from 0")
     group.add_argument("--num-processes", type=whole(1), metavar="N", help="how many there are")
@@ -47,9 +50,11 @@ def run(args, began: float) -> int:
         print(_NO_CONFIG, end="", file=sys.stderr)
         return 2
     from launch import process
+    from launch.cluster import processes_of
 
     bindings = run_bindings(args)
-    processes = args.coordinator, args.process_id, args.num_processes
+    options = args.coordinator, args.process_id, args.num_processes
+    processes = processes_of(os.environ, *options)
     process.check_processes(*processes)
     process.prepare(args.devices)
 

@@ -130,5 +130,10 @@ def check_mesh(run: Run, slice: Slice) -> dict[str, int]:
             f"--slice {slice}: has {slice.num_chips} chips and the mesh {shown} takes "
             f"{math.prod(sizes.values())}; let one axis of --mesh be -1, or take another slice"
         )
+    if run.mesh.slices > 1:
+        raise UserError(
+            f"--slice {slice}: the mesh spans slices={run.mesh.slices}, and a pod trains on one; "
+            "use slices=1"
+        )
     run.check_mesh(sizes)
     return sizes

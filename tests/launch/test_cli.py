@@ -74,7 +74,7 @@ def test_options_are_short_for_bindings_and_come_last(here, trained):
         ("train smal.gin", "smal.gin: no such file"),
         (
             "train small.gin --mesh fsdp=2,tp=2",
-            "--mesh fsdp=2,tp=2: no axis 'tp'; use data, fsdp, sequence, tensor",
+            "--mesh fsdp=2,tp=2: no axis 'tp'; use data, fsdp, sequence, tensor, slices",
         ),
         (
             "train small.gin --mesh fsdp",

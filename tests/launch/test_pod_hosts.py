@@ -104,3 +104,5 @@ def test_a_mesh_takes_all_chips_of_the_slice():
     for sizes in ({"data": 4}, {"data": 16}, {"fsdp": 3}):
         with pytest.raises(UserError, match="2x2x2"):
             check_mesh(FakeRun(**sizes), slice)
+    with pytest.raises(UserError, match="spans slices=2, and a pod trains on one"):
+        check_mesh(FakeRun(fsdp=4, slices=2), slice)
