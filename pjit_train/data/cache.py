@@ -84,7 +84,7 @@ def encode(texts: Sequence[str] | Sequence[Marked], tokenizer) -> Encoded:
     """Returns the ids of texts under one of `tokenizers`."""
     marked = [text for text in texts if isinstance(text, Marked)]
     if marked:
-        ids, answers = zip(*map(tokenizer.encode_parts, marked), strict=True)
+        ids, answers = zip(*tokenizer.encode_parts(marked), strict=True)
         parts = (text.text[begin:end] for text in marked for begin, end in text.answers)
         return Encoded(ids, sum(len(part.encode("utf-8", "replace")) for part in parts), answers)
     plain = [text for text in texts if isinstance(text, str)]

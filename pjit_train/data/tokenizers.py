@@ -56,10 +56,13 @@ class Bytes:
         """Returns the ids of a text; no text has a special token."""
         return self.encode(text)
 
-    def encode_parts(self, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids of a text, and of each whether it is of a marked part, bool [tokens]."""
-        lengths = [len(character.encode("utf-8", "replace")) for character in marked.text]
-        return self.encode(marked.text), np.repeat(marked.spans(), lengths)
+    def encode_parts(self, texts: Sequence[Marked]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns of each text the ids, and whether each is of a marked part, bool [tokens]."""
+        found = []
+        for marked in texts:
+            lengths = [len(character.encode("utf-8", "replace")) for character in marked.text]
+            found.append((self.encode(marked.text), np.repeat(marked.spans(), lengths)))
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, separators dropped; broken UTF-8 becomes U+FFFD.
@@ -196,24 +199,27 @@ class TokenizerJson:
         finally:
             self._tokenizer.encode_special_tokens = True
 
-    def encode_parts(self, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids of a text, and of each whether it has a character of a marked part.
+    def encode_parts(self, texts: Sequence[Marked]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns of each text the ids, and whether each has a character of a marked part.
 
-        Special tokens stand for themselves. Returns uint32 [tokens] and bool [tokens].
+        Special tokens stand for themselves. The ids are uint32 [tokens], the others bool [tokens].
         """
-        text = marked.text.encode("utf-8", "replace").decode("utf-8")
+        plain = [marked.text.encode("utf-8", "replace").decode("utf-8") for marked in texts]
         self._tokenizer.encode_special_tokens = False
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch(plain, add_special_tokens=False)
         except BaseException as error:
             if not _of_library(error):
                 raise
-            raise self._not_encoded([text], error) from error
+            raise self._not_encoded(plain, error) from error
         finally:
             self._tokenizer.encode_special_tokens = True
-        before = np.concatenate([[0], np.cumsum(marked.spans())])  # marked characters before each
-        offsets = np.asarray(encoding.offsets, int).reshape(-1, 2)
-        return np.asarray(encoding.ids, np.uint32), before[offsets[:, 1]] > before[offsets[:, 0]]
+        found = []
+        for marked, encoding in zip(texts, encodings, strict=True):
+            before = np.concatenate([[0], np.cumsum(marked.spans())])  # marked characters so far
+            begins, ends = np.asarray(encoding.offsets, int).reshape(-1, 2).T
+            found.append((np.asarray(encoding.ids, np.uint32), before[ends] > before[begins]))
+        return found
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its text; None where the vocabulary lacks it."""

@@ -57,7 +57,8 @@ def test_text_ids_and_answers_are_those_of_transformers(folder, template, chat):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": role, "content": content} for role, content in chat]
     (example,) = read_template(folder).examples(messages)
-    ids, answers = TokenizerJson(path=str(folder / "tokenizer.json")).encode_parts(example)
+    tokenizer = TokenizerJson(path=str(folder / "tokenizer.json"))
+    ((ids, answers),) = tokenizer.encode_parts([example])
     assert example.text == theirs.apply_chat_template(messages, tokenize=False)
     want = theirs.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
