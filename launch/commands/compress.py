@@ -88,6 +88,14 @@ def add(commands) -> None:
         help="train what is pruned for some steps before it is quantized",
     )
     compress.add_argument(
+        "--reconstruct",
+        type=whole(),
+        default=0,
+        metavar="EPOCHS",
+        help="of a folder: fit what is kept of each pruned block to the dense block's outputs, in "
+        "so many passes over the calibration text",
+    )
+    compress.add_argument(
         "--sequences", type=whole(1), default=128, metavar="N", help="of calibration text (128)"
     )
     compress.add_argument(
@@ -135,6 +143,8 @@ def run(args, began: float) -> int:
         if getattr(args, option) is not None:
             shown = option.replace("_", "-")
             raise UserError(f"--{shown} is of a Hugging Face folder; a run has text of its own")
+    if args.reconstruct:
+        raise UserError("--reconstruct is of a Hugging Face folder; a run has --finetune STEPS")
     run = trained_run(args)
 
     import dataclasses
@@ -207,6 +217,7 @@ def _compression(args, model, pattern, patterns, formats):
         order=args.order or "sparsify_then_quantize",
         smooth=args.smooth,
         finetune=args.finetune,
+        reconstruct=args.reconstruct,
         activations=activations,
         sequences=args.sequences,
     )
@@ -237,6 +248,7 @@ def _asked(args) -> tuple[str | None, dict[str, str], dict[str, str]]:
         ("--quantizer", args.quantizer, quantizes, "--format", "give the weights one"),
         ("--transposable", args.transposable, prunes, "--pattern", "it is for N:M"),
         ("--finetune", args.finetune > 0, prunes, "--pattern", "it trains what pruning leaves"),
+        ("--reconstruct", args.reconstruct > 0, prunes, "--pattern", "it fits what pruning leaves"),
     ):
         if given and not needed:
             raise UserError(f"{option} without {wanted}; {instead}")

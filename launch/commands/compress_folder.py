@@ -64,7 +64,7 @@ def _print(done: dict, out: Path) -> None:
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in done["kernels"].values():
         groups[row["kernel"], row["pattern"], row["format"]].append(row)
-    kinds = ("sparsity", "quantization", "together")
+    kinds = ("sparsity", "quantization", "together", "output", "reconstructed")
     print(f"{'kernel':<32} pattern  zeros    violations  format       error of ", end="")
     print("  ".join(kinds))
     for (kernel, pattern, format), rows in groups.items():

@@ -37,6 +37,7 @@ from pjit_train.compression.kernels import (
     squares,
 )
 from pjit_train.compression.recipe import Compression
+from pjit_train.compression.reconstruct import Reconstruction
 from pjit_train.compression.states import StatesOnDisk
 from pjit_train.compression.workplace import Workplace, write_shards
 from pjit_train.errors import UserError
@@ -53,6 +54,7 @@ from sparsity.post_training.hessian import Hessian, add_grams, gram
 log = logging.getLogger("torsion")
 BATCH_TOKENS = 4096  # of a batch of calibration text, unless a sequence alone has more
 SHARD_BYTES = 5 * 2**30
+PASSES = ("sparsify", "quantize")
 _SLACK = 2**20  # bytes of other files, on the disk
 
 
@@ -207,6 +209,7 @@ class _Making:
         self.packed = self.packing.quantized
         self.rows: dict[str, dict[str, Any]] = {}
         self.states: States | None = None
+        self.reconstruction = Reconstruction(source.block_graph(), compression.reconstruct)
         self.deficient: Counter[str] = Counter()
         self.raised = 0
 
@@ -327,13 +330,38 @@ class _Making:
                     block = self._smoothed(block, maxima)
                     products = walker.measure(layer, block, self.states)
                     products = {name: found[0] for name, found in products.items()}
-            change_block(block, products, names, change)
+            if self.compression.reconstruct:
+                block = self._reconstructed(walker, layer, rows, block, products, names)
+            else:
+                change_block(block, products, names, change)
             del products
         tensors, block = self._store(layer, block)
         if self.states is not None and layer + 1 < self._last_block:
             walker.advance(layer, block, self.states)
         self.work.save(layer, tensors, {"rows": rows})
         self.rows |= rows
+
+    def _reconstructed(
+        self, walker: Walker, layer: int, rows, block: dict[str, Any], products, names: list[str]
+    ) -> dict[str, Any]:
+        """A block pruned, its kept weights fitted to what it made before, and then quantized."""
+        dense = jax.tree.map(np.copy, block)
+        prune = functools.partial(self._change, layer, rows, kinds=("sparsify",))
+        change_block(block, products, names, prune)
+        pruned = [name for name in names if name in self.compression.patterns]
+        block, errors = self.reconstruction.fit(layer, dense, block, pruned, self.states)
+        del dense
+        if self.compression.formats:
+            products = walker.measure(layer, block, self.states)
+            if self._reads_maxima:
+                products = {name: found[0] for name, found in products.items()}
+            quantize = functools.partial(self._change, layer, rows, kinds=("quantize",))
+            change_block(block, products, names, quantize)
+        for name in pruned:
+            before, after = errors[name.split("/")[1]]
+            found = rows[self._row(layer, name)]["errors"]
+            found |= {"output": before, "reconstructed": after}
+        return block
 
     @property
     def _last_block(self) -> int:
@@ -366,13 +394,21 @@ class _Making:
         new = np.asarray(change(name, holder[last].reshape(inputs, outputs), None))
         holder[last] = new.reshape(holder[last].shape)
 
-    def _change(self, layer: int, rows, name: str, kernel_IO, products_II) -> np.ndarray:
-        """Prunes and quantizes one kernel, and notes its row of the certificate."""
+    def _change(
+        self, layer: int, rows, name: str, kernel_IO, products_II, kinds: tuple[str, ...] = PASSES
+    ) -> np.ndarray:
+        """Prunes and quantizes one kernel, and notes its row of the certificate.
+
+        Args:
+          kinds: of `Compression.passes`, those to do now.
+        """
         c, changed, scales = self.compression, kernel_IO, None
         errors: dict[str, float] = {}
         chosen = {"sparsify": c.patterns, "quantize": c.formats}
         named = {"sparsify": "sparsity", "quantize": "quantization"}
-        passes = [kind for kind in c.passes if name in chosen[kind]]
+        passes = [kind for kind in c.passes if name in chosen[kind] and kind in kinds]
+        if not passes:
+            return kernel_IO
         for number, kind in enumerate(passes):
             changed, found = c.apply(kind, name, changed, products_II)
             scales = scales if found is None else found
@@ -386,7 +422,9 @@ class _Making:
             noted = self.packed[name].scales
             assert isinstance(noted, dict)
             noted[layer or 0] = scales
-        rows[self._row(layer, name)] = {
+        row = self._row(layer, name)
+        errors = rows.get(row, {}).get("errors", {}) | errors
+        rows[row] = {
             "kernel": name,
             "pattern": c.patterns.get(name),
             "transposable": c.transposable and name in c.patterns,

@@ -26,6 +26,9 @@ class Compression:
       order: which comes first.
       smooth: strength of SmoothQuant, or None.
       finetune: steps that the pruned model is trained before it is quantized, its zeros kept.
+      reconstruct: of a folder, passes over the calibration text in which the kept weights of each
+        pruned block are fitted to the dense block's outputs, before it is quantized; see
+        `reconstruct`.
       activations: format of the inputs of the quantized kernels, or None; for the record: the run
         that is written has it in its configuration.
       sequences: of calibration text, from the start of the run's training.
@@ -42,6 +45,7 @@ class Compression:
     order: Literal["sparsify_then_quantize", "quantize_then_sparsify"] = "sparsify_then_quantize"
     smooth: Fraction | None = None
     finetune: Whole = 0
+    reconstruct: Whole = 0
     activations: str | None = None
     sequences: Count = 128
 
@@ -64,6 +68,12 @@ class Compression:
             raise UserError(
                 "compress: fine-tuning trains what pruning left, before it is quantized; use a "
                 "pattern and order sparsify_then_quantize, or finetune=0"
+            )
+
+        if self.reconstruct and (not self.patterns or reverse):
+            raise UserError(
+                "compress: reconstruction fits what pruning left, before it is quantized; use a "
+                "pattern and order sparsify_then_quantize, or reconstruct=0"
             )
 
     @property
@@ -97,4 +107,5 @@ class Compression:
         """The ways, of those that are used, that read calibration text."""
         found = [self.method] if self.patterns and self.method != "magnitude" else []
         found += [self.quantizer] if self.formats and self.quantizer != "rtn" else []
+        found += ["reconstruct"] if self.reconstruct else []
         return found + (["smooth"] if self.smooth is not None else [])

@@ -77,6 +77,41 @@ def groups(kernel_OI: np.ndarray, m: int) -> np.ndarray:
     return np.count_nonzero(np.asarray(kernel_OI, np.float32).reshape(-1, m), axis=1)
 
 
+def test_pruned_blocks_are_fitted_to_the_dense_ones(capsys):
+    options = ["--pattern", "2:4", "--method", "magnitude", "--reconstruct", "3", *TEXT]
+    out = compressed("fitted", *options, "--format", "int8")
+    again = compressed("fitted-again", *options, "--format", "int8")
+    assert content(out) == content(again)
+    rows = json.loads((out / "torsion.json").read_text())["kernels"].values()
+    assert len(rows) == 7 * LAYERS
+    for row in rows:
+        assert row["errors"]["reconstructed"] < row["errors"]["output"], row["kernel"]
+        assert row["errors"]["quantization"] < 0.02
+        assert row["violations"] == 0
+    assert "reconstructed" in capsys.readouterr().out
+    assert main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--format", "int8", *TEXT], "--reconstruct without --pattern; it fits what"),
+        (["--pattern", "2:4", "--method", "magnitude"], "reconstruct reads calibration text"),
+        (
+            ["--pattern", "2:4", "--method", "wanda", "--format", "int8", "--order",
+             "quantize_then_sparsify", *TEXT],
+            "reconstruction fits what pruning left, before it is quantized",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fitted_is_one_line(options, says, capsys):
+    assert main(["compress", "llama", "--out", "none", "--reconstruct", "2", *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not Path("none").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_family_is_pruned_and_quantized(family, capsys):
