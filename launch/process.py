@@ -58,6 +58,9 @@ def prepare(devices: int | None = None) -> None:
     from pjit_train.data.cache import default_cache_dir
 
     absl.logging.set_verbosity(absl.logging.ERROR)
+    # Where a save fails for several arrays at once, one of the errors is raised and said; asyncio
+    # would print the tracebacks of the others when their tasks are collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     log.setLevel(logging.INFO)
     if not log.handlers:
         log.addHandler(handler := _Stderr())
