@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Collection
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -157,6 +158,12 @@ def test_no_test_module_imports_another():
 def test_a_docstring_that_needs_its_file_is_found(docstring):
     assert NO_BEGINNING.match(docstring)
     assert not NO_BEGINNING.match("One-shot pruning. What is kept stands in `a`.")
+
+
+def test_names_of_test_modules_are_unique():
+    """pytest imports them by name alone: of two of one name it collects one."""
+    count = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in count.items() if times > 1] == []
 
 
 def test_docstrings_begin_with_a_noun_or_a_verb():
