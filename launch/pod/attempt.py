@@ -176,7 +176,9 @@ class Attempt:
                 lost=tuple(self._hosts[i] for i in lost),
                 parts=tuple(parts),
             )
-        for process, code in self._exits.items():
+        # Who was killed outright is the cause; the others end because it is gone, maybe told first.
+        ends = sorted(self._exits.items(), key=lambda item: item[1] != -signal.SIGKILL)
+        for process, code in ends:
             if code == 0:
                 continue
             raised = self._raised.get(process)
